@@ -1,0 +1,168 @@
+"""The interface that everything hangs on: a decoder runs batches of steps over sequences it owns.
+
+A ``Decoder`` holds one model on one device together with its KV cache. A ``DecoderSequence`` is the
+KV cache of one token sequence; it lives in its decoder and dies with it. Prefill, decode and the
+verification of drafted tokens are all the same call, :meth:`Decoder.forward`.
+
+Not thread safe: one thread owns a decoder and all its sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Engine = Literal["onnxruntime", "openvino"]
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """What a device must know of a model variant to open it. Paths are absolute."""
+
+    engine: Engine
+    model: Path
+    """The graph: ``model.onnx`` (weights beside it as external data) or ``openvino_model.xml``."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    """Tokens a sequence can hold: the positions the model was made for."""
+    sliding_windows: tuple[int | None, ...] = ()
+    """Per layer: attention reaches this many tokens back (itself included), None: all. Empty: all None."""
+    rope_switch: int | None = None
+    """Longrope (Phi-3): sequences expected to grow longer than this use the long rotary factors, chosen
+    for the whole sequence. None: the model has one set of factors."""
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """How to open a model. ``None`` lets the device choose."""
+
+    max_sequences: int = 16
+    prefill_chunk: int = 512
+    kv_tokens: int | None = None
+    """Tokens of KV cache over all sequences. None: one full context, at least."""
+    threads: int | None = None
+    cache_dir: Path | None = None
+    """Where an engine may keep compiled models. None: it keeps none."""
+    properties: dict[str, str] = field(default_factory=dict)
+    """Further engine properties, passed as they are (OpenVINO properties, ORT session config entries)."""
+
+
+@dataclass(frozen=True)
+class DecoderLimits:
+    """Hard limits of an open decoder."""
+
+    max_context: int
+    """Tokens one sequence can hold."""
+    max_prompt: int
+    """Tokens of the longest prompt (smaller than ``max_context`` on static-shape devices)."""
+    max_sequences: int
+    """Sequences open at once; also the most steps of one ``forward``."""
+    prefill_chunk: int
+    """Tokens the device takes best in one prefill step; a step may be at most this long."""
+    kv_tokens: int
+    """Tokens of KV cache over all sequences."""
+    kv_bytes_per_token: int
+    rope_switch: int | None = None
+    """See :attr:`DecoderSpec.rope_switch`. A sequence about to pass it must be prefilled anew with a
+    larger ``expected``."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The KV cache of a sequence outside its device: one key and one value array per layer.
+
+    Valid only for a decoder over the same files, engine and KV precision: the caller's fingerprint.
+    """
+
+    length: int
+    arrays: tuple[NDArray[np.generic], ...]
+    """Keys and values, layer by layer (k0, v0, k1, v1, …), in the device's own layout and type."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+
+class DecoderSequence(Protocol):
+    """The KV cache of one token sequence. Using it after :meth:`close` raises :class:`~devices.errors.DeviceError`."""
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of KV cache this sequence holds (blocks shared with others are counted in each)."""
+
+    def crop(self, length: int) -> int:
+        """Drop the newest tokens so that ``length`` stay; returns the length really kept, 0..length.
+
+        A device may grant less than asked; the caller feeds the difference again. ValueError if
+        ``length`` is negative or above the present length.
+        """
+
+    def fork(self, length: int) -> DecoderSequence:
+        """A new sequence with the first ``length`` tokens; both go on independently.
+
+        ValueError as for ``crop``; OutOfSequences when no place is left; OutOfKVCache.
+        """
+
+    def snapshot(self) -> Snapshot | None:
+        """A copy of the cache; None if the device has no such thing."""
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Replace the contents of this *empty* sequence. EngineError if the snapshot does not fit this model."""
+
+    def close(self) -> None:
+        """Give the KV cache back. Idempotent."""
+
+
+class Step(NamedTuple):
+    """One sequence's part in a batch."""
+
+    sequence: DecoderSequence
+    tokens: NDArray[np.int64]
+    """(n,), n ≥ 1: appended to the sequence."""
+    rows: int = 1
+    """Logits of the last ``rows`` tokens are returned; 0 ≤ rows ≤ n. 0: none (a chunk in mid-prompt)."""
+
+
+class Decoder(Protocol):
+    """A model on a device. Use :func:`devices.open_decoder` to get one."""
+
+    @property
+    def limits(self) -> DecoderLimits: ...
+
+    @property
+    def device(self) -> str:
+        """``engine:device`` as really opened, e.g. ``openvino:cpu``."""
+
+    def new_sequence(self, expected: int = 0) -> DecoderSequence:
+        """An empty sequence, expected to grow to ``expected`` tokens (only longrope models care).
+
+        OutOfSequences when ``max_sequences`` are open.
+        """
+
+    def forward(self, batch: Sequence[Step]) -> list[NDArray[np.float32]]:
+        """Append each step's tokens to its sequence and return one (rows, vocab_size) array per step.
+
+        Steps may have any mixture of lengths; each sequence appears at most once. The arrays belong to
+        the caller. All or nothing: on ContextOverflow, OutOfKVCache or ValueError (empty step, step
+        longer than ``prefill_chunk``, token id outside the vocabulary, sequence twice) nothing was run. After
+        EngineError the sequences of the batch are undefined and must be closed.
+        """
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the bookkeeping of sequences and KV cache contradicts itself."""
+
+    def close(self) -> None:
+        """Free the model and the KV cache; open sequences become invalid. Idempotent."""

@@ -1,0 +1,1 @@
+"""The runtime: packages, tokenizer, engine, memory, tiers, server and command line."""
