@@ -43,7 +43,7 @@ class QuantizedTensor:
     @property
     def group(self) -> int:
         """Columns that share a scale."""
-        return self.codes.shape[1] // self.scale.shape[1]
+        return int(self.codes.shape[1] // self.scale.shape[1])
 
     def dequantize(self) -> NDArray[np.float32]:
         """(rows, cols) float32."""

