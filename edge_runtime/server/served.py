@@ -1,0 +1,39 @@
+"""What the server needs of a model, and nothing more. :class:`edge_runtime.EdgeLLM` is one; so is a test's fake."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from edge_runtime.engine import Generation
+from edge_runtime.sampling import SamplingParams
+
+
+class ServedModel(Protocol):
+    """A loaded model. All methods may be called from any thread, several at a time."""
+
+    @property
+    def model_id(self) -> str:
+        """The name that requests use as ``model``."""
+
+    @property
+    def created(self) -> int:
+        """Unix time, in seconds, as /v1/models shows it."""
+
+    @property
+    def ready(self) -> bool:
+        """False once the model is closed or its engine has died; /health then answers 503."""
+
+    def start_chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams) -> Generation:
+        """Render the chat template with a generation prompt, tokenize and submit; returns without waiting for a token.
+
+        A message is ``{"role": str, "content": str | list of {"type": "text", "text": str}}``, with ``name`` if given.
+        Fields of ``params`` that are None get the model's generation defaults here.
+        Raises TemplateError, InvalidRequest, PromptTooLong, Overloaded, EngineStopped.
+        """
+
+    def start_completion(self, prompt: str | Sequence[int], params: SamplingParams) -> Generation:
+        """Submit plain text (bos put before it if the model wants that) or token ids as they are. As ``start_chat``."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that the token stands for (a part of a character for some); special tokens: their name."""
