@@ -1,0 +1,154 @@
+"""Which devices exist here, and how a name becomes an open decoder.
+
+A device is an engine and the hardware it runs on, written ``engine:hardware`` (``openvino:cpu``). Short names
+(``cpu``, ``auto``, …) stand for several, in the order of :data:`PREFERENCE`. Engines are imported only when one
+of their devices is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from devices.errors import DeviceUnavailable, UnknownDevice
+
+if TYPE_CHECKING:
+    from devices.base import Decoder, DecoderOptions, DecoderSpec, Engine
+
+PREFERENCE: tuple[str, ...] = ("openvino:cpu", "onnxruntime:cpu")
+"""What ``auto`` tries, best first; the one place where the choice is made.
+
+On x86, ONNX Runtime decodes a single stream somewhat faster, while OpenVINO is two to three times faster at
+prefill and at many streams, and shares prefixes without copying. Devices not named here are used only when asked for.
+"""
+
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "auto": PREFERENCE,
+    "cpu": tuple(name for name in PREFERENCE if name.endswith(":cpu")),
+    "gpu": ("openvino:gpu",),
+    "npu": ("openvino:npu",),
+    "cuda": ("onnxruntime:cuda",),
+    "coreml": ("onnxruntime:coreml",),
+}
+
+_KNOWN: dict[str, tuple[Engine, str]] = {
+    # name → engine, and the engine's own name for the hardware
+    "openvino:cpu": ("openvino", "CPU"),
+    "openvino:gpu": ("openvino", "GPU"),
+    "openvino:npu": ("openvino", "NPU"),
+    "onnxruntime:cpu": ("onnxruntime", "CPUExecutionProvider"),
+    "onnxruntime:cuda": ("onnxruntime", "CUDAExecutionProvider"),
+    "onnxruntime:coreml": ("onnxruntime", "CoreMLExecutionProvider"),
+}
+
+_HOW_TO: dict[str, str] = {
+    "openvino:gpu": "install the Intel GPU driver (OpenCL) or use --device cpu",
+    "openvino:npu": "install the Intel NPU driver or use --device cpu",
+    "onnxruntime:cuda": "install onnxruntime-gpu in place of onnxruntime, or use --device cpu",
+    "onnxruntime:coreml": "CoreML needs macOS and its onnxruntime wheel; use --device cpu",
+}
+
+_RUNNABLE = frozenset(PREFERENCE)
+"""Devices that have a decoder in this version."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as found on this machine."""
+
+    name: str
+    """``engine:hardware``."""
+    engine: Engine
+    hardware: str
+    """The product's name where the engine tells it, else the engine's name for it."""
+    problem: str | None = None
+    """Why it cannot be used, and what would change that. None: ready."""
+
+    @property
+    def ready(self) -> bool:
+        return self.problem is None
+
+
+def device_names() -> tuple[str, ...]:
+    """Every name that :func:`parse_device` takes."""
+    return (*_ALIASES, *_KNOWN)
+
+
+def parse_device(name: str) -> tuple[str, ...]:
+    """The devices that ``name`` stands for, as ``engine:hardware``, best first. UnknownDevice if there is none."""
+    key = name.strip().lower()
+    if key in _ALIASES:
+        return _ALIASES[key]
+    if key in _KNOWN:
+        return (key,)
+    raise UnknownDevice(f"unknown device {name!r}; known: {', '.join(device_names())}")
+
+
+def list_devices() -> list[Device]:
+    """Every known device and whether it can be used here. Imports both engines."""
+    return [_probe(name) for name in _KNOWN]
+
+
+def choose_device(name: str = "auto", engines: Collection[str] | None = None) -> Device:
+    """The best usable device that ``name`` stands for, among those of ``engines`` (None: any).
+
+    UnknownDevice, or DeviceUnavailable naming why each candidate is not usable.
+    """
+    reasons = []
+    for candidate in parse_device(name):
+        engine = _KNOWN[candidate][0]
+        if engines is not None and engine not in engines:
+            reasons.append(
+                f"{candidate}: there is no {engine} variant of the model (export one with --engine {engine})"
+            )
+            continue
+        device = _probe(candidate)
+        if device.problem is None:
+            return device
+        reasons.append(f"{candidate}: {device.problem}")
+    raise DeviceUnavailable(f"device {name!r} cannot be used here: " + "; ".join(reasons))
+
+
+def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Decoder:
+    """Open ``spec`` on ``device``. UnknownDevice, DeviceUnavailable, EngineError."""
+    chosen = choose_device(device, {spec.engine})
+    if chosen.engine == "openvino":
+        from devices.openvino_paged import OpenVinoDecoder
+
+        return OpenVinoDecoder(spec, options, device=_KNOWN[chosen.name][1])
+    from devices.onnxruntime_gqa import OnnxRuntimeDecoder
+
+    return OnnxRuntimeDecoder(spec, options)
+
+
+def _probe(name: str) -> Device:
+    engine, own_name = _KNOWN[name]
+    try:
+        hardware = (_openvino_devices if engine == "openvino" else _onnxruntime_devices)()
+    except ImportError as error:
+        return Device(name, engine, own_name, f"{engine} does not load ({error}); pip install {engine}")
+    if own_name not in hardware:
+        return Device(name, engine, own_name, f"{engine} finds no {own_name} here; {_HOW_TO.get(name, 'reinstall it')}")
+    if name not in _RUNNABLE:
+        problem = f"it is present, but this version runs {' and '.join(sorted(_RUNNABLE))} only; use --device cpu"
+        return Device(name, engine, hardware[own_name], problem)
+    return Device(name, engine, hardware[own_name])
+
+
+def _openvino_devices() -> dict[str, str]:
+    """OpenVINO's name → product name; ``GPU.0`` counts as ``GPU``."""
+    import openvino
+
+    core = openvino.Core()
+    found: dict[str, str] = {}
+    for device in core.available_devices:
+        found.setdefault(device.split(".")[0], str(core.get_property(device, "FULL_DEVICE_NAME")))
+    return found
+
+
+def _onnxruntime_devices() -> dict[str, str]:
+    """Execution provider → description."""
+    import onnxruntime
+
+    return {provider: provider for provider in onnxruntime.get_available_providers()}
