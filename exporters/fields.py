@@ -1,0 +1,128 @@
+"""Strict reading of a JSON configuration: every field is typed, and one nobody read is found out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edge_runtime.errors import CorruptModel, UnsupportedModel
+
+
+class Fields:
+    """A view of one JSON object that remembers what was read.
+
+    A field that is absent or null takes the ``default``; without a default it is an error. Wrong types and values
+    outside the stated range raise :class:`CorruptModel` with the field's name and value.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self._values = values
+        self._where = where
+        self._read: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        """Present and not null."""
+        self._read.add(name)
+        return self._values.get(name) is not None
+
+    def given(self, name: str) -> bool:
+        """Present, even if null: an explicit null may mean "none" where absence means a default."""
+        self._read.add(name)
+        return name in self._values
+
+    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.wrong(name, value, f"an integer of at least {minimum}")
+        return value
+
+    def number(self, name: str, default: float | None = None, above: float = -math.inf) -> float:
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= above:
+            limit = "a finite number" if above == -math.inf else f"a finite number above {above:g}"
+            raise self.wrong(name, value, limit)
+        return float(value)
+
+    def boolean(self, name: str, default: bool | None = None) -> bool:
+        value = self._value(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, value, "true or false")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self._value(name, default)
+        if not isinstance(value, str):
+            raise self.wrong(name, value, "a string")
+        return value
+
+    def numbers(self, name: str, length: int) -> tuple[float, ...]:
+        """A list of ``length`` finite positive numbers."""
+        return tuple(
+            float(value)
+            for value in self._items(name, length)
+            if self._good(
+                name, value, isinstance(value, int | float) and math.isfinite(value) and value > 0, "positive numbers"
+            )
+        )
+
+    def integers(self, name: str, length: int) -> tuple[int, ...]:
+        return tuple(
+            int(value)
+            for value in self._items(name, length)
+            if self._good(name, value, isinstance(value, int), "integers")
+        )
+
+    def texts(self, name: str, length: int) -> tuple[str, ...]:
+        return tuple(
+            str(value)
+            for value in self._items(name, length)
+            if self._good(name, value, isinstance(value, str), "strings")
+        )
+
+    def object(self, name: str) -> Mapping[str, Any]:
+        """A JSON object; {} when absent."""
+        value = self._value(name, {})
+        if not isinstance(value, Mapping):
+            raise self.wrong(name, value, "an object")
+        return value
+
+    def must_be(self, name: str, value: object, why: str) -> None:
+        """A field that may only have the one value we compute with, when it is there at all."""
+        if self.has(name) and self._values[name] != value:
+            raise UnsupportedModel(
+                f"{self._where}: {name} = {self._values[name]!r} is not supported, only {value!r}: {why}"
+            )
+
+    def unread(self, harmless: frozenset[str]) -> list[str]:
+        """Fields that carry a value, were not read, and are not known to be ``harmless``."""
+        return sorted(
+            name
+            for name, value in self._values.items()
+            if value is not None and name not in self._read and name not in harmless
+        )
+
+    def wrong(self, name: str, value: object, wanted: str) -> CorruptModel:
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        return CorruptModel(f"{self._where}: {name} must be {wanted}, not {shown}")
+
+    def _value(self, name: str, default: object) -> object:
+        self._read.add(name)
+        value = self._values.get(name)
+        if value is not None:
+            return value
+        if default is None:
+            raise CorruptModel(f"{self._where}: {name} is missing")
+        return default
+
+    def _items(self, name: str, length: int) -> Sequence[object]:
+        value = self._value(name, None)
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
+            raise self.wrong(name, value, f"a list of {length} values")
+        return value
+
+    def _good(self, name: str, value: object, good: bool, wanted: str) -> bool:
+        if not good or (isinstance(value, bool) and wanted != "integers"):
+            raise self.wrong(name, value, f"a list of {wanted}")
+        return True
