@@ -28,22 +28,26 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 HARMLESS = frozenset(
-    # identity and bookkeeping
-    "_attn_implementation _attn_implementation_autoset _name_or_path architectures auto_map dtype name_or_path "
-    "torch_dtype transformers_version unsloth_fixed unsloth_version transformers.js_config is_llama_config "
-    "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id tokenizer_class "
-    # training only
-    "attention_dropout embd_pdrop hidden_dropout initializer_range resid_pdrop gradient_checkpointing "
-    # how Transformers runs or splits it, not what it computes
-    "cache_implementation output_attentions output_hidden_states pretraining_tp return_dict torchscript use_cache "
-    "use_return_dict "
-    # heads of other tasks
-    "finetuning_task id2label label2id problem_type task_specific_params prefix "
-    # generation defaults that old checkpoints carry in config.json
-    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
-    "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length "
-    "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values "
-    "repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p".split()
+    name
+    for names in (
+        # identity and bookkeeping
+        "_attn_implementation _attn_implementation_autoset _name_or_path architectures auto_map dtype name_or_path",
+        "torch_dtype transformers_version unsloth_fixed unsloth_version transformers.js_config is_llama_config",
+        "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id tokenizer_class",
+        # training only
+        "attention_dropout embd_pdrop hidden_dropout initializer_range resid_pdrop gradient_checkpointing",
+        # how Transformers runs or splits it, not what it computes
+        "cache_implementation output_attentions output_hidden_states pretraining_tp return_dict torchscript use_cache",
+        "use_return_dict",
+        # heads of other tasks
+        "finetuning_task id2label label2id problem_type task_specific_params prefix",
+        # generation defaults that old checkpoints carry in config.json
+        "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length",
+        "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values",
+        "repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p",
+    )
+    for name in names.split()
 )
 
 MUST_BE: Mapping[str, tuple[object, str]] = {
@@ -200,8 +204,8 @@ def _ropes(fields: Fields, family: Family, head_dim: int, max_context: int) -> t
     """The rotary embedding of each layer type, and the longrope switch."""
     if fields.has("rope_parameters") and fields.has("rope_scaling"):
         raise CorruptModel("config.json: both rope_parameters and rope_scaling are given; keep one")
-    scaled = fields.object("rope_scaling")
-    params = fields.object("rope_parameters") or scaled
+    scaled = fields.mapping("rope_scaling")
+    params = fields.mapping("rope_parameters") or scaled
     nested = {key: params[key] for key in (FULL, SLIDING) if isinstance(params.get(key), Mapping)}
     if unknown := sorted(set(params) - set(nested)) if nested else []:
         raise UnsupportedModel(f"config.json: rope_parameters has {', '.join(unknown)} beside its layer types")

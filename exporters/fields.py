@@ -80,7 +80,7 @@ class Fields:
             if self._good(name, value, isinstance(value, str), "strings")
         )
 
-    def object(self, name: str) -> Mapping[str, Any]:
+    def mapping(self, name: str) -> Mapping[str, Any]:
         """A JSON object; {} when absent."""
         value = self._value(name, {})
         if not isinstance(value, Mapping):
