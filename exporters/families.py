@@ -38,7 +38,7 @@ HARMLESS = frozenset(
         "attention_dropout embd_pdrop hidden_dropout initializer_range resid_pdrop gradient_checkpointing",
         # how Transformers runs or splits it, not what it computes
         "cache_implementation output_attentions output_hidden_states pretraining_tp return_dict torchscript use_cache",
-        "use_return_dict",
+        "is_decoder use_return_dict",
         # heads of other tasks
         "finetuning_task id2label label2id problem_type task_specific_params prefix",
         # generation defaults that old checkpoints carry in config.json
@@ -53,7 +53,6 @@ HARMLESS = frozenset(
 MUST_BE: Mapping[str, tuple[object, str]] = {
     "add_cross_attention": (False, "there is no encoder"),
     "chunk_size_feed_forward": (0, "the MLP runs whole"),
-    "is_decoder": (True, "attention is causal"),
     "is_encoder_decoder": (False, "there is no encoder"),
     "pruned_heads": ({}, "all heads are computed"),
     "rope_interleaved": (False, "the family's pairing of channels is fixed"),
@@ -235,7 +234,7 @@ def _rope(
     if params.has("type") and params.text("type") != rope_type:
         raise CorruptModel(f"config.json: rope type {rope_type!r} contradicts {params.text('type')!r}")
     rope_type = family.rope_aliases.get(rope_type, rope_type)
-    theta = params.number("rope_theta", local or 0.0) or fields.number("rope_theta", family.theta)
+    theta = params.number("rope_theta", local or fields.number("rope_theta", family.theta))
     if theta <= 1:
         raise fields.wrong("rope_theta", theta, "a number above 1")
     if local is None and params.has("rope_theta"):

@@ -58,27 +58,26 @@ class Fields:
 
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
         """A list of ``length`` finite positive numbers."""
-        return tuple(
-            float(value)
-            for value in self._items(name, length)
-            if self._good(
-                name, value, isinstance(value, int | float) and math.isfinite(value) and value > 0, "positive numbers"
-            )
-        )
+        values = self._items(name, length)
+        numbers = [float(item) for item in values if isinstance(item, int | float) and not isinstance(item, bool)]
+        if len(numbers) != length or not all(math.isfinite(item) and item > 0 for item in numbers):
+            raise self.wrong(name, values, "a list of positive numbers")
+        return tuple(numbers)
 
     def integers(self, name: str, length: int) -> tuple[int, ...]:
-        return tuple(
-            int(value)
-            for value in self._items(name, length)
-            if self._good(name, value, isinstance(value, int), "integers")
-        )
+        """A list of ``length`` integers; true and false count as 1 and 0."""
+        values = self._items(name, length)
+        integers = [int(item) for item in values if isinstance(item, int)]
+        if len(integers) != length:
+            raise self.wrong(name, values, "a list of integers")
+        return tuple(integers)
 
     def texts(self, name: str, length: int) -> tuple[str, ...]:
-        return tuple(
-            str(value)
-            for value in self._items(name, length)
-            if self._good(name, value, isinstance(value, str), "strings")
-        )
+        values = self._items(name, length)
+        texts = [item for item in values if isinstance(item, str)]
+        if len(texts) != length:
+            raise self.wrong(name, values, "a list of strings")
+        return tuple(texts)
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         """A JSON object; {} when absent."""
@@ -121,8 +120,3 @@ class Fields:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
             raise self.wrong(name, value, f"a list of {length} values")
         return value
-
-    def _good(self, name: str, value: object, good: bool, wanted: str) -> bool:
-        if not good or (isinstance(value, bool) and wanted != "integers"):
-            raise self.wrong(name, value, f"a list of {wanted}")
-        return True
