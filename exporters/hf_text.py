@@ -49,12 +49,19 @@ def read_text_files(folder: Path, config: Mapping[str, Any]) -> TextFiles:
         tokenizer = Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # the library raises bare Exception
         raise CorruptModel(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+    generation = _generation(folder, config, tokenizer, tokens)
+    add_bos = moved_bos or (settings.get("add_bos_token") is True and "bos_token" in tokens)
+    if add_bos and generation.get("bos_token_id") != tokenizer.token_to_id(tokens["bos_token"]):
+        raise CorruptModel(
+            f"{folder}: bos_token {tokens['bos_token']!r} is not the token bos_token_id "
+            f"({generation.get('bos_token_id')!r}) names"
+        )
     return TextFiles(
         tokenizer_json=tokenizer_json,
         chat_template=_chat_template(folder, settings),
         special_tokens=tokens,
-        add_bos=moved_bos or (settings.get("add_bos_token") is True and "bos_token" in tokens),
-        generation=_generation(folder, config, tokenizer, tokens),
+        add_bos=add_bos,
+        generation=generation,
     )
 
 
@@ -106,7 +113,9 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     value = settings.get("chat_template")
     if isinstance(value, list):  # several named ones
-        named: dict[Any, Any] = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, Mapping)}
+        named: dict[Any, Any] = {
+            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, Mapping)
+        }
         if "default" not in named:
             raise UnsupportedModel(f"{folder}: tokenizer_config.json has chat templates {list(named)}, no 'default'")
         value = named["default"]
