@@ -1,0 +1,26 @@
+"""Importing OpenVINO without its telemetry.
+
+``import openvino`` sends a usage event to Google Analytics when the package openvino-telemetry is installed, and
+pip installs it. A device must not report to anybody, so the package is hidden while openvino is first imported;
+openvino then takes its own silent stub.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+_TELEMETRY = "openvino_telemetry"
+
+
+def import_openvino() -> Any:
+    """The ``openvino`` module. ImportError if it is not installed."""
+    if "openvino" in sys.modules or _TELEMETRY in sys.modules:
+        return importlib.import_module("openvino")  # somebody else's import: not ours to silence
+    modules: dict[str, Any] = sys.modules
+    modules[_TELEMETRY] = None  # what Python documents for "raise ModuleNotFoundError on import"
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        del modules[_TELEMETRY]

@@ -1,0 +1,264 @@
+"""A decoder over OpenVINO's PagedAttention, with a block pool of our own.
+
+Every batch, whatever its mixture of prompt chunks and single tokens, is one inference. Forking and cropping are
+block-table work (:mod:`devices.block_pool`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from devices.base import DecoderLimits, DecoderOptions, DecoderSpec, Snapshot, Step
+from devices.block_pool import BlockPool, BlockTable
+from devices.errors import DeviceError, EngineError, OutOfSequences
+from devices.openvino_graph import (
+    ROWS,
+    compile_model,
+    engine_errors,
+    gather_rows,
+    new_core,
+    precision_defaults,
+    read_model,
+    rope_offset,
+    to_paged_attention,
+)
+from devices.steps import check_batch, check_rope_switch
+
+_STORAGE = {"u8": np.uint8, "i8": np.int8, "f16": np.float16, "bf16": np.uint16, "f32": np.float32}
+"""Element type of a cache → the numpy type of equal width that holds it."""
+
+
+class OpenVinoSequence:
+    """A block table in the pool of its decoder. See :class:`devices.base.DecoderSequence`."""
+
+    def __init__(self, decoder: OpenVinoDecoder, table: BlockTable, on_long: bool) -> None:
+        self._decoder = decoder
+        self._open_table: BlockTable | None = table
+        self.on_long = on_long
+        """On the long rotary factors (longrope)."""
+
+    @property
+    def table(self) -> BlockTable:
+        """DeviceError when the sequence or its decoder is closed."""
+        if self._open_table is None:
+            raise DeviceError("the sequence is closed; open a new one")
+        self._decoder.check_open()
+        return self._open_table
+
+    @property
+    def length(self) -> int:
+        return self.table.length
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.table.blocks) * self._decoder.block_bytes
+
+    def crop(self, length: int) -> int:
+        self._decoder.pool.crop(self.table, length)
+        return length
+
+    def fork(self, length: int) -> OpenVinoSequence:
+        return self._decoder.fork(self, length)
+
+    def snapshot(self) -> Snapshot:
+        table = self.table
+        arrays = tuple(cache[table.blocks] for cache in self._decoder.caches)  # indexing by a list copies
+        return Snapshot(table.length, arrays)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self._decoder.restore(self, snapshot)
+
+    def close(self) -> None:
+        table, self._open_table = self._open_table, None
+        if table is not None:
+            self._decoder.forget(self, table)
+
+
+class OpenVinoDecoder:
+    """Implements :class:`devices.base.Decoder` on OpenVINO's ``device`` ("CPU", "GPU").
+
+    The KV cache is allocated once, for ``options.kv_tokens`` rounded up to whole blocks; the operating system
+    commits its pages when they are first written. Precisions are those of
+    :func:`devices.openvino_graph.precision_defaults` unless ``options.properties`` says otherwise.
+
+    EngineError when OpenVINO cannot open ``spec.model``.
+    """
+
+    def __init__(self, spec: DecoderSpec, options: DecoderOptions, device: str = "CPU") -> None:
+        ov, core = new_core()
+        model = read_model(core, spec.model)
+        self._ov = ov
+        self._device = device
+        self._vocab_size = spec.vocab_size
+        self._rope_offset = rope_offset(model, spec)
+        defaults = precision_defaults(model)
+        to_paged_attention(ov, model, spec)
+        gather_rows(model, axis=0)
+        self._compiled: Any = compile_model(core, model, device, options, defaults)
+        with engine_errors("creating an inference request"):
+            self._request: Any = self._compiled.create_infer_request()
+        self._sequences: set[OpenVinoSequence] = set()
+        self._allocate(spec, options)
+
+    def _allocate(self, spec: DecoderSpec, options: DecoderOptions) -> None:
+        ports = {port.get_any_name(): port for port in self._compiled.inputs}
+        names = [f"{kind}_cache.{layer}" for layer in range(spec.num_layers) for kind in ("key", "value")]
+        block_size = ports["value_cache.0"].get_partial_shape()[2].get_length()
+        tokens = spec.max_context if options.kv_tokens is None else options.kv_tokens
+        if tokens < 1:
+            raise ValueError(f"kv_tokens must be at least 1, not {tokens}")
+        self.pool = BlockPool(-(-tokens // block_size), block_size)
+        self.caches: list[NDArray[np.generic]] = []
+        """Keys and values, layer by layer: (blocks, kv_heads, …) in the layout the engine chose."""
+        for name in names:
+            port = ports[name]
+            kind = port.get_element_type().get_type_name()
+            if kind not in _STORAGE:
+                raise EngineError(f"a KV cache of type {kind} is not supported; set KV_CACHE_PRECISION to u8 or f16")
+            dims = [dim.get_length() for dim in list(port.get_partial_shape())[1:]]
+            # zeros are committed on first touch
+            cache: NDArray[np.generic] = np.zeros((self.pool.num_blocks, *dims), _STORAGE[kind])
+            self.caches.append(cache)
+            tensor = self._ov.Tensor(cache, self._ov.Shape(list(cache.shape)), port.get_element_type())
+            with engine_errors(f"binding {name}"):
+                self._request.set_tensor(name, tensor)
+        self.block_bytes = sum(cache.nbytes for cache in self.caches) // self.pool.num_blocks
+        self._limits = DecoderLimits(
+            max_context=spec.max_context,
+            max_prompt=spec.max_context,
+            max_sequences=options.max_sequences,
+            prefill_chunk=options.prefill_chunk,
+            kv_tokens=self.pool.num_blocks * block_size,
+            kv_bytes_per_token=-(-self.block_bytes // block_size),
+            rope_switch=spec.rope_switch,
+        )
+
+    @property
+    def limits(self) -> DecoderLimits:
+        return self._limits
+
+    @property
+    def device(self) -> str:
+        return f"openvino:{self._device.lower()}"
+
+    def check_open(self) -> None:
+        if self._request is None:
+            raise DeviceError("the decoder is closed; open the device again")
+
+    # ---- sequences
+
+    def new_sequence(self, expected: int = 0) -> OpenVinoSequence:
+        switch = self._limits.rope_switch
+        return self._register(BlockTable(), on_long=switch is not None and expected > switch)
+
+    def fork(self, sequence: OpenVinoSequence, length: int) -> OpenVinoSequence:
+        self._check_place()
+        return self._register(self.pool.fork(sequence.table, length), sequence.on_long)
+
+    def _register(self, table: BlockTable, on_long: bool) -> OpenVinoSequence:
+        self._check_place()
+        sequence = OpenVinoSequence(self, table, on_long)
+        self._sequences.add(sequence)
+        return sequence
+
+    def _check_place(self) -> None:
+        self.check_open()
+        if len(self._sequences) >= self._limits.max_sequences:
+            raise OutOfSequences(
+                f"{self._limits.max_sequences} sequences are open, as many as max_sequences allows; close one"
+            )
+
+    def forget(self, sequence: OpenVinoSequence, table: BlockTable) -> None:
+        """Take back a closing sequence's blocks."""
+        self._sequences.discard(sequence)
+        self.pool.crop(table, 0)
+
+    def restore(self, sequence: OpenVinoSequence, snapshot: Snapshot) -> None:
+        table = sequence.table
+        if table.length:
+            raise EngineError(f"a snapshot goes into an empty sequence; this one holds {table.length} tokens")
+        blocks = -(-snapshot.length // self.pool.block_size)
+        wanted = [(blocks, *cache.shape[1:], cache.dtype) for cache in self.caches]
+        if [(*array.shape, array.dtype) for array in snapshot.arrays] != wanted:
+            raise EngineError("the snapshot was taken from another model or with another KV precision; prefill instead")
+        if snapshot.length > self._limits.max_context:
+            raise EngineError(f"the snapshot's {snapshot.length} tokens pass the context of {self._limits.max_context}")
+        self.pool.append([(table, snapshot.length)])
+        for cache, array in zip(self.caches, snapshot.arrays, strict=True):
+            cache[table.blocks] = array
+
+    # ---- running
+
+    def forward(self, batch: Sequence[Step]) -> list[NDArray[np.float32]]:
+        self.check_open()
+        check_batch(batch, self._limits, self._vocab_size)
+        sequences = [self._own(step) for step in batch]
+        counts = [step.tokens.size for step in batch]
+        for sequence, count in zip(sequences, counts, strict=True):
+            check_rope_switch(sequence.length + count, self._limits.rope_switch, sequence.on_long)
+
+        past = [sequence.length for sequence in sequences]
+        copies = self.pool.append([(s.table, count) for s, count in zip(sequences, counts, strict=True)])
+        for source, target in copies:
+            for cache in self.caches:
+                cache[target] = cache[source]
+        return self._infer(batch, sequences, past)
+
+    def _own(self, step: Step) -> OpenVinoSequence:
+        if not isinstance(step.sequence, OpenVinoSequence) or step.sequence not in self._sequences:
+            raise ValueError("the sequence is not an open sequence of this decoder")
+        return step.sequence
+
+    def _infer(
+        self, batch: Sequence[Step], sequences: Sequence[OpenVinoSequence], past: Sequence[int]
+    ) -> list[NDArray[np.float32]]:
+        counts = [step.tokens.size for step in batch]
+        ends = np.cumsum(counts)
+        starts = [
+            start + (self._rope_offset if sequence.on_long else 0)
+            for start, sequence in zip(past, sequences, strict=True)
+        ]
+        tables = [sequence.table.blocks for sequence in sequences]
+        inputs: dict[str, NDArray[np.generic]] = {
+            "input_ids": np.concatenate([step.tokens for step in batch], dtype=np.int64),
+            "position_ids": np.concatenate(
+                [np.arange(start, start + count, dtype=np.int64) for start, count in zip(starts, counts, strict=True)]
+            ),
+            "past_lens": np.array(past, np.int32),
+            "subsequence_begins": np.array([0, *ends], np.int32),
+            "block_indices": np.array([block for table in tables for block in table], np.int32),
+            "block_indices_begins": np.cumsum([0, *map(len, tables)], dtype=np.int32),
+            "max_context_len": np.array(max(s + c for s, c in zip(past, counts, strict=True)), np.int32),
+            ROWS: np.concatenate(
+                [np.arange(end - step.rows, end, dtype=np.int64) for end, step in zip(ends, batch, strict=True)]
+            ),
+        }
+        with engine_errors("running a batch"):
+            for name, values in inputs.items():
+                self._request.set_tensor(name, self._ov.Tensor(values))
+            self._request.infer()
+            logits = self._request.get_output_tensor(0).data
+        bounds = np.cumsum([step.rows for step in batch])
+        logits = logits.reshape(-1, self._vocab_size)
+        return [logits[end - step.rows : end].copy() for step, end in zip(batch, bounds, strict=True)]
+
+    # ---- the end
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity([sequence.table for sequence in self._sequences])
+        if len(self._sequences) > self._limits.max_sequences:
+            raise AssertionError(f"{len(self._sequences)} sequences are open, of {self._limits.max_sequences}")
+
+    def close(self) -> None:
+        if self._request is None:
+            return
+        self._request = None
+        compiled, self._compiled = self._compiled, None
+        with engine_errors("releasing memory"):
+            compiled.release_memory()
+        self._sequences.clear()
+        self.caches.clear()

@@ -1,0 +1,178 @@
+"""Weights of an OpenVINO model: written straight to the ``.bin``, decompressed by the graph.
+
+A weight never becomes an OpenVINO constant while exporting, because constants stay in memory until the model is
+serialized. The graph holds a Parameter of the same type and shape in its place; :meth:`WeightFile.finish` turns
+those into ``Const`` layers of the IR (https://docs.openvino.ai, "OpenVINO IR format": a layer of type ``Const``
+names the offset and size of its data in the ``.bin``).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from devices.openvino_import import import_openvino
+from edge_runtime.errors import StorageError, UnsupportedModel
+from exporters.weights import QuantizedTensor
+
+ov = import_openvino()
+ops = __import__("openvino.opset13", fromlist=["opset13"])
+
+ALIGNMENT = 64
+"""Bytes; lets a memory-mapped file feed vector loads."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    offset: int
+    size: int
+
+
+class WeightFile:
+    """The growing ``.bin``, and the placeholders that stand for its pieces in the graph."""
+
+    def __init__(self, scratch: Path | None) -> None:
+        self._file: IO[bytes] = tempfile.NamedTemporaryFile(dir=scratch, prefix="openvino-weights-", suffix=".bin")  # noqa: SIM115
+        self._stored: dict[str, _Stored] = {}
+        self.placeholders: list[Any] = []
+
+    def add(self, values: NDArray[np.generic], element_type: str, shape: tuple[int, ...]) -> Any:
+        """Write ``values`` (4-bit types already packed, low nibble first) and return the node that stands for them."""
+        node = ops.parameter(list(shape), getattr(ov.Type, element_type))
+        node.set_friendly_name(f"weight_{len(self.placeholders)}")
+        offset = self._append(memoryview(np.ascontiguousarray(values)).cast("B"))
+        self._stored[node.get_friendly_name()] = _Stored(offset, values.nbytes)
+        self.placeholders.append(node)
+        return node
+
+    def _append(self, data: memoryview | bytes) -> int:
+        try:
+            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+            offset = self._file.tell()
+            self._file.write(data)
+        except OSError as error:
+            raise StorageError(f"cannot write {len(data)} bytes of weights to {self._file.name}: {error}") from error
+        return offset
+
+    def finish(self, model: Any, folder: Path) -> None:
+        """Write ``openvino_model.xml`` and ``.bin`` into ``folder``. ``model`` has the placeholders as parameters."""
+        xml, weights = folder / "openvino_model.xml", folder / "openvino_model.bin"
+        try:
+            ov.serialize(model, str(xml), str(weights))  # the .bin: only the graph's own small constants
+            base = self._append(weights.read_bytes())
+            self._patch(xml, base)
+            self._file.flush()
+            self._file.seek(0)
+            with weights.open("wb") as target:
+                shutil.copyfileobj(self._file, target, 1 << 20)
+        except OSError as error:
+            raise StorageError(f"cannot write the OpenVINO model to {folder}: {error}") from error
+        finally:
+            self._file.close()
+
+    def _patch(self, xml: Path, base: int) -> None:
+        tree = ElementTree.parse(xml)
+        for layer in tree.iter("layer"):
+            data = layer.find("data")
+            if data is None:
+                continue
+            stored = self._stored.get(layer.get("name", ""))
+            if stored is not None:
+                layer.set("type", "Const")
+                data.set("offset", str(stored.offset))
+                data.set("size", str(stored.size))
+                for port in layer.iter("port"):
+                    port.attrib.pop("names", None)
+            elif layer.get("type") == "Const":
+                data.set("offset", str(int(data.get("offset", "0")) + base))
+        tree.write(xml, encoding="utf-8", xml_declaration=True)
+
+
+def float_matrix(store: WeightFile, values: NDArray[np.float32], half: bool) -> Any:
+    """A float32 view of ``values``, stored in half precision if asked for."""
+    if not half:
+        return store.add(np.asarray(values, np.float32), "f32", values.shape)
+    return ops.convert(store.add(to_half(values), "f16", values.shape), "f32")
+
+
+def to_half(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """UnsupportedModel when a value does not fit float16."""
+    largest = float(np.max(np.abs(values), initial=0.0))
+    if not largest <= float(np.finfo(np.float16).max):
+        raise UnsupportedModel(f"a weight of magnitude {largest:g} does not fit float16 (65504); export as fp32")
+    return values.astype(np.float16)
+
+
+def compressed_matrix(store: WeightFile, codes: NDArray[np.uint8], scale: NDArray[np.float32],
+                      zero: NDArray[np.uint8], bits: int) -> Any:
+    """A float32 view (rows, cols) of ``scale · (codes − zero)`` with integer zero points.
+
+    ``Constant → Convert → [Subtract] → Multiply → Reshape → Convert`` is the form that OpenVINO's plugins keep
+    compressed. Signed types without a zero point where all zeros are the middle.
+    """
+    rows, cols = codes.shape
+    groups = scale.shape[1]
+    shape = (rows, groups, cols // groups)
+    middle = 2 ** (bits - 1)
+    symmetric = bool(np.all(zero == middle))
+    if symmetric:
+        codes = codes ^ middle  # two's complement of code − middle, within its bits
+    name = f"{'i' if symmetric else 'u'}{bits}"
+    value = ops.convert(store.add(_pack(codes, bits, mask=0xF), name, shape), "f16")
+    if not symmetric:
+        zeros = ops.convert(store.add(_pack(zero, bits, mask=0xF), f"u{bits}", (rows, groups, 1)), "f16")
+        value = ops.subtract(value, zeros)
+    value = ops.multiply(value, store.add(to_half(scale), "f16", (rows, groups, 1)))
+    target = ops.constant(np.array([rows, cols], np.int64))
+    return ops.convert(ops.reshape(value, target, False), "f32")
+
+
+def _pack(codes: NDArray[np.uint8], bits: int, mask: int) -> NDArray[np.uint8]:
+    if bits == 8:
+        return codes
+    flat = codes.reshape(-1) & mask
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return (flat[0::2] | flat[1::2] << 4).astype(np.uint8)
+
+
+def offset_columns(tensor: QuantizedTensor) -> tuple[QuantizedTensor, int]:
+    """Make zero points integer and carry what is left over in extra columns.
+
+    With ``value = scale · (code − zero) + offset[g]`` (:meth:`QuantizedTensor.split_zero`),
+    ``x · value = x · scale·(code − zero) + Σ_g offset[g] · sum(x in g)``: the sums of x over each group become
+    further inputs and the offsets further columns, quantized like the rest. The offset is at most half a step, so
+    rounding it to ``bits`` bits leaves an error 2**bits times smaller than rounding the zero point.
+
+    Returns the tensor with integer zeros, and the number of columns added: groups, rounded up to a full group.
+    0 when all zero points are integers already.
+    """
+    zero, offset = tensor.split_zero()
+    if not np.any(np.abs(offset) > 1e-3 * np.abs(tensor.scale)):
+        return QuantizedTensor(tensor.codes, tensor.scale, zero.astype(np.float32), tensor.bits), 0
+    rows, groups = offset.shape
+    added = -(-groups // tensor.group) * tensor.group
+    padded = np.zeros((rows, added), np.float32)
+    padded[:, :groups] = offset
+    blocks = padded.reshape(rows, -1, tensor.group)
+    low, high = blocks.min(axis=2, keepdims=True), blocks.max(axis=2, keepdims=True)  # both sides of, or at, 0
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    top = 2**tensor.bits - 1
+    step = (high - low) / top
+    step = np.where(step > 0, step, 1).astype(np.float16).astype(np.float32)  # as it is stored
+    step = np.maximum(step, np.float32(2**-24))
+    middle = np.clip(np.rint(-low / step), 0, top)
+    codes = np.clip(np.rint(blocks / step) + middle, 0, top).astype(np.uint8)
+    return QuantizedTensor(
+        np.concatenate([tensor.codes, codes.reshape(rows, added)], axis=1),
+        np.concatenate([tensor.scale, step[:, :, 0]], axis=1),
+        np.concatenate([zero.astype(np.float32), middle[:, :, 0]], axis=1),
+        tensor.bits,
+    ), added
