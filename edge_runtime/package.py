@@ -1,0 +1,302 @@
+"""The model package: a folder that holds everything needed to run one model.
+
+::
+
+    edge_glm.json            the manifest: what the model is, and every file with its size and SHA-256
+    tokenizer.json           the ``tokenizers`` library's serialization
+    chat_template.jinja      if the model has one
+    generation_config.json   sampling defaults
+    onnx-int4/…              one folder per variant (engine and weight format)
+
+A package is whole or absent: see :mod:`edge_runtime.package_writer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import msgspec
+
+from devices.base import DecoderSpec, Engine
+from edge_runtime.errors import CorruptModel, ModelNotFound, StorageError, UnsupportedModel
+
+MANIFEST = "edge_glm.json"
+SCHEMA_VERSION = 1
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
+
+Weights = Literal["fp32", "fp16", "int8", "int4"]
+ENGINES: tuple[Engine, ...] = ("openvino", "onnxruntime")
+WEIGHTS: tuple[Weights, ...] = ("fp32", "fp16", "int8", "int4")
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of the package."""
+
+    path: str
+    """Relative to the package, with ``/``."""
+    bytes: int
+    sha256: str
+
+
+class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The model for one engine at one weight format."""
+
+    name: str
+    engine: Engine
+    weights: Weights
+    model: str
+    """Path of the graph file."""
+    files: tuple[FileEntry, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files)
+
+
+class ArchitectureSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a device and a planner must know of the network."""
+
+    family: str
+    parameters: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_context: int
+    sliding_windows: tuple[int | None, ...] = ()
+    """Per layer; empty: none."""
+    rope_switch: int | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``edge_glm.json``."""
+
+    schema_version: int
+    created_by: str
+    name: str
+    provenance: dict[str, Any]
+    """``source``, ``licence``, ``sha256``, ``format``, … as far as known."""
+    architecture: ArchitectureSummary
+    add_bos: bool
+    special_tokens: dict[str, str]
+    eos_ids: tuple[int, ...]
+    files: tuple[FileEntry, ...]
+    """Tokenizer, template and defaults: the files outside variant folders."""
+    variants: tuple[Variant, ...]
+
+
+@dataclass(frozen=True)
+class Package:
+    """An opened package. Its files have the recorded sizes; :meth:`verify` checks the hashes."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> Package:
+        """Read the manifest and check that every file is there in its size.
+
+        ModelNotFound if ``folder`` is no package, UnsupportedModel for another schema version, CorruptModel.
+        """
+        folder = folder.absolute()
+        path = folder / MANIFEST
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ModelNotFound(f"{folder} is not a model package: it has no {MANIFEST}") from error
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+        package = cls(folder, decode_manifest(data, path))
+        for entry in package.files():
+            size = _size(folder / entry.path)
+            if size != entry.bytes:
+                raise CorruptModel(
+                    f"{folder / entry.path} has {size} bytes, the manifest says {entry.bytes}; "
+                    "remove the model (edge-glm rm) and pull or export it again"
+                )
+        return package
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files())
+
+    def files(self, variant: Variant | None = None) -> Iterator[FileEntry]:
+        """The common files and those of ``variant`` (None: of all variants)."""
+        yield from self.manifest.files
+        for each in self.manifest.variants if variant is None else (variant,):
+            yield from each.files
+
+    def verify(self, variant: Variant | None = None, stamp: Path | None = None) -> None:
+        """Hash every file (of one variant, or all); CorruptModel names the first that is not as recorded.
+
+        ``stamp``: a file that remembers size and times of files found right; those are not hashed again
+        until they change.
+        """
+        known = _read_stamp(stamp)
+        checked = {}
+        for entry in self.files(variant):
+            path = self.folder / entry.path
+            mark = [*_times(path), entry.sha256]
+            if known.get(entry.path) != mark:
+                actual = file_sha256(path)
+                if actual != entry.sha256:
+                    raise CorruptModel(
+                        f"{path} has SHA-256 {actual}, the manifest says {entry.sha256}; "
+                        "remove the model (edge-glm rm) and pull or export it again"
+                    )
+            checked[entry.path] = mark
+        if stamp is not None and any(known.get(path) != mark for path, mark in checked.items()):
+            with suppress(OSError):  # only a cache: without it the files are hashed at the next load again
+                stamp.parent.mkdir(parents=True, exist_ok=True)
+                stamp.write_text(json.dumps({**known, **checked}), encoding="utf-8")
+
+    def variant(self, engine: Engine, weights: Weights | None = None) -> Variant | None:
+        """The variant for ``engine``, of any weight format if ``weights`` is None; None if there is none."""
+        for variant in self.manifest.variants:
+            if variant.engine == engine and weights in (None, variant.weights):
+                return variant
+        return None
+
+    def spec(self, variant: Variant) -> DecoderSpec:
+        """What :func:`devices.open_decoder` needs."""
+        arch = self.manifest.architecture
+        return DecoderSpec(
+            engine=variant.engine,
+            model=self.folder / variant.model,
+            num_layers=arch.num_layers,
+            num_heads=arch.num_heads,
+            num_kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            vocab_size=arch.vocab_size,
+            max_context=arch.max_context,
+            sliding_windows=arch.sliding_windows,
+            rope_switch=arch.rope_switch,
+        )
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.folder / TOKENIZER
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source, None if the model has none."""
+        return self._text(CHAT_TEMPLATE)
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """generation_config.json; empty if there is none."""
+        text = self._text(GENERATION)
+        try:
+            return {} if text is None else msgspec.json.decode(text, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise CorruptModel(f"{self.folder / GENERATION} is not a JSON object: {error}") from error
+
+    def _text(self, name: str) -> str | None:
+        if all(entry.path != name for entry in self.manifest.files):
+            return None
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorruptModel(f"cannot read {self.folder / name}: {error}") from error
+
+
+def is_package(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def decode_manifest(data: bytes, origin: Path) -> Manifest:
+    """Strictly: an unknown schema version, field or type, or a path out of the package is refused."""
+    try:
+        version = msgspec.json.decode(data, type=_Versioned).schema_version
+        if version != SCHEMA_VERSION:
+            raise UnsupportedModel(
+                f"{origin} has schema version {version}, this version of edge-glm reads {SCHEMA_VERSION}; "
+                "update edge-glm or export the model again"
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # ValidationError is a DecodeError
+        raise CorruptModel(f"{origin} is not a valid manifest: {error}") from error
+    _check_paths(manifest, origin)
+    return manifest
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+def _check_paths(manifest: Manifest, origin: Path) -> None:
+    entries = [entry.path for entry in manifest.files]
+    for variant in manifest.variants:
+        own = [entry.path for entry in variant.files]
+        if variant.model not in own:
+            raise CorruptModel(f"{origin}: variant {variant.name!r} does not list its model file {variant.model!r}")
+        entries += own
+    if TOKENIZER not in entries:
+        raise CorruptModel(f"{origin} lists no {TOKENIZER}")
+    for path in entries:
+        if not is_inside(path):
+            raise CorruptModel(f"{origin}: path {path!r} leads out of the package")
+
+
+def is_inside(path: str) -> bool:
+    """Whether a relative path with ``/`` stays in its folder, on any system."""
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not (path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path)
+
+
+def file_entry(folder: Path, path: Path) -> FileEntry:
+    """Size and hash of ``path``, named relative to ``folder``."""
+    return FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    with storage_errors(f"cannot read {path}"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Translate the system's errors (disk full, read-only, no permission, …) to StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{what}: {error.strerror or error}") from error
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptModel(f"{path} is missing; remove the model (edge-glm rm) and pull or export it again") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _times(path: Path) -> list[int]:
+    with storage_errors(f"cannot read {path}"):
+        stat = path.stat()
+    # ctime also moves when content is replaced and mtime set back
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _read_stamp(stamp: Path | None) -> dict[str, list[int | str]]:
+    if stamp is None:
+        return {}
+    try:
+        return msgspec.json.decode(stamp.read_bytes(), type=dict[str, list[int | str]])
+    except (OSError, msgspec.DecodeError):  # no stamp, or a damaged one: hash
+        return {}
