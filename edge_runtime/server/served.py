@@ -24,6 +24,10 @@ class ServedModel(Protocol):
     def ready(self) -> bool:
         """False once the model is closed or its engine has died; /health then answers 503."""
 
+    @property
+    def eos_ids(self) -> Sequence[int]:
+        """Tokens that end a completion; logprobs leave out the one that did."""
+
     def start_chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams) -> Generation:
         """Render the chat template with a generation prompt, tokenize and submit; returns without waiting for a token.
 

@@ -1,0 +1,136 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from edge_runtime.request import Chunk
+from edge_runtime.sampling import SamplingParams
+from edge_runtime.server.context import GONE, ServerContext, json_response, new_id, now, read_body, usage_body
+from edge_runtime.server.logprobs import chat_logprobs, shown
+from edge_runtime.server.running import Running, while_connected
+from edge_runtime.server.schema import ChatRequest, parse
+from edge_runtime.server.served import ServedModel
+from edge_runtime.server.sse import EventStream, Write, event
+
+
+async def chat_completions(request: Request) -> ASGIApp:
+    body = parse(await read_body(request), ChatRequest)
+    model = ServerContext.of(request).model(body.model)
+    params = body.params()
+    messages = [message.plain() for message in body.messages]
+    running = Running([partial(model.start_chat, messages, params)])
+    if body.stream:
+        await running.__aenter__()
+        return EventStream(running, partial(_stream, model=model, params=params, include_usage=body.include_usage))
+    answer = _Answer(model, params)
+
+    async def work() -> None:
+        async with running:
+            await running.pump(answer.add)
+
+    if not await while_connected(request.receive, work):
+        return GONE
+    return json_response(answer.body(running))
+
+
+class _Answer:
+    """Gathers the chunks of a request that does not stream."""
+
+    def __init__(self, model: ServedModel, params: SamplingParams) -> None:
+        self._model = model
+        self._params = params
+        self._texts: list[list[str]] = [[] for _ in range(params.n)]
+        self._logprobs: list[list[Any]] = [[] for _ in range(params.n)]
+        self._finish: list[str | None] = [None] * params.n
+
+    async def add(self, number: int, chunk: Chunk) -> None:
+        self._texts[chunk.index].append(chunk.text)
+        if chunk.logprobs:
+            entries = chat_logprobs(shown(chunk, self._model, self._params), self._model)["content"]
+            self._logprobs[chunk.index].extend(entries)
+        if chunk.finish_reason is not None:
+            self._finish[chunk.index] = chunk.finish_reason
+
+    def body(self, running: Running) -> dict[str, Any]:
+        logprobs_on = self._params.logprobs is not None
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": "".join(self._texts[index]), "refusal": None},
+                "logprobs": {"content": self._logprobs[index], "refusal": None} if logprobs_on else None,
+                "finish_reason": self._finish[index],
+            }
+            for index in range(self._params.n)
+        ]
+        return {
+            "id": new_id("chatcmpl"),
+            "object": "chat.completion",
+            "created": now(),
+            "model": self._model.model_id,
+            "choices": choices,
+            "usage": usage_body(running.usage()),
+        }
+
+
+async def _stream(
+    running: Running, write: Write, *, model: ServedModel, params: SamplingParams, include_usage: bool
+) -> None:
+    events = _Events(model, params, include_usage)
+    await write(b"".join(events.opening(index) for index in range(params.n)))
+
+    async def emit(number: int, chunk: Chunk) -> None:
+        data = events.of(chunk)
+        if data:
+            await write(data)
+
+    await running.pump(emit)
+    if include_usage:
+        await write(events.usage(running))
+
+
+class _Events:
+    """Writes the events of one stream; what is the same in all of them is serialised once."""
+
+    def __init__(self, model: ServedModel, params: SamplingParams, include_usage: bool) -> None:
+        self._model = model
+        self._params = params
+        self._head: dict[str, Any] = {
+            "id": new_id("chatcmpl"),
+            "object": "chat.completion.chunk",
+            "created": now(),
+            "model": model.model_id,
+        }
+        self._last = {"usage": None} if include_usage else {}  # OpenAI: null in all but the last event
+        self._plain = [self._split_around_text(index) for index in range(params.n)]
+
+    def _event(self, index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return event({**self._head, "choices": [choice], **self._last})
+
+    def _split_around_text(self, index: int) -> tuple[bytes, bytes]:
+        before, after = self._event(index, {"content": 0}).split(b'"content":0')
+        return before + b'"content":', after
+
+    def opening(self, index: int) -> bytes:
+        return self._event(index, {"role": "assistant", "content": "", "refusal": None})
+
+    def of(self, chunk: Chunk) -> bytes:
+        """A chunk's events: one for its text, one for its end."""
+        data = b""
+        if chunk.logprobs and (logprobs := shown(chunk, self._model, self._params)):
+            data = self._event(chunk.index, {"content": chunk.text}, chat_logprobs(logprobs, self._model))
+        elif chunk.text:
+            before, after = self._plain[chunk.index]
+            data = before + msgspec.json.encode(chunk.text) + after
+        if chunk.finish_reason is not None:
+            data += self._event(chunk.index, {}, None, chunk.finish_reason)
+        return data
+
+    def usage(self, running: Running) -> bytes:
+        return event({**self._head, "choices": [], "usage": usage_body(running.usage())})

@@ -1,0 +1,75 @@
+"""Runs the application in uvicorn."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+import uvicorn
+from starlette.applications import Starlette
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.server.context import ServerContext
+
+GRACE_SECONDS = 10
+"""On shutdown, answers under way get this long."""
+
+
+def serve(
+    app: Starlette, host: str = "127.0.0.1", port: int = 8000, *, allow_open: bool = False, log_level: str = "info"
+) -> None:
+    """Serve until SIGINT or SIGTERM, then let answers under way finish (10 s; a second signal ends them at once).
+
+    ConfigError if ``host`` is reachable from other machines while ``app`` has no API key (``allow_open`` lets it be),
+    and if the address cannot be had.
+    """
+    listener = listen(app, host, port, allow_open=allow_open)
+    with listener:
+        make_server(app, log_level).run(sockets=[listener])
+
+
+def listen(app: Starlette, host: str, port: int, *, allow_open: bool = False) -> socket.socket:
+    """A bound socket; port 0 takes any free one. ConfigError as for :func:`serve`."""
+    context: ServerContext = app.state.context
+    if context.api_key is None and not allow_open and not _is_loopback(host):
+        raise ConfigError(
+            f"{host} is reachable from other machines and there is no API key: set one (--api-key), "
+            "or serve on 127.0.0.1"
+        )
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot serve on {host} port {port}: {error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(f"cannot serve on {host} port {port}: {error}; choose another with --port") from error
+    return listener
+
+
+def make_server(app: Starlette, log_level: str = "info") -> uvicorn.Server:
+    """A uvicorn server for ``run(sockets=[listen(…)])``."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level=log_level,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+            server_header=False,
+            ws="none",
+            lifespan="off",
+        )
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # another name may mean any address

@@ -1,0 +1,108 @@
+"""Runs a request's generations: started off the event loop, streamed on it, ended when the client leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+
+import anyio
+import anyio.to_thread
+from starlette.types import Receive
+
+from edge_runtime.engine import Generation
+from edge_runtime.errors import EngineStopped
+from edge_runtime.request import Chunk, Usage
+
+Start = Callable[[], Generation]
+"""Renders, tokenizes and submits; blocks."""
+Emit = Callable[[int, Chunk], Awaitable[None]]
+"""Takes a chunk and the number of the generation it belongs to."""
+
+
+class Running:
+    """The generations of one request. ``async with`` starts them, and closes whatever started on any way out."""
+
+    def __init__(self, starts: Sequence[Start]) -> None:
+        self._starts = starts
+        self._generations: list[Generation] = []
+
+    async def __aenter__(self) -> Running:
+        try:
+            for start in self._starts:
+                # The thread keeps what it started where a cancelled request can still close it.
+                await anyio.to_thread.run_sync(self._start, start)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._close()
+
+    def _start(self, start: Start) -> None:
+        self._generations.append(start())
+
+    def _close(self) -> None:
+        for generation in self._generations:
+            generation.close()
+
+    async def pump(self, emit: Emit) -> None:
+        """Give every chunk to ``emit``, of several generations as they come. Raises a chunk's error."""
+        if len(self._generations) == 1:
+            await self._pump_one(0, emit)
+            return
+        failures: list[Exception] = []
+        async with anyio.create_task_group() as group:
+
+            async def pump_one(number: int) -> None:
+                try:
+                    await self._pump_one(number, emit)
+                except Exception as error:
+                    failures.append(error)  # raised below: the group would wrap it in an ExceptionGroup
+                    group.cancel_scope.cancel()
+
+            for number in range(len(self._generations)):
+                group.start_soon(pump_one, number)
+        if failures:
+            raise failures[0]
+
+    async def _pump_one(self, number: int, emit: Emit) -> None:
+        async for chunk in self._generations[number]:
+            chunk.checked()
+            if chunk.finish_reason == "cancelled":
+                raise EngineStopped("the answer was cut off: the server is shutting down")
+            await emit(number, chunk)
+
+    def usage(self) -> Usage:
+        """The sum over the generations, right once ``pump`` has returned."""
+        usages = [generation.usage for generation in self._generations]
+        return Usage(
+            sum(usage.prompt_tokens for usage in usages),
+            sum(usage.completion_tokens for usage in usages),
+            sum(usage.cached_tokens for usage in usages),
+        )
+
+
+async def while_connected(receive: Receive, work: Callable[[], Awaitable[None]]) -> bool:
+    """Run ``work``, cancelling it when the client leaves; False if it left. ``receive`` has given the whole body."""
+    failure: list[Exception] = []
+    finished = False
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(_cancel_on_disconnect, receive, group.cancel_scope))
+        try:
+            await work()
+            finished = True
+        except Exception as error:
+            failure.append(error)  # raised below: the group would wrap it in an ExceptionGroup
+        group.cancel_scope.cancel()
+    if failure:
+        raise failure[0]
+    return finished
+
+
+async def _cancel_on_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:
+    with suppress(EOFError):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    scope.cancel()

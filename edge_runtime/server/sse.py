@@ -1,0 +1,60 @@
+"""Server-sent events, as OpenAI's streams use them: ``data: <json>`` and a blank line, ``data: [DONE]`` at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from edge_runtime.server.errors import failure_of
+from edge_runtime.server.running import Running, while_connected
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold the tokens back
+]
+
+Write = Callable[[bytes], Awaitable[None]]
+Produce = Callable[[Running, Write], Awaitable[None]]
+"""Writes a request's events; what it raises becomes an error event."""
+
+
+def event(payload: Any) -> bytes:
+    """One event with ``payload`` as JSON (no newline can be in it)."""
+    return b"data: " + msgspec.json.encode(payload) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+class EventStream:
+    """An ASGI response that streams what ``produce`` writes, and ends the generations when the client leaves.
+
+    The generations have started, so that a refusal could still be an HTTP status; an error from here on is an event
+    of its own, without ``[DONE]``.
+    """
+
+    def __init__(self, running: Running, produce: Produce) -> None:
+        self._running = running
+        self._produce = produce
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        async def work() -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            try:
+                await self._produce(self._running, write)
+                await write(DONE)
+            except Exception as error:
+                await write(event(failure_of(error).body()))
+
+        try:
+            if await while_connected(receive, work):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await self._running.__aexit__()
