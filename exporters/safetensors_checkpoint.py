@@ -118,7 +118,8 @@ class SafetensorsCheckpoint:
         shape = tensor_shape(self._architecture, "embed")
         same = tuple(one.get_shape()) == shape and one.get_dtype() == two.get_dtype()
         for start in range(0, shape[0] if same else 0, 4096):  # a few thousand rows bound the memory
-            same = same and np.array_equal(one[start : start + 4096], two[start : start + 4096])
+            stop = min(start + 4096, shape[0])
+            same = same and np.array_equal(one[start:stop], two[start:stop])
         if not same:
             raise CorruptModel(
                 f"{self._folder}: config.json ties the head to the embedding (tie_word_embeddings), but {head} differs"

@@ -37,7 +37,7 @@ class NumpyBuilder:
         )
 
     def rms_norm(self, x: Array, weight: NDArray[np.float32], eps: float) -> Array:
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+        return np.asarray(x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight)
 
     def add_rms_norm(self, x: Array, y: Array, weight: NDArray[np.float32], eps: float) -> tuple[Array, Array]:
         return x + y, self.rms_norm(x + y, weight, eps)
@@ -65,7 +65,7 @@ class NumpyBuilder:
         scores = np.where((back >= 0) & (back < window), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        return np.einsum("hqk,khd->qhd", weights, v).reshape(count, heads * spec.head_dim)
+        return np.asarray(np.einsum("hqk,khd->qhd", weights, v).reshape(count, heads * spec.head_dim))
 
     def _rotate(self, x: Array, rope: Rope) -> Array:
         inv_freq = rope.long_inv_freq if self._long and rope.long_inv_freq else rope.inv_freq
