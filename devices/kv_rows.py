@@ -1,0 +1,96 @@
+"""Dense KV cache: for each layer keys and values [rows, kv_heads, capacity, head_dim], of which only used pages exist.
+
+The buffers are anonymous mappings as large as the longest sequence in every row; the system gives a page when it is
+first written, and gets it back when a sequence ends or is cut. So memory follows the tokens held, not the capacity.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""Python names it from 3.13 on. Without it Linux refuses mappings larger than the machine's memory."""
+_KEEP_TOKENS = 64
+"""Pages of fewer tokens are not given back: a crop by a few drafted tokens is followed by as many new ones."""
+
+
+class KVRows:
+    """Memory of ``rows`` sequences. Rows know nothing of their length: the caller says how many tokens are in use."""
+
+    def __init__(self, rows: int, layers: int, kv_heads: int, tokens: int, head_dim: int) -> None:
+        """``tokens``: the most a row can hold; the capacity is that, rounded up to whole pages.
+
+        OSError or MemoryError if the address space cannot be had.
+        """
+        token_bytes = head_dim * np.dtype(np.float32).itemsize
+        step = mmap.PAGESIZE // np.gcd(mmap.PAGESIZE, token_bytes)  # tokens of a head that are whole pages
+        self.capacity = int(-(-tokens // step) * step)
+        self.shape = (rows, kv_heads, self.capacity, head_dim)
+        self._token_bytes = token_bytes
+        size = int(np.prod(self.shape)) * 4
+        self._maps = [_anonymous(size) for _ in range(2 * layers)]
+        self.buffers = [np.frombuffer(m, np.float32).reshape(self.shape) for m in self._maps]
+        """Keys and values, layer by layer (k0, v0, k1, v1, …)."""
+
+    def address(self, buffer: int, row: int) -> int:
+        """Where row ``row`` of buffer number ``buffer`` begins."""
+        return int(self.buffers[buffer].ctypes.data + row * self.buffers[buffer].strides[0])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first ``length`` tokens of one row into another."""
+        for buffer in self.buffers:
+            buffer[target, :, :length] = buffer[source, :, :length]
+
+    def exchange(self, a: int, a_length: int, b: int, b_length: int) -> None:
+        """Swap two rows that hold ``a_length`` and ``b_length`` tokens."""
+        for buffer in self.buffers:
+            kept = buffer[a, :, :a_length].copy()
+            buffer[a, :, :b_length] = buffer[b, :, :b_length]
+            buffer[b, :, :a_length] = kept
+        self.release(a, b_length, a_length)
+        self.release(b, a_length, b_length)
+
+    def read(self, row: int, length: int) -> tuple[NDArray[np.float32], ...]:
+        """Copies of the first ``length`` tokens: (kv_heads, length, head_dim) for each buffer."""
+        return tuple(buffer[row, :, :length].copy() for buffer in self.buffers)
+
+    def write(self, row: int, arrays: tuple[NDArray[np.generic], ...]) -> None:
+        for buffer, array in zip(self.buffers, arrays, strict=True):
+            buffer[row, :, : array.shape[1]] = array
+
+    def release(self, row: int, start: int, end: int) -> None:
+        """Give back the memory of tokens ``start .. end − 1``, where the system can and it is worth it."""
+        if (end - start < _KEEP_TOKENS and start > 0) or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        _, heads, capacity, _ = self.shape
+        head_bytes = capacity * self._token_bytes
+        low = -(-start * self._token_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        high = min(-(-end * self._token_bytes // mmap.PAGESIZE) * mmap.PAGESIZE, head_bytes)
+        if high <= low:
+            return
+        for memory in self._maps:
+            for head in range(heads):
+                memory.madvise(mmap.MADV_DONTNEED, (row * heads + head) * head_bytes + low, high - low)
+
+    def close(self) -> None:
+        """Unmap everything. Addresses given out are no longer valid."""
+        self.buffers.clear()
+        for memory in self._maps:
+            memory.close()
+        self._maps.clear()
+
+
+def _anonymous(size: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_NOHUGEPAGE)  # a first token would take 2 MiB per head
+        except OSError:  # a kernel without huge pages has nothing to switch off
+            return memory
+    return memory

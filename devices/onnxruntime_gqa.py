@@ -1,0 +1,342 @@
+"""ONNX Runtime over graphs with GroupQueryAttention: past and present are one buffer, bound once per range of rows.
+
+The graph's inputs are described in :mod:`exporters.onnx_builder`. Every sequence has a row of the dense KV cache
+(:mod:`devices.kv_rows`); a batch is a range of rows (:mod:`devices.row_pool`). ``query_seqlens`` (ONNX Runtime 1.32)
+says how many tokens of each row are real, so rows of a range may be idle and short steps may be padded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from devices.base import DecoderLimits, DecoderOptions, DecoderSequence, DecoderSpec, Snapshot, Step
+from devices.errors import (
+    ContextOverflow,
+    DeviceError,
+    DeviceUnavailable,
+    EngineError,
+    OutOfKVCache,
+    OutOfSequences,
+)
+from devices.kv_rows import KVRows
+from devices.row_pool import RowPool
+from devices.steps import check_batch, check_rope_switch
+
+_PADDED_STEP = 16
+"""Steps up to this length (drafts being verified) may be padded to each other's length and run as one call."""
+
+
+class OnnxRuntimeSequence:
+    """A row of the decoder's KV cache; made by :meth:`OnnxRuntimeDecoder.new_sequence`."""
+
+    def __init__(self, decoder: OnnxRuntimeDecoder, key: int, long_rope: bool) -> None:
+        self._decoder = decoder
+        self._key = key
+        self._length = 0
+        self._long_rope = long_rope
+        self._open = True
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def nbytes(self) -> int:
+        return self._length * self._decoder.limits.kv_bytes_per_token
+
+    def crop(self, length: int) -> int:
+        self._check_open()
+        self._check_length(length)
+        self._decoder._set_length(self, length)
+        return length
+
+    def fork(self, length: int) -> OnnxRuntimeSequence:
+        self._check_open()
+        self._check_length(length)
+        return self._decoder._fork(self, length)
+
+    def snapshot(self) -> Snapshot:
+        self._check_open()
+        return self._decoder._snapshot(self)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self._check_open()
+        if self._length:
+            raise ValueError(f"only an empty sequence can be restored; this one holds {self._length} tokens")
+        self._decoder._restore(self, snapshot)
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._decoder._close_sequence(self)
+            self._length = 0
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise DeviceError("the sequence is closed; open a new one with Decoder.new_sequence()")
+
+    def _check_length(self, length: int) -> None:
+        if not 0 <= length <= self._length:
+            raise ValueError(f"length {length} is outside 0..{self._length}, the tokens the sequence holds")
+
+
+class OnnxRuntimeDecoder:
+    """A :class:`devices.base.Decoder` on an execution provider that computes in host memory, which is the CPU's."""
+
+    def __init__(self, spec: DecoderSpec, options: DecoderOptions, provider: str = "CPUExecutionProvider") -> None:
+        """DeviceUnavailable if the provider cannot be used, EngineError if the model is refused."""
+        max_context = spec.max_context if options.kv_tokens is None else min(spec.max_context, options.kv_tokens)
+        kv_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * np.dtype(np.float32).itemsize
+        self._limits = DecoderLimits(
+            max_context=max_context,
+            max_prompt=max_context,
+            max_sequences=options.max_sequences,
+            prefill_chunk=options.prefill_chunk,
+            kv_tokens=spec.max_context if options.kv_tokens is None else options.kv_tokens,
+            kv_bytes_per_token=kv_bytes,
+            rope_switch=spec.rope_switch,
+        )
+        self._spec = spec
+        self._session = _open_session(spec, options, provider)
+        try:
+            # a padded step reaches past the last token that counts
+            tokens = max_context + _PADDED_STEP
+            self._kv = KVRows(options.max_sequences, spec.num_layers, spec.num_kv_heads, tokens, spec.head_dim)
+        except (OSError, MemoryError, ValueError) as error:
+            raise EngineError(
+                f"no address space for the KV cache of {options.max_sequences} sequences of {max_context} tokens "
+                f"({error}); lower max_sequences or kv_tokens"
+            ) from error
+        self._pool = RowPool(options.max_sequences)
+        self._sequences: dict[int, OnnxRuntimeSequence] = {}
+        self._keys = itertools.count()
+        self._bindings: dict[tuple[int, int], Any] = {}
+
+    @property
+    def limits(self) -> DecoderLimits:
+        return self._limits
+
+    @property
+    def device(self) -> str:
+        return "onnxruntime:cpu"
+
+    def new_sequence(self, expected: int = 0) -> OnnxRuntimeSequence:
+        switch = self._limits.rope_switch
+        return self._new_sequence(long_rope=switch is not None and expected > switch)
+
+    def _new_sequence(self, long_rope: bool) -> OnnxRuntimeSequence:
+        self._check_open()
+        if len(self._pool) == self._limits.max_sequences:
+            raise OutOfSequences(
+                f"{self._limits.max_sequences} sequences are open, as many as max_sequences allows; close one first"
+            )
+        key = next(self._keys)
+        self._pool.open(key)
+        self._sequences[key] = OnnxRuntimeSequence(self, key, long_rope)
+        return self._sequences[key]
+
+    def forward(self, batch: Sequence[Step]) -> list[NDArray[np.float32]]:
+        sequences = self._check(batch)
+        results: list[NDArray[np.float32] | None] = [None] * len(batch)
+        for group in _group([len(step.tokens) for step in batch]):
+            outputs = self._run([sequences[i] for i in group], [batch[i] for i in group])
+            for i, output in zip(group, outputs, strict=True):
+                results[i] = output
+        return [result for result in results if result is not None]
+
+    def _check(self, batch: Sequence[Step]) -> list[OnnxRuntimeSequence]:
+        """Everything that can refuse the batch, before anything runs."""
+        self._check_open()
+        sequences = [self._own(step.sequence) for step in batch]
+        check_batch(batch, self._limits, self._spec.vocab_size)
+        for sequence, step in zip(sequences, batch, strict=True):
+            check_rope_switch(sequence.length + len(step.tokens), self._limits.rope_switch, sequence._long_rope)
+        self._check_room(sum(len(step.tokens) for step in batch))
+        return sequences
+
+    def _own(self, sequence: DecoderSequence) -> OnnxRuntimeSequence:
+        if not isinstance(sequence, OnnxRuntimeSequence) or sequence._decoder is not self:
+            raise ValueError("the sequence belongs to another decoder")
+        sequence._check_open()
+        return sequence
+
+    def _check_room(self, tokens: int) -> None:
+        held = sum(sequence.length for sequence in self._sequences.values())
+        if held + tokens > self._limits.kv_tokens:
+            raise OutOfKVCache(
+                f"{tokens} more tokens do not fit the KV cache of {self._limits.kv_tokens}, {held} are held; "
+                "close or crop a sequence"
+            )
+
+    def _run(self, sequences: list[OnnxRuntimeSequence], steps: list[Step]) -> list[NDArray[np.float32]]:
+        """One call of the engine over steps of (nearly) equal length."""
+        width = max(len(step.tokens) for step in steps)
+        first, count = self._arrange(sequences, idle=max(1, len(steps) // 4) if width == 1 else 0)
+
+        ids = np.zeros((count, width), np.int64)
+        positions = np.zeros((count, width), np.int64)
+        seqlens = np.zeros(count, np.int32)  # idle rows: one token held, none new; nothing is written
+        new = np.zeros(count, np.int32)
+        total, rows = width, []
+        for sequence, step in zip(sequences, steps, strict=True):
+            place, n = self._pool.row(sequence._key) - first, len(step.tokens)
+            ids[place, :n] = step.tokens
+            start = sequence.length + (self._spec.max_context if sequence._long_rope else 0)
+            positions[place, :n] = np.arange(start, start + n)
+            seqlens[place] = sequence.length + n - 1
+            new[place] = n
+            total = max(total, sequence.length + n)
+            rows.append(np.arange(place * width + n - step.rows, place * width + n))
+
+        row_index = np.concatenate(rows)
+        logits = np.empty((len(row_index), self._spec.vocab_size), np.float32)
+        inputs: dict[str, NDArray[np.generic]] = {
+            "input_ids": ids,
+            "seqlens_k": seqlens,
+            "query_seqlens": new,
+            "total_sequence_length": np.array(total, np.int32),
+            "row_index": row_index,
+        }
+        if self._limits.rope_switch is not None:
+            inputs["position_ids"] = positions
+        with _translated("running the model"):
+            binding = self._binding(first, count)
+            for name, array in inputs.items():
+                binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+            self._session.run_with_iobinding(binding)
+
+        for sequence, step in zip(sequences, steps, strict=True):
+            sequence._length += len(step.tokens)
+        ends = np.cumsum([step.rows for step in steps])
+        return [logits[end - step.rows : end] for end, step in zip(ends, steps, strict=True)]
+
+    def _arrange(self, sequences: list[OnnxRuntimeSequence], idle: int) -> tuple[int, int]:
+        window = self._pool.arrange([s._key for s in sequences], lambda key: self._sequences[key].length, idle)
+        lengths = {self._pool.row(key): sequence.length for key, sequence in self._sequences.items()}
+        for move in window.moves:  # lengths are by row, after the move
+            length = lengths[move.target]
+            if move.exchange:
+                self._kv.exchange(move.source, length, move.target, lengths[move.source])
+            else:
+                self._kv.copy(move.source, move.target, length)
+                self._kv.release(move.source, 0, length)
+        return window.first, window.count
+
+    def _binding(self, first: int, count: int) -> Any:
+        if (first, count) not in self._bindings:
+            binding = self._session.io_binding()
+            shape = (count, *self._kv.shape[1:])
+            for layer in range(self._spec.num_layers):
+                for i, kind in enumerate(("key", "value")):
+                    address = self._kv.address(2 * layer + i, first)
+                    past, present = f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
+                    binding.bind_input(past, "cpu", 0, np.float32, shape, address)
+                    binding.bind_output(present, "cpu", 0, np.float32, shape, address)
+            self._bindings[first, count] = binding
+        return self._bindings[first, count]
+
+    def _set_length(self, sequence: OnnxRuntimeSequence, length: int) -> None:
+        self._kv.release(self._pool.row(sequence._key), length, sequence._length)
+        sequence._length = length
+
+    def _fork(self, source: OnnxRuntimeSequence, length: int) -> OnnxRuntimeSequence:
+        self._check_room(length)
+        fork = self._new_sequence(source._long_rope)
+        self._kv.copy(self._pool.row(source._key), self._pool.row(fork._key), length)
+        fork._length = length
+        return fork
+
+    def _snapshot(self, sequence: OnnxRuntimeSequence) -> Snapshot:
+        return Snapshot(sequence.length, self._kv.read(self._pool.row(sequence._key), sequence.length))
+
+    def _restore(self, sequence: OnnxRuntimeSequence, snapshot: Snapshot) -> None:
+        expected = (self._spec.num_kv_heads, snapshot.length, self._spec.head_dim)
+        count = 2 * self._spec.num_layers
+        found = {(array.shape, array.dtype) for array in snapshot.arrays}
+        if len(snapshot.arrays) != count or found != {(expected, np.dtype(np.float32))}:
+            shapes = sorted(str(item) for item in found)
+            raise EngineError(
+                f"the snapshot has {len(snapshot.arrays)} arrays {shapes}, the model needs {count} float32 arrays of "
+                f"{expected}: it was made by another model; prefill the tokens instead"
+            )
+        if snapshot.length > self._limits.max_context:
+            raise ContextOverflow(f"{snapshot.length} tokens do not fit the context of {self._limits.max_context}")
+        check_rope_switch(snapshot.length, self._limits.rope_switch, sequence._long_rope)
+        self._check_room(snapshot.length)
+        self._kv.write(self._pool.row(sequence._key), snapshot.arrays)
+        sequence._length = snapshot.length
+
+    def _close_sequence(self, sequence: OnnxRuntimeSequence) -> None:
+        del self._sequences[sequence._key]
+        self._kv.release(self._pool.close(sequence._key), 0, sequence._length)
+
+    def _check_open(self) -> None:
+        if self._session is None:
+            raise DeviceError("the decoder is closed; open the model again")
+
+    def check_integrity(self) -> None:
+        self._pool.check_integrity()
+        if len(self._pool) != len(self._sequences):
+            raise AssertionError(f"{len(self._pool)} rows are taken by {len(self._sequences)} sequences")
+        held = sum(sequence.length for sequence in self._sequences.values())
+        if held > self._limits.kv_tokens:
+            raise AssertionError(f"{held} tokens are held, more than {self._limits.kv_tokens}")
+
+    def close(self) -> None:
+        for sequence in list(self._sequences.values()):
+            sequence.close()
+        self._bindings.clear()
+        self._session = None
+        self._kv.close()
+
+
+def _group(lengths: list[int]) -> Iterator[list[int]]:
+    """Indices of steps that run as one call: equal lengths, or short ones that waste little when padded."""
+    short = [i for i, n in enumerate(lengths) if n <= _PADDED_STEP]
+    if short:
+        widest, tokens = max(lengths[i] for i in short), sum(lengths[i] for i in short)
+        if len({lengths[i] for i in short}) > 1 and widest * len(short) > 2 * tokens:
+            for n in sorted({lengths[i] for i in short}):
+                yield [i for i in short if lengths[i] == n]
+        else:
+            yield short
+    for i, n in enumerate(lengths):  # a long step fills the machine by itself
+        if n > _PADDED_STEP:
+            yield [i]
+
+
+def _open_session(spec: DecoderSpec, options: DecoderOptions, provider: str) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DeviceUnavailable(f"onnxruntime does not load ({error}); pip install onnxruntime") from error
+    if provider != "CPUExecutionProvider" or provider not in onnxruntime.get_available_providers():
+        raise DeviceUnavailable(f"{provider} cannot run this: the KV cache is in host memory; use CPUExecutionProvider")
+    with _translated(f"loading {spec.model}"):
+        session_options = onnxruntime.SessionOptions()
+        session_options.log_severity_level = 3  # errors; they also come as exceptions
+        session_options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        session_options.inter_op_num_threads = 1
+        session_options.intra_op_num_threads = options.threads or 0
+        session_options.enable_mem_pattern = False  # it plans per input shape, and every chunk has its own
+        # weights outside the arena: it would round them up to powers of two and never shrink
+        session_options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        for key, value in options.properties.items():
+            session_options.add_session_config_entry(key, value)
+        return onnxruntime.InferenceSession(str(spec.model), session_options, providers=[provider])
+
+
+@contextlib.contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    """ONNX Runtime's exceptions share no base class but Exception."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineError(f"{doing} failed in ONNX Runtime: {error}") from error

@@ -1,0 +1,294 @@
+"""The network as an ONNX graph of ONNX Runtime's fused operators.
+
+Inputs: ``input_ids`` [batch, sequence] int64, right-padded; ``seqlens_k`` [batch] int32, tokens held after the step
+less one; ``query_seqlens`` [batch] int32, tokens of the step that are not padding; ``total_sequence_length`` int32,
+the largest number of tokens held; ``row_index`` [rows] int64, which rows of the flattened tokens get logits;
+``position_ids`` [batch, sequence] int64, only for models with a rope switch (see :meth:`OnnxBuilder.attention`);
+``past_key_values.N.key``/``.value`` [batch, kv_heads, capacity, head_dim]. Outputs: ``logits`` [rows, vocab] float32
+and ``present.N.key``/``.value``, which must share the past's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.errors import UnsupportedModel
+from exporters.architecture import Activation, Architecture, Rope
+from exporters.builder import AttentionSpec, Linear
+from exporters.onnx_graph import MICROSOFT, OnnxGraph
+from exporters.onnx_weights import PackedMatrix, pack
+from exporters.weights import QuantizedTensor, Tensor, concat_rows, dequantize
+
+WeightFormat = Literal["fp32", "fp16", "int8", "int4"]
+_FLOAT = 1  # onnx.TensorProto.FLOAT
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A packed matrix in the graph: the names of its constants, "" where there is none."""
+
+    packed: PackedMatrix
+    codes: str
+    scale: str
+    zero: str
+
+
+class OnnxBuilder:
+    """Emits GroupQueryAttention, MatMulNBits, GatherBlockQuantized and the fused norms (com.microsoft)."""
+
+    def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None = None) -> None:
+        """``weights``: how matrices are stored. fp32 and fp16 also dequantize what comes quantized; with int8 and
+        int4 quantized matrices are stored as they come and float ones as fp32. ``scratch``: see OnnxGraph."""
+        self._arch = architecture
+        self._weights = weights
+        self._graph = graph = OnnxGraph(architecture.family, scratch)
+        self._ids = graph.input("input_ids", np.int64, ["batch", "sequence"])
+        self._seqlens = graph.input("seqlens_k", np.int32, ["batch"])
+        self._query_seqlens = graph.input("query_seqlens", np.int32, ["batch"])
+        self._total = graph.input("total_sequence_length", np.int32, [])
+        self._row_index = graph.input("row_index", np.int64, ["rows"])
+        switch = architecture.rope_switch is not None
+        self._positions = graph.input("position_ids", np.int64, ["batch", "sequence"]) if switch else ""
+        self._ropes: dict[Rope, tuple[str, str]] = {}
+        self._with_sums: dict[tuple[str, int], str] = {}
+        self._embedding: str | _Matrix | None = None
+        self._rows_selected = False
+        self._residuals = 0
+
+    def embed(self, table: Tensor) -> str:
+        graph = self._graph
+        if isinstance(table, QuantizedTensor) and self._weights in ("int8", "int4"):
+            matrix = self._matrix(table, "embed")
+            self._embedding = matrix
+            return self._embed_packed(matrix)
+        self._embedding = graph.weight("embed.weight", self._stored(dequantize(table)))
+        return self._float(graph.one("Gather", [self._embedding, self._ids], axis=0))
+
+    def _embed_packed(self, matrix: _Matrix) -> str:
+        graph, packed = self._graph, matrix.packed
+        rows, blocks, blob = packed.codes.shape
+        flat = graph.alias("embed.codes.rows", matrix.codes, [rows, blocks * blob])
+        x = graph.one(
+            "GatherBlockQuantized",
+            [flat, self._ids, matrix.scale, matrix.zero],
+            MICROSOFT,
+            gather_axis=0,
+            quantize_axis=1,
+            block_size=packed.group,
+            bits=packed.bits,
+        )
+        if not packed.offset_columns:
+            return x
+        # The columns after the matrix are the constants of its blocks: put each back on its block.
+        hidden = self._arch.hidden_size
+        main = graph.one("Slice", [x, graph.ints(0), graph.ints(hidden), graph.ints(-1)])
+        offsets = graph.one(
+            "Slice", [x, graph.ints(hidden), graph.ints(hidden + packed.offset_columns), graph.ints(-1)]
+        )
+        main = graph.one("Reshape", [main, graph.ints(0, 0, packed.offset_columns, packed.group)])
+        offsets = graph.one("Unsqueeze", [offsets, graph.ints(-1)])
+        return graph.one("Reshape", [graph.one("Add", [main, offsets]), graph.ints(0, 0, hidden)])
+
+    def linear(self, x: str, parts: Sequence[Linear], name: str) -> str:
+        weights = [weight for weight, _ in parts]
+        biases = [bias for _, bias in parts]
+        bias = None
+        if any(b is not None for b in biases):
+            zeros = (np.zeros(w.shape[0], np.float32) for w in weights)
+            bias = np.concatenate([zero if b is None else b for zero, b in zip(zeros, biases, strict=True)])
+        if self._weights in ("fp32", "fp16"):
+            weights = [dequantize(weight) for weight in weights]
+
+        outputs, start = [], 0
+        for index, weight in enumerate(concat_rows(weights)):
+            own = None if bias is None else bias[start : start + weight.shape[0]]
+            outputs.append(self._product(x, weight, own, f"{name}.{index}"))
+            start += weight.shape[0]
+        return outputs[0] if len(outputs) == 1 else self._graph.one("Concat", outputs, axis=-1)
+
+    def _product(self, x: str, weight: Tensor, bias: NDArray[np.float32] | None, name: str) -> str:
+        graph = self._graph
+        bias_name = "" if bias is None else graph.weight(f"{name}.bias", bias)
+        if isinstance(weight, QuantizedTensor):
+            return self._packed_product(x, self._matrix(weight, name), bias_name)
+        stored = graph.weight(f"{name}.weight", self._stored(weight.T))
+        y = graph.one("MatMul", [x, self._float(stored)])
+        return graph.one("Add", [y, bias_name]) if bias_name else y
+
+    def _packed_product(self, x: str, matrix: _Matrix, bias: str) -> str:
+        packed = matrix.packed
+        if packed.offset_columns:
+            x = self._append_block_sums(x, packed)
+        return self._graph.one(
+            "MatMulNBits",
+            [x, matrix.codes, matrix.scale, matrix.zero, "", bias],
+            MICROSOFT,
+            K=packed.columns + packed.offset_columns,
+            N=packed.codes.shape[0],
+            bits=packed.bits,
+            block_size=packed.group,
+            accuracy_level=4,  # int8 activations, one scale per block
+        )
+
+    def _append_block_sums(self, x: str, packed: PackedMatrix) -> str:
+        """(x, sums of x over each block): what a matrix with offset columns is fed with. Made once per ``x``."""
+        key = (x, packed.group)
+        if key not in self._with_sums:
+            graph = self._graph
+            leading = (0,) if self._rows_selected else (0, 0)
+            blocks = graph.one("Reshape", [x, graph.ints(*leading, packed.columns // packed.group, packed.group)])
+            sums = graph.one("ReduceSum", [blocks, graph.ints(-1)], keepdims=0)
+            self._with_sums[key] = graph.one("Concat", [x, sums], axis=-1)
+        return self._with_sums[key]
+
+    def _matrix(self, tensor: QuantizedTensor, name: str) -> _Matrix:
+        try:
+            packed = pack(tensor)
+        except ValueError as error:
+            raise UnsupportedModel(f"{name}: {error}; export it with other weights") from error
+        graph = self._graph
+        zero = "" if packed.zero is None else graph.weight(f"{name}.zero", packed.zero)
+        codes = graph.weight(f"{name}.codes", packed.codes)
+        return _Matrix(packed, codes, graph.weight(f"{name}.scale", packed.scale), zero)
+
+    def _stored(self, weight: NDArray[np.float32]) -> NDArray[np.float32] | NDArray[np.float16]:
+        if self._weights != "fp16":
+            return weight
+        half = weight.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise UnsupportedModel("a weight is beyond the range of fp16 (65504); export it as fp32 or int8")
+        return half
+
+    def _float(self, value: str) -> str:
+        """Everything is computed in float32; ONNX Runtime widens constants once, when it loads them."""
+        return self._graph.one("Cast", [value], to=_FLOAT) if self._weights == "fp16" else value
+
+    def rms_norm(self, x: str, weight: NDArray[np.float32], eps: float) -> str:
+        gamma = self._graph.constant(weight)
+        return self._graph.one("SimplifiedLayerNormalization", [x, gamma], axis=-1, epsilon=eps, stash_type=1)
+
+    def add_rms_norm(self, x: str, y: str, weight: NDArray[np.float32], eps: float) -> tuple[str, str]:
+        name = f"residual_{self._residuals}"
+        self._residuals += 1
+        normed, total = f"{name}.norm", f"{name}.sum"
+        inputs = [x, y, self._graph.constant(weight)]
+        outputs = [normed, "", "", total]  # the two in between are statistics for training
+        self._graph.node("SkipSimplifiedLayerNormalization", inputs, outputs, MICROSOFT, epsilon=eps)
+        return total, normed
+
+    def add(self, x: str, y: str) -> str:
+        return self._graph.one("Add", [x, y])
+
+    def scale(self, x: str, factor: float) -> str:
+        return self._graph.one("Mul", [x, self._graph.scalar(factor)])
+
+    def attention(self, qkv: str, spec: AttentionSpec) -> str:
+        """GroupQueryAttention; it rotates, appends to the cache and masks.
+
+        The CPU kernel has no head norms, so those are operators of their own before it. A model with a rope switch
+        has its short table's rows first and the long table's after them: the caller adds ``max_context`` to the
+        positions of a long sequence.
+        """
+        graph, rope = self._graph, spec.layer.rope
+        query, key, value = qkv, "", ""
+        if spec.q_norm is not None or spec.k_norm is not None:
+            sizes = graph.ints(*(heads * spec.head_dim for heads in (spec.num_heads, *[spec.num_kv_heads] * 2)))
+            query, key, value = graph.node("Split", [qkv, sizes], 3, axis=-1)
+            query = self._head_norm(query, spec.q_norm, spec)
+            key = self._head_norm(key, spec.k_norm, spec)
+        cache = [self._cache_input(spec, kind) for kind in ("key", "value")]
+        present = [f"present.{spec.index}.{kind}" for kind in ("key", "value")]
+        cos, sin = self._rope_tables(rope) if rope is not None else ("", "")
+        positions = self._positions if rope is not None else ""
+        inputs = [query, key, value, *cache, self._seqlens, self._total, cos, sin, positions]
+        inputs += [""] * 6 + [self._query_seqlens]
+        output = f"attention.{spec.index}"
+        graph.node(
+            "GroupQueryAttention",
+            inputs,
+            [output, *present],
+            MICROSOFT,
+            num_heads=spec.num_heads,
+            kv_num_heads=spec.num_kv_heads,
+            scale=spec.scale,
+            softcap=spec.softcap or 0.0,
+            local_window_size=-1 if spec.layer.sliding_window is None else spec.layer.sliding_window,
+            do_rotary=int(rope is not None),
+            rotary_interleaved=int(rope is not None and rope.interleaved),
+        )
+        for name in present:
+            graph.output(name, np.float32, self._cache_dims(spec))
+        return output
+
+    def _head_norm(self, x: str, weight: NDArray[np.float32] | None, spec: AttentionSpec) -> str:
+        if weight is None:
+            return x
+        graph = self._graph
+        heads = graph.one("Reshape", [x, graph.ints(0, 0, -1, spec.head_dim)])
+        return graph.one("Reshape", [self.rms_norm(heads, weight, spec.norm_eps), graph.ints(0, 0, -1)])
+
+    def _cache_input(self, spec: AttentionSpec, kind: str) -> str:
+        return self._graph.input(f"past_key_values.{spec.index}.{kind}", np.float32, self._cache_dims(spec))
+
+    def _cache_dims(self, spec: AttentionSpec) -> list[int | str]:
+        return ["batch", spec.num_kv_heads, "capacity", spec.head_dim]
+
+    def _rope_tables(self, rope: Rope) -> tuple[str, str]:
+        """(rows, rotary_dim / 2) cosines and sines, one pair for each distinct rope."""
+        if rope not in self._ropes:
+            tables = [(rope.inv_freq, rope.scale)]
+            if self._positions:
+                tables.append(
+                    (rope.long_inv_freq or rope.inv_freq, rope.long_scale if rope.long_inv_freq else rope.scale)
+                )
+            positions = np.arange(self._arch.max_context, dtype=np.float64)
+            angles = [np.outer(positions, np.array(frequencies)) for frequencies, _ in tables]
+            scales = [scale for _, scale in tables]
+            name = f"rope.{len(self._ropes)}"
+            cos = np.concatenate([np.cos(a) * s for a, s in zip(angles, scales, strict=True)]).astype(np.float32)
+            sin = np.concatenate([np.sin(a) * s for a, s in zip(angles, scales, strict=True)]).astype(np.float32)
+            self._ropes[rope] = self._graph.weight(f"{name}.cos", cos), self._graph.weight(f"{name}.sin", sin)
+        return self._ropes[rope]
+
+    def glu(self, gate_up: str, activation: Activation) -> str:
+        graph = self._graph
+        half = self._arch.intermediate_size
+        gate, up = graph.node("Split", [gate_up, graph.ints(half, half)], 2, axis=-1)
+        if activation == "silu":
+            gate = graph.one("QuickGelu", [gate], MICROSOFT, alpha=1.0)  # x · sigmoid(alpha · x)
+        else:
+            gate = graph.one("Gelu", [gate], approximate="tanh" if activation == "gelu_tanh" else "none")
+        return graph.one("Mul", [gate, up])
+
+    def select_rows(self, x: str) -> str:
+        graph = self._graph
+        self._rows_selected = True
+        flat = graph.one("Reshape", [x, graph.ints(-1, self._arch.hidden_size)])
+        return graph.one("Gather", [flat, self._row_index], axis=0)
+
+    def lm_head(self, x: str, table: Tensor | None, scale: float, softcap: float | None) -> None:
+        graph = self._graph
+        if table is not None:
+            y = self.linear(x, [(table, None)], "head")
+        elif isinstance(self._embedding, _Matrix):
+            y = self._packed_product(x, self._embedding, "")
+        elif self._embedding is not None:
+            y = graph.one("Gemm", [x, self._float(self._embedding)], transB=1)
+        else:
+            raise ValueError("a tied head needs embed() first")
+        if scale != 1.0:
+            y = self.scale(y, scale)
+        if softcap is not None:
+            y = self.scale(graph.one("Tanh", [self.scale(y, 1 / softcap)]), softcap)
+        graph.node("Identity", [y], ["logits"])
+        graph.output("logits", np.float32, ["rows", self._arch.vocab_size])
+
+    def save(self, folder: Path) -> None:
+        """Write ``model.onnx`` and ``model.onnx.data``. StorageError if ``folder`` cannot be written."""
+        self._graph.save(folder, "edge-glm", {"family": self._arch.family, "weights": self._weights})
