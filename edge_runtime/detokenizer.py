@@ -1,7 +1,8 @@
-"""Text from a stream of tokens."""
+"""Text from a stream of tokens, and stop strings in a stream of text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,3 +15,93 @@ class TokenDecoder(Protocol):
 
     def id_to_token(self, token_id: int, /) -> str | None:
         """The vocabulary's own string, e.g. ``"▁the"`` or ``"<0x0A>"``; None: no such token."""
+
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_UNDECODED = "\N{REPLACEMENT CHARACTER}"
+_WINDOW = 32
+_KEPT = 8
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come.
+
+    Invariant: all pieces of :meth:`add` and the one of :meth:`flush`, joined, are ``tokenizer.decode(all ids)``.
+    Each token costs the decoding of at most a window of recent tokens.
+
+    Text is held back while a later token may change it. Two things can: an unfinished UTF-8 sequence (shown as one
+    U+FFFD at the end), and a run of byte-fallback tokens, which is decoded as a whole and turns to U+FFFD as a
+    whole when any part of it is invalid; such a run waits for its end.
+    """
+
+    def __init__(self, tokenizer: TokenDecoder) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._given = 0
+        """Characters of the window's text that have been returned."""
+
+    def add(self, token: int) -> str:
+        """The text that has become certain with ``token``; often empty."""
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None or self._is_skipped(token):
+            return ""
+        self._window.append(token)
+        if _BYTE_TOKEN.fullmatch(piece):
+            return ""
+        text = self._tokenizer.decode(self._window)
+        certain = _certain_length(text)
+        new = text[self._given : certain]
+        self._given = certain
+        if len(self._window) >= _WINDOW:
+            self._shorten()
+        return new
+
+    def flush(self) -> str:
+        """What was held back; ends the stream."""
+        new = self._tokenizer.decode(self._window)[self._given :]
+        self._window, self._given = [], 0
+        return new
+
+    def _is_skipped(self, token: int) -> bool:
+        return self._tokenizer.decode([token]) == "" != self._tokenizer.decode([token], False)
+
+    def _shorten(self) -> None:
+        # The text a token adds depends on what is before it in two ways only: on whether anything is (the leading
+        # space of SentencePiece), and on the last three bytes (UTF-8). A tail that has both gives the same additions.
+        tail = self._window[-_KEPT:]
+        text = self._tokenizer.decode(tail)
+        if text:
+            self._window, self._given = tail, _certain_length(text)
+
+
+def _certain_length(text: str) -> int:
+    return len(text) - text.endswith(_UNDECODED)
+
+
+class StopStrings:
+    """Cuts a stream of text before the first of some strings; text that may be the start of one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """(text that may be shown, whether a stop string was met). After a stop string, nothing more comes."""
+        text = self._held + text
+        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """What was held back, when the stream ends otherwise."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a start of ``stop`` (but not all of it)."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,55 +1,318 @@
-"""The engine's surface. (The loop behind it follows.)"""
+"""The decoder loop: continuous batching over one decoder, driven by one thread.
+
+Any thread may submit; only the engine's thread touches the decoder, its sequences, the scheduler and the prefix cache.
+"""
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.request import Chunk, Usage
-from edge_runtime.sampling import SamplingParams
+from devices.base import Decoder, DecoderLimits, Step
+from edge_runtime.completion import Completion, Reading, Request
+from edge_runtime.detokenizer import StopStrings, StreamDecoder, TokenDecoder
+from edge_runtime.errors import (
+    DeviceError,
+    EdgeError,
+    EngineError,
+    EngineStopped,
+    InvalidRequest,
+    OutOfKVCache,
+    Overloaded,
+    PromptTooLong,
+)
+from edge_runtime.generation import EngineGeneration, Generation, Outlet
+from edge_runtime.prefix_cache import PrefixCache
+from edge_runtime.sampling import SamplingParams, make_sampler
+from edge_runtime.scheduler import Scheduler, Work
 
 
-class Generation(Protocol):
-    """The answer to one request, as it is made. Iterate it from one thread or one event loop."""
+@dataclass(frozen=True)
+class EngineStats:
+    """A glance at the engine, for operators."""
 
-    usage: Usage
-
-    def __iter__(self) -> Generation: ...
-
-    def __next__(self) -> Chunk: ...
-
-    def __aiter__(self) -> Generation: ...
-
-    async def __anext__(self) -> Chunk: ...
-
-    def cancel(self) -> None:
-        """End it within one step; the chunks end with ``finish_reason="cancelled"``. Idempotent, any thread."""
-
-    def close(self) -> None:
-        """Cancel it and drop what has not been read. Leaving a ``with`` block does this."""
-
-    def __enter__(self) -> Generation: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None: ...
+    running: int
+    waiting: int
+    cached_sequences: int
+    cached_tokens: int
+    generated_tokens: int
+    prompt_tokens: int
+    """Prompt tokens computed, not counting cached ones."""
+    preemptions: int
 
 
-class EngineProtocol(Protocol):
-    """``Engine(decoder, tokenizer, *, vocab_size, max_queue=256, prefix_cache_bytes=None)``; the engine owns the decoder."""
+class Engine:
+    """Runs requests over a decoder, which belongs to the engine from now on and is closed with it.
+
+    ``vocab_size`` None: learned by running one token, which also makes the device pack its weights before the first
+    request. ``max_queue``: requests that may wait for a place. ``prefix_cache_bytes``: KV cache that finished
+    sequences may go on holding; None: whatever running requests do not need; 0: none.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: TokenDecoder,
+        *,
+        vocab_size: int | None = None,
+        max_queue: int = 256,
+        prefix_cache_bytes: int | None = None,
+    ) -> None:
+        self._decoder = decoder
+        self._tokenizer = tokenizer
+        self._vocab_size = _learn_vocab_size(decoder) if vocab_size is None else vocab_size
+        self._max_queue = max_queue
+        limits = decoder.limits
+        self._capacity = min(limits.max_context, limits.kv_tokens)
+        allowance = limits.kv_tokens
+        if prefix_cache_bytes is not None:
+            allowance = min(allowance, prefix_cache_bytes // max(limits.kv_bytes_per_token, 1))
+        self._cache = PrefixCache(allowance)
+        self._scheduler = Scheduler(decoder, self._cache)
+        self._ids = itertools.count()
+        self._generated = 0
+        self._prefilled = 0
+
+        self._changed = threading.Condition()  # guards the five below
+        self._inbox: list[Request] = []
+        self._live: set[Request] = set()
+        self._awake = False
+        self._closing = False
+        self._stopped: EngineStopped | None = None
+
+        self._thread = threading.Thread(target=self._run, name="edge-glm engine", daemon=True)
+        self._thread.start()
+
+    # --- any thread ---------------------------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> DecoderLimits:
+        return self._decoder.limits
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def alive(self) -> bool:
+        """False once closed, or when its thread has died."""
+        return self._stopped is None and not self._closing
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=self._queued(),
+            cached_sequences=len(self._cache),
+            cached_tokens=self._cache.tokens,
+            generated_tokens=self._generated,
+            prompt_tokens=self._prefilled,
+            preemptions=self._scheduler.preemptions,
+        )
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, eos_ids: Sequence[int] = ()) -> Generation:
-        """InvalidRequest, PromptTooLong, Overloaded, EngineStopped. ``params`` should be ``resolved(model defaults)``."""
+        """Queue a prompt; returns at once. ``params`` that are None get the global defaults.
+
+        Raises InvalidRequest, PromptTooLong (the prompt, or the prompt and ``max_tokens``, over the context),
+        Overloaded (queue full), EngineStopped.
+        """
+        prompt = self._checked(prompt_ids, params.max_tokens or 1, params.max_tokens is not None)
+        params = params.resolved()
+        outlet = Outlet(len(prompt), params.n)
+        new = self._capacity - len(prompt) if params.max_tokens is None else params.max_tokens
+        completions = [
+            Completion(
+                next(self._ids),
+                list(prompt),
+                outlet=outlet,
+                sampler=make_sampler(params, self._vocab_size, index),
+                decoder=StreamDecoder(self._tokenizer),
+                stops=StopStrings(params.stop),
+                end_tokens=frozenset(params.stop_token_ids)
+                | (frozenset() if params.ignore_eos else frozenset(eos_ids)),
+                max_length=len(prompt) + new,
+                index=index,
+            )
+            for index in range(params.n)
+        ]
+        completions[0].siblings = completions[1:]
+        self._enqueue(completions[0], completions)
+        return EngineGeneration(outlet, self._wake)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """(len(ids)-1,) log p(ids[i+1] | ids[:i+1])."""
+        """(len(ids)-1,) float32: log p(ids[i+1] | ids[:i+1]). Raises as :meth:`submit`, and DeviceError."""
+        return self._read(ids, score=True)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """(vocab,) after the last token."""
+        """(vocab,) float32 logits after the last token. Raises as :meth:`submit`, and DeviceError."""
+        return self._read(ids, score=False)
 
     def close(self) -> None:
-        """End everything, close the decoder. Idempotent."""
+        """End every request with EngineStopped and close the decoder. Idempotent."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, ids: Sequence[int], score: bool) -> NDArray[np.float32]:
+        reading = Reading(next(self._ids), self._checked(ids, 0, False), score=score)
+        self._enqueue(reading, [reading])
+        try:
+            return reading.result.result()
+        except BaseException:  # Ctrl-C in the caller's thread
+            reading.abandoned = True
+            self._wake()
+            raise
+
+    def _checked(self, ids: Sequence[int], new_tokens: int, asked: bool) -> list[int]:
+        prompt = [int(token) for token in ids]
+        if not prompt:
+            raise InvalidRequest("the prompt has no tokens; give at least one", "prompt")
+        outside = next((token for token in prompt if not 0 <= token < self._vocab_size), None)
+        if outside is not None:
+            raise InvalidRequest(
+                f"token {outside} of the prompt is outside the vocabulary of {self._vocab_size} tokens", "prompt"
+            )
+        limit = min(self._decoder.limits.max_prompt, self._capacity)
+        if len(prompt) > limit:
+            raise PromptTooLong(f"the prompt has {len(prompt)} tokens, this model and device take {limit}", "prompt")
+        if len(prompt) + new_tokens > self._capacity:
+            wanted = f" and max_tokens asks for {new_tokens} more" if asked else ", which leaves no room for an answer"
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens{wanted}; prompt and answer together may have {self._capacity}",
+                "max_tokens" if asked else "prompt",
+            )
+        return prompt
+
+    def _enqueue(self, request: Request, live: Sequence[Request]) -> None:
+        with self._changed:
+            if self._stopped is not None:
+                raise EngineStopped(str(self._stopped)) from self._stopped
+            if self._closing:
+                raise EngineStopped("the engine has been closed")
+            if self._queued() >= self._max_queue:
+                raise Overloaded(f"{self._max_queue} requests are waiting already; try again later")
+            self._live.update(live)
+            self._inbox.append(request)
+            self._changed.notify()
+
+    def _queued(self) -> int:
+        return len(self._inbox) + len(self._scheduler.waiting)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._awake = True
+            self._changed.notify()
+
+    # --- the engine's thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error = EngineStopped("the engine has been closed")
+        try:
+            while self._collect():
+                batch = self._scheduler.next()
+                batch, results = self._forward(batch)
+                self._postprocess(batch, results)
+        except BaseException as cause:
+            error = EngineStopped(f"the engine's thread died: {type(cause).__name__}: {cause}; open the model again")
+            error.__cause__ = cause
+        finally:
+            self._stop(error)
+
+    def _collect(self) -> bool:
+        """Wait for something to do, take in new requests and let cancelled ones go. False: the engine is closing."""
+        scheduler = self._scheduler
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closing or self._awake or self._inbox or scheduler.waiting or scheduler.running
+            )
+            self._awake = False
+            for request in self._inbox:
+                scheduler.add(request)
+            self._inbox.clear()
+            cancelled = [request for request in self._live if request.cancelled]
+        for request in cancelled:
+            request.finish("cancelled")
+        self._release_finished()
+        return not self._closing
+
+    def _forward(self, batch: list[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
+        while batch:
+            try:
+                return batch, self._decoder.forward([work.step() for work in batch])
+            except OutOfKVCache as error:
+                batch = self._scheduler.make_room(batch, error)
+            except DeviceError as error:  # the batch's sequences are undefined now, the others are sound
+                for work in batch:
+                    self._fail(work.request, error)
+                batch = []
+        return [], []
+
+    def _postprocess(self, batch: list[Work], results: list[NDArray[np.float32]]) -> None:
+        for (request, length), logits in zip(batch, results, strict=True):
+            self._prefilled += max(0, min(request.fed, request.prompt_length) - request.fed + length)
+            self._take(request, logits)
+            if isinstance(request, Completion) and len(logits) and request.siblings:
+                siblings, request.siblings = request.siblings, []
+                for sibling in siblings:
+                    if self._scheduler.fork(request, sibling):
+                        self._take(sibling, logits)
+        self._release_finished()
+
+    def _take(self, request: Request, logits: NDArray[np.float32]) -> None:
+        try:
+            request.take(logits)
+        except EngineError as error:
+            self._fail(request, error)
+        else:
+            self._generated += isinstance(request, Completion) and len(logits) > 0
+
+    def _fail(self, request: Request, error: EdgeError) -> None:
+        request.finish("error", error)
+        self._scheduler.release(request, keep=False)
+
+    def _release_finished(self) -> None:
+        """Free what finished requests hold."""
+        with self._changed:
+            finished = [request for request in self._live if request.finished]
+            self._live.difference_update(finished)
+        for request in finished:
+            self._scheduler.release(request, keep=isinstance(request, Completion))
+
+    def _stop(self, error: EngineStopped) -> None:
+        with self._changed:
+            self._stopped = error
+            live, self._live = self._live, set()
+            self._inbox.clear()
+        for request in live:
+            request.finish("error", error)
+        self._scheduler.waiting.clear()
+        self._scheduler.running.clear()
+        self._decoder.close()  # its sequences die with it
+
+
+def _learn_vocab_size(decoder: Decoder) -> int:
+    sequence = decoder.new_sequence()
+    try:
+        (logits,) = decoder.forward([Step(sequence, np.zeros(1, np.int64), 1)])
+        return int(logits.shape[1])
+    finally:
+        sequence.close()
+
+
+__all__ = ["Engine", "EngineStats", "Generation"]

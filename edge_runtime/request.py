@@ -1,4 +1,4 @@
-"""What goes through the engine: a request with its state, and the chunks that come back."""
+"""What comes out of the engine."""
 
 from __future__ import annotations
 

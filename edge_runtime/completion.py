@@ -1,0 +1,179 @@
+"""Requests inside the engine: each owns its tokens, its sequence and what is done with the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from devices.base import DecoderSequence
+from edge_runtime.detokenizer import StopStrings, StreamDecoder
+from edge_runtime.errors import EdgeError
+from edge_runtime.generation import Outlet
+from edge_runtime.request import Chunk, FinishReason
+from edge_runtime.sampling import Sampler, TokenLogprob, log_sum_exp
+
+READING_CHUNK = 64
+"""Tokens per step when every token's logits come back: 64 rows of a 150k vocabulary are 38 MB."""
+
+
+@dataclass(eq=False)
+class Request:
+    """Tokens that have to go through the decoder. Only the engine's thread touches one, once it is submitted."""
+
+    id: int
+    """Order of arrival."""
+    tokens: list[int]
+    """Prompt, then output."""
+    prompt_length: int = field(init=False)
+    sequence: DecoderSequence | None = None
+    """None: not admitted, preempted or finished."""
+    long_rope: bool = False
+    """The sequence was opened for the long rotary factors."""
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens)
+
+    @property
+    def fed(self) -> int:
+        """Tokens in the KV cache."""
+        return 0 if self.sequence is None else self.sequence.length
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to feed: 1 while decoding, more in prefill."""
+        return len(self.tokens) - self.fed
+
+    @property
+    def cancelled(self) -> bool:
+        raise NotImplementedError
+
+    def chunk(self, limit: int) -> int:
+        """How many tokens to feed next, at most ``limit``."""
+        return min(self.pending, limit)
+
+    def rows(self, count: int) -> int:
+        """Logits wanted from a step that feeds ``count`` tokens."""
+        return 1 if count == self.pending else 0
+
+    def take(self, logits: NDArray[np.float32]) -> None:
+        """Use the logits (rows, vocab) of the step that has just been run. EngineError if they are broken."""
+        raise NotImplementedError
+
+    def finish(self, reason: FinishReason, error: EdgeError | None = None) -> None:
+        """End it, once; tells whoever waits."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Completion(Request):
+    """One completion of a prompt."""
+
+    outlet: Outlet = field(kw_only=True)
+    sampler: Sampler = field(kw_only=True)
+    decoder: StreamDecoder = field(kw_only=True)
+    stops: StopStrings = field(kw_only=True)
+    end_tokens: frozenset[int] = field(kw_only=True)
+    max_length: int = field(kw_only=True)
+    """Prompt and output tokens at which it ends with "length"."""
+    index: int = field(kw_only=True)
+    siblings: list[Completion] = field(default_factory=list, kw_only=True)
+    """Completions of the same prompt that start from this one's prefill."""
+    _tokens: list[int] = field(default_factory=list, init=False)
+    _logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
+
+    @property
+    def cancelled(self) -> bool:
+        return self.outlet.cancelled
+
+    def take(self, logits: NDArray[np.float32]) -> None:
+        if not len(logits):
+            return
+        token, logprob = self.sampler(logits[-1], self.tokens, self.prompt_length)
+        self.tokens.append(token)
+        self.outlet.count_token()
+        self._tokens.append(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        if token in self.end_tokens:
+            self.finish("stop")
+            return
+        text, stopped = self.stops.add(self.decoder.add(token))
+        if stopped:
+            self._put(text, "stop")
+        elif len(self.tokens) >= self.max_length:
+            self.finish("length", text=text)
+        elif text:
+            self._put(text)
+
+    def finish(self, reason: FinishReason, error: EdgeError | None = None, text: str = "") -> None:
+        if self.finished:
+            return
+        rest, stopped = self.stops.add(self.decoder.flush())
+        text += rest if stopped else rest + self.stops.flush()
+        if stopped and reason == "length":
+            reason = "stop"  # the stop string was complete, but its last character waited in the decoder
+        self._put(text, reason, error)
+        if reason in ("error", "cancelled"):  # before its prefill was done: those who wait for it share its fate
+            siblings, self.siblings = self.siblings, []
+            for sibling in siblings:
+                sibling.finish(reason, error)
+
+    def _put(self, text: str, reason: FinishReason | None = None, error: EdgeError | None = None) -> None:
+        self.finished = reason is not None
+        chunk = Chunk(text, tuple(self._tokens), reason, tuple(self._logprobs), index=self.index, error=error)
+        self._tokens, self._logprobs = [], []
+        self.outlet.put(chunk)
+
+
+@dataclass(eq=False)
+class Reading(Request):
+    """The model's opinion of given tokens; nothing is generated.
+
+    ``score``: log p of every token but the first, given those before it; else the logits after the last token.
+    """
+
+    score: bool = field(kw_only=True)
+    result: Future[NDArray[np.float32]] = field(default_factory=Future, kw_only=True)
+    abandoned: bool = False
+    _scores: NDArray[np.float32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._scores = np.zeros(max(len(self.tokens) - 1, 0), np.float32)
+
+    @property
+    def cancelled(self) -> bool:
+        return self.abandoned
+
+    def chunk(self, limit: int) -> int:
+        return super().chunk(min(limit, READING_CHUNK) if self.score else limit)
+
+    def rows(self, count: int) -> int:
+        return count if self.score else super().rows(count)
+
+    def take(self, logits: NDArray[np.float32]) -> None:
+        if self.score:
+            first = self.fed - len(logits)
+            for row, (position, following) in zip(logits, self._following(first), strict=False):
+                self._scores[position] = row[following] - log_sum_exp(row)
+        if self.pending == 0:
+            self.finished = True
+            self.result.set_result(self._scores if self.score else logits[-1].copy())
+
+    def _following(self, first: int) -> Sequence[tuple[int, int]]:
+        """(position, token after it) from ``first`` on."""
+        return list(enumerate(self.tokens[first + 1 :], start=first))
+
+    def finish(self, reason: FinishReason, error: EdgeError | None = None) -> None:
+        if self.finished:
+            return
+        self.finished = True
+        if error is not None:
+            self.result.set_exception(error)
+        else:
+            self.result.cancel()

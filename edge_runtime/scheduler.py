@@ -1,0 +1,188 @@
+"""Who runs next. Also hands out sequences and takes them back, since places and KV cache decide who may run."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from devices.base import Decoder, DecoderSequence, Step
+from edge_runtime.completion import Completion, Request
+from edge_runtime.errors import DeviceError, OutOfKVCache, OutOfSequences
+from edge_runtime.prefix_cache import PrefixCache, common_prefix
+
+
+class Work(NamedTuple):
+    """One request's part in a batch: its next ``length`` tokens."""
+
+    request: Request
+    length: int
+
+    def step(self) -> Step:
+        assert self.request.sequence is not None
+        start = self.request.fed
+        tokens = np.asarray(self.request.tokens[start : start + self.length], np.int64)
+        return Step(self.request.sequence, tokens, self.request.rows(self.length))
+
+
+class Scheduler:
+    """First come, first served, over a decoder's places and KV cache. Belongs to the decoder's thread.
+
+    Each batch has every decoding request and at most one chunk of one prompt, so that a long prompt holds nobody's
+    next token back for more than a chunk. When the KV cache runs out, cached prefixes go first; then the youngest
+    request gives its sequence up and is computed again later, its output so far included.
+    """
+
+    def __init__(self, decoder: Decoder, cache: PrefixCache) -> None:
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.preemptions = 0
+        self._decoder = decoder
+        self._cache = cache
+        self._limits = decoder.limits
+        self._crowded = False
+        """A request was preempted; admit nobody until one has left, or both would take turns evicting each other."""
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def next(self) -> list[Work]:
+        """The next batch; empty when there is nothing to run. May finish requests that cannot be started."""
+        self._switch_rope()
+        while self.waiting and not any(request.pending > 1 for request in self.running):
+            if not self._admit(self.waiting[0]):
+                break
+        batch = [Work(request, 1) for request in self.running if request.pending == 1]
+        prefill = next((request for request in self.running if request.pending > 1), None)
+        if prefill is not None:
+            batch.append(Work(prefill, prefill.chunk(self._limits.prefill_chunk)))
+        return batch
+
+    def fork(self, parent: Request, child: Completion) -> bool:
+        """Start ``child`` from ``parent``'s prefill; if there is no room now, it is queued like any other.
+
+        Returns whether ``child`` can take ``parent``'s logits.
+        """
+        assert parent.sequence is not None
+        try:
+            if self._places() == 0:
+                self._cache.evict()
+            child.sequence = parent.sequence.fork(parent.prompt_length)
+        except (OutOfSequences, OutOfKVCache):
+            self.waiting.appendleft(child)  # its turn came with its parent's
+            return False
+        child.long_rope = parent.long_rope
+        self.running.append(child)
+        return True
+
+    def make_room(self, batch: list[Work], error: OutOfKVCache) -> list[Work]:
+        """After OutOfKVCache: free some KV cache and return what is left of ``batch``."""
+        if self._cache.evict():
+            return batch
+        youngest = max(self.running, key=lambda request: request.id)
+        if len(self.running) > 1:
+            self._preempt(youngest)
+        elif len(youngest.tokens) > youngest.prompt_length:
+            youngest.finish("length")  # alone, it has filled all there is
+            self.release(youngest, keep=False)
+        else:
+            youngest.finish("error", error)
+            self.release(youngest, keep=False)
+        return [work for work in batch if work.request is not youngest]
+
+    def release(self, request: Request, keep: bool) -> None:
+        """Take a finished request out; ``keep`` its sequence for prompts that begin alike."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request in self.running:
+            self.running.remove(request)
+            self._crowded = False
+        sequence, request.sequence = request.sequence, None
+        if sequence is None:
+            return
+        if keep:
+            self._cache.put(request.tokens[: sequence.length], sequence, request.long_rope)
+        else:
+            sequence.close()
+
+    def _admit(self, request: Request) -> bool:
+        needed = sum(len(other.tokens) + 1 for other in [*self.running, request])
+        if self.running and (
+            self._crowded or needed > self._limits.kv_tokens or len(self.running) == self._limits.max_sequences
+        ):
+            return False
+        try:
+            request.sequence = self._open(request)
+        except OutOfSequences as error:
+            if self.running:
+                return False
+            self.waiting.popleft()
+            request.finish("error", error)
+            return True
+        except DeviceError as error:
+            self.waiting.popleft()
+            request.finish("error", error)
+            return True
+        self.waiting.popleft()
+        self.running.append(request)
+        self._crowded = self._crowded and len(self.running) > 1
+        if isinstance(request, Completion) and request.index == 0 and len(request.tokens) == request.prompt_length:
+            request.outlet.set_cached(request.fed)
+        return True
+
+    def _open(self, request: Request) -> DecoderSequence:
+        """A sequence for ``request``, with the longest known prefix of its tokens in it."""
+        switch = self._limits.rope_switch
+        request.long_rope = switch is not None and len(request.tokens) > switch
+        if isinstance(request, Completion):
+            known = self._fork_running(request)
+            if known is None:
+                known = self._cache.acquire(request.tokens, self._places() > 0, request.long_rope)
+            if known is not None:
+                return known
+        elif self._places() == 0:
+            self._cache.evict()
+        return self._decoder.new_sequence(len(request.tokens))
+
+    def _fork_running(self, request: Request) -> DecoderSequence | None:
+        """A fork of a running sequence, if one begins like ``request``, and longer than anything in the cache."""
+        wanted = np.asarray(request.tokens[:-1], np.int64)
+        best: tuple[DecoderSequence | None, int] = (None, self._cache.match(request.tokens, request.long_rope))
+        for other in self.running:
+            if other.sequence is not None and other.long_rope == request.long_rope:
+                common = common_prefix(np.asarray(other.tokens[: other.fed], np.int64), wanted)
+                if common > best[1] and common >= self._cache.min_tokens:
+                    best = (other.sequence, common)
+        if best[0] is None:
+            return None
+        try:
+            if self._places() == 0:
+                self._cache.evict()
+            return best[0].fork(best[1])
+        except (OutOfSequences, OutOfKVCache):
+            return None
+
+    def _switch_rope(self) -> None:
+        """Longrope: a sequence about to pass the switch is computed anew with the long factors, from the start."""
+        switch = self._limits.rope_switch
+        if switch is None:
+            return
+        for request in self.running:
+            if not request.long_rope and len(request.tokens) > switch and request.sequence is not None:
+                request.sequence.close()
+                request.sequence = self._decoder.new_sequence(len(request.tokens))
+                request.long_rope = True
+
+    def _preempt(self, request: Request) -> None:
+        assert request.sequence is not None
+        request.sequence.close()
+        request.sequence = None
+        self.running.remove(request)
+        place = sum(other.id < request.id for other in self.waiting)
+        self.waiting.insert(place, request)
+        self._crowded = True
+        self.preemptions += 1
+
+    def _places(self) -> int:
+        return self._limits.max_sequences - len(self.running) - len(self._cache)
