@@ -44,8 +44,8 @@ _COPY_BYTES = 1 << 20
 class Fetched:
     """A model's source on this disk."""
 
-    path: Path
-    """A GGUF file, a safetensors folder or a model package."""
+    path: Path | str
+    """A GGUF file, a safetensors folder or a model package; a synthetic model's name."""
     provenance: dict[str, Any]
     """``source`` (with the version or commit really got), hashes and licence as far as known."""
 

@@ -38,6 +38,7 @@ from edge_runtime.package import (
     is_package,
     storage_errors,
 )
+from edge_runtime.version import version
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ class PackageContents:
     """Everything of a package but its variants."""
 
     name: str
-    created_by: str
     provenance: dict[str, Any]
     architecture: ArchitectureSummary
     tokenizer_json: str
@@ -101,6 +101,17 @@ class PackageWriter:
         self._write_manifest(self.target, msgspec.structs.replace(self.existing, variants=variants))
         _flush(self.target)
 
+    def adopt(self, package: Package) -> None:
+        """Copy a whole package from elsewhere into place, after checking its hashes. Last call of the block."""
+        package.verify()
+        for path in (*(entry.path for entry in package.files()), MANIFEST):
+            target = self.folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(package.folder / path, target)
+        _flush_tree(self.folder)
+        self.folder.rename(self.target)
+        _flush(self.target.parent)
+
     def _write_texts(self, contents: PackageContents) -> tuple[FileEntry, ...]:
         texts = {TOKENIZER: contents.tokenizer_json}
         if contents.chat_template is not None:
@@ -150,7 +161,7 @@ def _manifest(contents: PackageContents, files: tuple[FileEntry, ...], variants:
         raise ModelError(f"package {contents.name!r} has no variant")
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        created_by=contents.created_by,
+        created_by=f"edge-glm {version()}",
         name=contents.name,
         provenance=contents.provenance,
         architecture=contents.architecture,

@@ -1,0 +1,46 @@
+"""Where things live: the platform's user folders, or all under EDGE_GLM_HOME."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_runtime.errors import ConfigError
+
+APP = "edge-glm"
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folders of one user. Nothing is created until something is written."""
+
+    data: Path
+    cache: Path
+
+    @property
+    def models(self) -> Path:
+        return self.data / "models"
+
+    @property
+    def verified(self) -> Path:
+        """Notes on files whose hashes have been found right."""
+        return self.cache / "verified"
+
+    @property
+    def compiled(self) -> Path:
+        """Compiled models that engines keep."""
+        return self.cache / "compiled"
+
+
+def home() -> Home:
+    """By EDGE_GLM_HOME if it is set, else the platform's folders. ConfigError if it is not an absolute path."""
+    given = os.environ.get("EDGE_GLM_HOME")
+    if given:
+        path = Path(given).expanduser()
+        if not path.is_absolute():
+            raise ConfigError(f"EDGE_GLM_HOME must be an absolute path, not {given!r}")
+        return Home(path, path / "cache")
+    import platformdirs
+
+    return Home(platformdirs.user_data_path(APP, appauthor=False), platformdirs.user_cache_path(APP, appauthor=False))

@@ -1,0 +1,146 @@
+"""From a checkpoint to a model package: one graph per engine, whole or absent."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+from edge_runtime.errors import CorruptModel, StorageError
+from edge_runtime.package import ArchitectureSummary, Weights
+from edge_runtime.package_writer import PackageContents, PackageWriter, write_package
+from exporters.architecture import Architecture
+from exporters.checkpoint import Checkpoint, TextFiles
+from exporters.hf_names import tensor_shape
+from exporters.network import build, tensor_names
+from exporters.quantize import QuantizedCheckpoint
+
+Engine = Literal["onnx", "openvino"]
+Progress = Callable[[str, int, int], None]
+"""``progress(variant, done, total)`` in layers."""
+
+
+def export(
+    source: Checkpoint,
+    folder: Path,
+    engines: Sequence[Engine] = ("onnx", "openvino"),
+    weights: Weights = "int4",
+    progress: Progress | None = None,
+    *,
+    name: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``source`` as the package ``folder``, or add the variants that are missing to the package there.
+
+    ``name`` is the package's (default: the folder's); ``provenance`` is put over the checkpoint's own. About one layer
+    is in memory at a time. Raises StorageError, UnsupportedModel, CorruptModel; ``folder`` is then as it was.
+    """
+    made_from = {**source.provenance, **(provenance or {})}
+    with write_package(folder) as writer:
+        if writer.existing is not None:
+            _check_same(writer.existing.provenance, made_from, folder)
+        names = {f"{engine}-{weights}": engine for engine in engines}
+        missing = {variant: engine for variant, engine in names.items() if not writer.has_variant(variant)}
+        if not missing:
+            return
+        checkpoint = QuantizedCheckpoint(source, weights)
+        for variant, engine in missing.items():
+            report = None if progress is None else _named(progress, variant)
+            _write_variant(writer, checkpoint, variant, engine, weights, report)
+        writer.commit(_contents(source, name or folder.absolute().name, made_from))
+
+
+def _named(progress: Progress, variant: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(variant, done, total)
+
+
+def _write_variant(
+    writer: PackageWriter,
+    checkpoint: Checkpoint,
+    variant: str,
+    engine: Engine,
+    weights: Weights,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    target = writer.variant_folder(variant)
+    # Weight files grow on the package's disk, which needs the room anyway; a temporary folder may be in memory.
+    scratch = writer.folder / "scratch"
+    scratch.mkdir()
+    try:
+        if engine == "onnx":
+            from exporters.onnx_builder import OnnxBuilder
+
+            onnx = OnnxBuilder(checkpoint.architecture, weights, scratch)
+            build(checkpoint, onnx, progress)
+            onnx.save(target)
+        else:
+            from exporters.openvino_builder import OpenVinoBuilder
+
+            openvino = OpenVinoBuilder(checkpoint.architecture, weights, scratch)
+            build(checkpoint, openvino, progress)
+            openvino.save(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if engine == "onnx":
+        writer.add_variant(variant, "onnxruntime", weights, "model.onnx")
+    else:
+        writer.add_variant(variant, "openvino", weights, "openvino_model.xml")
+
+
+def _check_same(existing: Mapping[str, Any], fresh: Mapping[str, Any], folder: Path) -> None:
+    """A variant of another model must not slip into a package."""
+    key = "sha256" if "sha256" in existing or "sha256" in fresh else "source"
+    if existing.get(key) != fresh.get(key):
+        raise StorageError(
+            f"{folder} is a package of another model (its {key} is {existing.get(key)!r}, this one's is "
+            f"{fresh.get(key)!r}); choose another folder or remove it"
+        )
+
+
+def _contents(source: Checkpoint, name: str, provenance: dict[str, Any]) -> PackageContents:
+    text = source.text
+    return PackageContents(
+        name=name,
+        provenance=provenance,
+        architecture=summarize(source.architecture),
+        tokenizer_json=text.tokenizer_json,
+        chat_template=text.chat_template,
+        special_tokens=text.special_tokens,
+        add_bos=text.add_bos,
+        eos_ids=eos_ids(text),
+        generation=text.generation,
+    )
+
+
+def summarize(arch: Architecture) -> ArchitectureSummary:
+    windows = tuple(layer.sliding_window for layer in arch.layers)
+    return ArchitectureSummary(
+        family=arch.family,
+        parameters=sum(math.prod(tensor_shape(arch, name)) for name in tensor_names(arch)),
+        num_layers=arch.num_layers,
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        hidden_size=arch.hidden_size,
+        vocab_size=arch.vocab_size,
+        max_context=arch.max_context,
+        sliding_windows=windows if any(windows) else (),
+        rope_switch=arch.rope_switch,
+    )
+
+
+def eos_ids(text: TextFiles) -> tuple[int, ...]:
+    """Tokens that end an answer: of the generation defaults, else the special token; some base models have none."""
+    given = text.generation.get("eos_token_id")
+    if given is None:
+        name = text.special_tokens.get("eos_token")
+        found = None if name is None else Tokenizer.from_str(text.tokenizer_json).token_to_id(name)
+        return () if found is None else (found,)
+    ids = given if isinstance(given, list) else [given]
+    if not all(isinstance(token, int) for token in ids):
+        raise CorruptModel(f"eos_token_id must be an integer or a list of them, not {given!r}")
+    return tuple(ids)
