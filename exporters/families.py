@@ -8,16 +8,16 @@ the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_runtime.errors import CorruptModel, UnsupportedModel
+from exporters import layer_windows
 from exporters.architecture import Activation, Architecture, Layer, Rope
 from exporters.fields import Fields
-from exporters.rope import RopeBase, make_rope
-
-FULL, SLIDING = "full_attention", "sliding_attention"
+from exporters.layer_windows import FULL, SLIDING
+from exporters.rope import RopeRow, read_ropes
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
@@ -74,20 +74,12 @@ class Biases:
     mlp: Bias = False
 
 
-Windows = Callable[[Fields, int], tuple[int | None, ...]]
-"""(fields, layers) → the sliding window of each layer."""
-
-
-def _no_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
-    return (None,) * layers
-
-
 @dataclass(frozen=True)
 class Family:
     """What one ``model_type`` does differently from Llama."""
 
     biases: Biases = field(default_factory=Biases)
-    windows: Windows = _no_windows
+    windows: layer_windows.Windows = layer_windows.no_windows
     kv_heads: int | None = None
     """Default of ``num_key_value_heads``; None: as many as heads."""
     head_dim: int | None = None
@@ -97,15 +89,7 @@ class Family:
     tied_head: bool = False
     activation_field: str = "hidden_act"
     activation: str = "silu"
-    theta: float = 10_000.0
-    local_theta: float | None = None
-    """Default base of sliding layers when they have their own (Gemma 3)."""
-    partial_rotary: float | None = None
-    """Default share of a head that is rotated; None: always all of it."""
-    interleaved: bool = False
-    original_context: int | None = None
-    """Default of ``original_max_position_embeddings``; None: the maximum context."""
-    rope_aliases: Mapping[str, str] = field(default_factory=dict)
+    rope: RopeRow = field(default_factory=RopeRow)
     qk_norm: bool = False
     post_norms: bool = False
     scale_embedding: bool = False
@@ -145,10 +129,10 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     if not fields.has("head_dim") and family.head_dim is None and hidden % heads:
         raise CorruptModel(f"config.json ({name}): hidden_size {hidden} is not a multiple of {heads} heads")
     head_dim = fields.integer("head_dim", family.head_dim or max(hidden // heads, 1))
-    count = fields.integer("num_hidden_layers")
+    count = fields.integer("num_hidden_layers", maximum=10_000)
     max_context = fields.integer("max_position_embeddings", family.max_context)
 
-    ropes, rope_switch = _ropes(fields, family, head_dim, max_context)
+    ropes, rope_switch = read_ropes(fields, family.rope, head_dim, max_context)
     layers = _layers(fields, family, count, ropes)
     attention_cap, logit_cap = _softcaps(fields, family)
     made = Architecture(
@@ -196,82 +180,6 @@ def family_of(model_type: str) -> Family:
     return family
 
 
-# ---- rotary embedding
-
-
-def _ropes(fields: Fields, family: Family, head_dim: int, max_context: int) -> tuple[dict[str, Rope], int | None]:
-    """The rotary embedding of each layer type, and the longrope switch."""
-    if fields.has("rope_parameters") and fields.has("rope_scaling"):
-        raise CorruptModel("config.json: both rope_parameters and rope_scaling are given; keep one")
-    scaled = fields.mapping("rope_scaling")
-    params = fields.mapping("rope_parameters") or scaled
-    nested = {key: params[key] for key in (FULL, SLIDING) if isinstance(params.get(key), Mapping)}
-    if unknown := sorted(set(params) - set(nested)) if nested else []:
-        raise UnsupportedModel(f"config.json: rope_parameters has {', '.join(unknown)} beside its layer types")
-    per_type: Mapping[str, Mapping[str, Any]] = nested or {FULL: params, SLIDING: params}
-    if family.local_theta is not None:
-        if params and not nested and not scaled:
-            raise UnsupportedModel("config.json: rope_parameters must name its layer types in this family")
-        # Gemma 3: a scaling is for the global layers, local ones have a plain base of their own
-        local = fields.number("rope_local_base_freq", family.local_theta, above=0)
-        per_type = {SLIDING: {"rope_theta": local}, FULL: params} if not nested else {SLIDING: {}, **nested}
-    ropes: dict[str, Rope] = {}
-    switches: set[int] = set()
-    for layer_type, values in per_type.items():
-        theta = family.local_theta if layer_type == SLIDING and family.local_theta else None
-        ropes[layer_type], switch = _rope(fields, family, values, theta, head_dim, max_context)
-        switches |= {switch} if switch else set()
-    if len(switches) > 1:
-        raise UnsupportedModel(f"config.json: layer types switch to long factors at different lengths {switches}")
-    return ropes, switches.pop() if switches else None
-
-
-def _rope(
-    fields: Fields, family: Family, values: Mapping[str, Any], local: float | None, head_dim: int, max_context: int
-) -> tuple[Rope, int | None]:
-    params = Fields(values, "config.json, rope parameters")
-    rope_type = params.text("type", "default") if not params.has("rope_type") else params.text("rope_type")
-    if params.has("type") and params.text("type") != rope_type:
-        raise CorruptModel(f"config.json: rope type {rope_type!r} contradicts {params.text('type')!r}")
-    rope_type = family.rope_aliases.get(rope_type, rope_type)
-    theta = params.number("rope_theta", local or fields.number("rope_theta", family.theta))
-    if theta <= 1:
-        raise fields.wrong("rope_theta", theta, "a number above 1")
-    if local is None and params.has("rope_theta"):
-        _agree(fields, "rope_theta", theta)
-    default = fields.integer("original_max_position_embeddings", family.original_context or max_context)
-    original = params.integer("original_max_position_embeddings", default)
-    if params.has("original_max_position_embeddings"):
-        _agree(fields, "original_max_position_embeddings", original)
-    rotary_dim = _rotary_dim(fields, params, family, head_dim)
-    made = make_rope(rope_type, params, RopeBase(theta, rotary_dim, max_context, original), family.interleaved)
-    if unknown := params.unread(frozenset()):
-        raise UnsupportedModel(f"config.json: rope type {rope_type!r} has unknown parameters {', '.join(unknown)}")
-    return made
-
-
-def _rotary_dim(fields: Fields, params: Fields, family: Family, head_dim: int) -> int:
-    default = family.partial_rotary
-    share = fields.number("partial_rotary_factor", default or 1.0, above=0)
-    share = params.number("partial_rotary_factor", share, above=0)
-    if params.has("partial_rotary_factor"):
-        _agree(fields, "partial_rotary_factor", share)
-    if default is None and share != 1.0:
-        raise UnsupportedModel(f"config.json: partial_rotary_factor = {share:g}; this family rotates whole heads")
-    rotary = int(head_dim * share)
-    if share > 1 or rotary < 2 or rotary % 2:
-        raise CorruptModel(
-            f"config.json: head_dim {head_dim} with partial_rotary_factor {share:g} gives {rotary} rotated channels; "
-            f"an even number from 2 to {head_dim} is needed"
-        )
-    return rotary
-
-
-def _agree(fields: Fields, name: str, value: float) -> None:
-    if fields.has(name) and fields.number(name) != value:
-        raise CorruptModel(f"config.json: {name} is {fields.number(name):g} and, in the rope parameters, {value:g}")
-
-
 # ---- layers
 
 
@@ -290,61 +198,6 @@ def _layers(fields: Fields, family: Family, count: int, ropes: Mapping[str, Rope
             raise CorruptModel(f"config.json: rope_parameters has no {kind}, which some layers use")
         layers.append(Layer(ropes[kind] if rope else None, window))
     return tuple(layers)
-
-
-def _by_type(fields: Fields, count: int, default: Callable[[int], bool], window: int | None) -> tuple[int | None, ...]:
-    """Windows from ``layer_types``, or from ``default(index)`` (True: sliding)."""
-    types = tuple(SLIDING if default(index) else FULL for index in range(count))
-    if fields.has("layer_types"):
-        types = fields.texts("layer_types", count)
-    for unknown in sorted(set(types) - {FULL, SLIDING}):
-        raise UnsupportedModel(f"config.json: layer type {unknown!r} is not supported, only {FULL} and {SLIDING}")
-    if SLIDING in types and window is None:
-        raise CorruptModel("config.json: layer_types has sliding_attention, but no sliding_window is in use")
-    return tuple(window if kind == SLIDING else None for kind in types)
-
-
-def _every_layer(default: int | None) -> Windows:
-    """One window for all layers; an explicit null means none (Mistral, Phi-3)."""
-    return lambda fields, count: (_window(fields, default),) * count
-
-
-def _window(fields: Fields, default: int | None) -> int | None:
-    if fields.has("sliding_window"):
-        return fields.integer("sliding_window")
-    return None if fields.given("sliding_window") else default
-
-
-def _qwen_windows(fields: Fields, count: int) -> tuple[int | None, ...]:
-    window = _window(fields, 4096)
-    if not fields.boolean("use_sliding_window", False):
-        window = None  # Qwen writes a number that it does not use
-    first = fields.integer("max_window_layers", 28, minimum=0)
-    return _by_type(fields, count, lambda index: window is not None and index >= first, window)
-
-
-def _gemma_windows(default_pattern: int, pattern_field: bool) -> Windows:
-    """Every ``pattern``-th layer sees everything, the others a window."""
-
-    def windows(fields: Fields, count: int) -> tuple[int | None, ...]:
-        pattern = default_pattern
-        if pattern_field:
-            internal = fields.integer("_sliding_window_pattern", default_pattern)
-            pattern = fields.integer("sliding_window_pattern", internal)
-        return _by_type(fields, count, lambda index: bool((index + 1) % pattern), _window(fields, 4096))
-
-    return windows
-
-
-def _smollm3_windows(fields: Fields, count: int) -> tuple[int | None, ...]:
-    window = _window(fields, None)
-    if not fields.boolean("use_sliding_window", False):
-        window = None
-    interval = fields.integer("no_rope_layer_interval", 4)
-    bare = tuple((index + 1) % interval == 0 for index in range(count))
-    if fields.has("no_rope_layers"):
-        bare = tuple(not value for value in fields.integers("no_rope_layers", count))
-    return _by_type(fields, count, lambda index: window is not None and bare[index], window)
 
 
 # ---- scalars
@@ -408,14 +261,13 @@ _GLM = Family(
     head_dim=128,
     max_context=131072,
     norm_eps=1.5625e-07,
-    partial_rotary=0.5,
-    interleaved=True,
+    rope=RopeRow(partial=0.5, interleaved=True),
     must_be={"mlp_bias": (False, "the family has no such bias")},
     tensors={"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"},
 )
 _QWEN2 = Family(
     biases=Biases(qkv=True),
-    windows=_qwen_windows,
+    windows=layer_windows.qwen,
     max_context=32768,
     must_be={
         "attention_bias": (True, "the family always has biases on q, k and v"),
@@ -425,7 +277,7 @@ _QWEN2 = Family(
 )
 _GEMMA2 = Family(
     biases=Biases(qkv=_ATTENTION_BIAS, o=_ATTENTION_BIAS),
-    windows=_gemma_windows(2, pattern_field=False),
+    windows=layer_windows.gemma(2, pattern_field=False),
     kv_heads=4,
     head_dim=256,
     max_context=8192,
@@ -447,7 +299,7 @@ _LLAMA = Family(biases=Biases(_ATTENTION_BIAS, _ATTENTION_BIAS, _MLP_BIAS))
 
 FAMILIES: Mapping[str, Family] = {
     "llama": _LLAMA,
-    "mistral": Family(windows=_every_layer(4096), kv_heads=8, max_context=131072, must_be=_NO_BIAS),
+    "mistral": Family(windows=layer_windows.every_layer(4096), kv_heads=8, max_context=131072, must_be=_NO_BIAS),
     "qwen2": _QWEN2,
     "qwen3": replace(_QWEN2, biases=Biases(_ATTENTION_BIAS, _ATTENTION_BIAS), head_dim=128, qk_norm=True, must_be={}),
     "glm": _GLM,
@@ -461,14 +313,17 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "phi3": Family(
-        windows=_every_layer(None),
+        windows=layer_windows.every_layer(None),
         max_context=4096,
-        original_context=4096,
         norm_eps=1e-5,
-        partial_rotary=1.0,
-        # names that earlier releases of the same checkpoints gave to longrope
-        rope_aliases={"su": "longrope", "yarn": "longrope"},
-        must_be=_NO_BIAS,
+        # the aliases are names that earlier releases of the same checkpoints gave to longrope
+        rope=RopeRow(partial=1.0, original_context=4096, aliases={"su": "longrope", "yarn": "longrope"}),
+        must_be={
+            **_NO_BIAS,
+            "lm_head_bias": (False, "the head has no bias"),
+            "full_attn_mod": (1, "every layer attends alike"),
+            "interpolate_factor": (1, "positions are counted one by one"),
+        },
         tensors={
             **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
             **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
@@ -477,10 +332,9 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": _GEMMA2,
     "gemma3_text": replace(
         _GEMMA2,
-        windows=_gemma_windows(6, pattern_field=True),
+        windows=layer_windows.gemma(6, pattern_field=True),
         max_context=131072,
-        theta=1_000_000.0,
-        local_theta=10_000.0,
+        rope=RopeRow(theta=1_000_000.0, local_theta=10_000.0),
         qk_norm=True,
         softcaps=(None, None),
         # Transformers reads this field but does not apply it, so a value would have two meanings
@@ -489,11 +343,11 @@ FAMILIES: Mapping[str, Family] = {
     "granite": replace(_LLAMA, multipliers=True),
     "smollm3": replace(
         _LLAMA,
-        windows=_smollm3_windows,
+        windows=layer_windows.smollm3,
         kv_heads=4,
         max_context=32768,
         tied_head=True,
-        theta=2_000_000.0,
+        rope=RopeRow(theta=2_000_000.0),
         rope_layers=True,
         harmless=frozenset({"max_window_layers"}),
     ),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from edge_runtime.errors import CorruptModel, UnsupportedModel
 
@@ -31,15 +32,16 @@ class Fields:
         self._read.add(name)
         return name in self._values
 
-    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+    def integer(self, name: str, default: int | None = None, minimum: int = 1, maximum: int = 1 << 40) -> int:
+        """``maximum`` only catches damage: no size of a model comes near it."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.wrong(name, value, f"an integer of at least {minimum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self.wrong(name, value, f"an integer from {minimum} to {maximum}")
         return value
 
     def number(self, name: str, default: float | None = None, above: float = -math.inf) -> float:
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= above:
+        if not _finite(value) or value <= above:
             limit = "a finite number" if above == -math.inf else f"a finite number above {above:g}"
             raise self.wrong(name, value, limit)
         return float(value)
@@ -59,8 +61,8 @@ class Fields:
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
         """A list of ``length`` finite positive numbers."""
         values = self._items(name, length)
-        numbers = [float(item) for item in values if isinstance(item, int | float) and not isinstance(item, bool)]
-        if len(numbers) != length or not all(math.isfinite(item) and item > 0 for item in numbers):
+        numbers = [float(item) for item in values if _finite(item) and item > 0]
+        if len(numbers) != length:
             raise self.wrong(name, values, "a list of positive numbers")
         return tuple(numbers)
 
@@ -93,6 +95,11 @@ class Fields:
                 f"{self._where}: {name} = {self._values[name]!r} is not supported, only {value!r}: {why}"
             )
 
+    def agree(self, name: str, value: float) -> None:
+        """A field that says again what ``value`` says; CorruptModel if it differs."""
+        if self.has(name) and self.number(name) != value:
+            raise CorruptModel(f"{self._where}: {name} is {self.number(name):g} in one place and {value:g} in another")
+
     def unread(self, harmless: frozenset[str]) -> list[str]:
         """Fields that carry a value, were not read, and are not known to be ``harmless``."""
         return sorted(
@@ -120,3 +127,9 @@ class Fields:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
             raise self.wrong(name, value, f"a list of {length} values")
         return value
+
+
+def _finite(value: object) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # false for nan too, and no overflow for a huge integer

@@ -9,16 +9,106 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.errors import UnsupportedModel
+from edge_runtime.errors import CorruptModel, UnsupportedModel
 from exporters.architecture import Rope
 from exporters.fields import Fields
+from exporters.layer_windows import FULL, SLIDING
 
 Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RopeRow:
+    """What a family does differently."""
+
+    theta: float = 10_000.0
+    """Default base."""
+    local_theta: float | None = None
+    """Default base of sliding layers when they have their own (Gemma 3)."""
+    partial: float | None = None
+    """Default share of a head that is rotated; None: always all of it."""
+    original_context: int | None = None
+    """Default of ``original_max_position_embeddings``; None: the maximum context."""
+    interleaved: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of rope types."""
+
+
+def read_ropes(fields: Fields, row: RopeRow, head_dim: int, max_context: int) -> tuple[dict[str, Rope], int | None]:
+    """The rotary embedding of each layer type (full_attention, sliding_attention), and the longrope switch.
+
+    Raises UnsupportedModel for an unknown type or parameter, CorruptModel for a missing or contradictory number.
+    """
+    if fields.has("rope_parameters") and fields.has("rope_scaling"):
+        raise CorruptModel("config.json: both rope_parameters and rope_scaling are given; keep one")
+    scaled = fields.mapping("rope_scaling")
+    params = fields.mapping("rope_parameters") or scaled
+    nested = {key: params[key] for key in (FULL, SLIDING) if isinstance(params.get(key), Mapping)}
+    if unknown := sorted(set(params) - set(nested)) if nested else []:
+        raise UnsupportedModel(f"config.json: rope_parameters has {', '.join(unknown)} beside its layer types")
+    per_type: Mapping[str, Mapping[str, Any]] = nested or {FULL: params, SLIDING: params}
+    if row.local_theta is not None:
+        if params and not nested and not scaled:
+            raise UnsupportedModel("config.json: rope_parameters must name its layer types in this family")
+        # Gemma 3: a scaling is for the global layers, local ones have a plain base of their own
+        local = fields.number("rope_local_base_freq", row.local_theta, above=0)
+        per_type = {SLIDING: {"rope_theta": local}, FULL: params} if not nested else {SLIDING: {}, **nested}
+    ropes: dict[str, Rope] = {}
+    switches: set[int] = set()
+    for layer_type, values in per_type.items():
+        theta = row.local_theta if layer_type == SLIDING and row.local_theta else None
+        ropes[layer_type], switch = _rope(fields, row, values, theta, head_dim, max_context)
+        switches |= {switch} if switch else set()
+    if len(switches) > 1:
+        raise UnsupportedModel(f"config.json: layer types switch to long factors at different lengths {switches}")
+    return ropes, switches.pop() if switches else None
+
+
+def _rope(
+    fields: Fields, row: RopeRow, values: Mapping[str, Any], local: float | None, head_dim: int, max_context: int
+) -> tuple[Rope, int | None]:
+    params = Fields(values, "config.json, rope parameters")
+    rope_type = params.text("type", "default") if not params.has("rope_type") else params.text("rope_type")
+    if params.has("type") and params.text("type") != rope_type:
+        raise CorruptModel(f"config.json: rope type {rope_type!r} contradicts {params.text('type')!r}")
+    rope_type = row.aliases.get(rope_type, rope_type)
+    theta = params.number("rope_theta", local or fields.number("rope_theta", row.theta))
+    if theta <= 1:
+        raise fields.wrong("rope_theta", theta, "a number above 1")
+    if local is None and params.has("rope_theta"):
+        fields.agree("rope_theta", theta)
+    default = fields.integer("original_max_position_embeddings", row.original_context or max_context)
+    original = params.integer("original_max_position_embeddings", default)
+    if params.has("original_max_position_embeddings"):
+        fields.agree("original_max_position_embeddings", original)
+    rotary_dim = _rotary_dim(fields, params, row, head_dim)
+    made = make_rope(rope_type, params, RopeBase(theta, rotary_dim, max_context, original), row.interleaved)
+    if unknown := params.unread(frozenset()):
+        raise UnsupportedModel(f"config.json: rope type {rope_type!r} has unknown parameters {', '.join(unknown)}")
+    return made
+
+
+def _rotary_dim(fields: Fields, params: Fields, row: RopeRow, head_dim: int) -> int:
+    default = row.partial
+    share = fields.number("partial_rotary_factor", default or 1.0, above=0)
+    share = params.number("partial_rotary_factor", share, above=0)
+    if params.has("partial_rotary_factor"):
+        fields.agree("partial_rotary_factor", share)
+    if default is None and share != 1.0:
+        raise UnsupportedModel(f"config.json: partial_rotary_factor = {share:g}; this family rotates whole heads")
+    rotary = int(head_dim * share) if share <= 1 else 0
+    if rotary < 2 or rotary % 2:
+        raise CorruptModel(
+            f"config.json: head_dim {head_dim} with partial_rotary_factor {share:g} gives {rotary} rotated channels; "
+            f"an even number from 2 to {head_dim} is needed"
+        )
+    return rotary
 
 
 @dataclass(frozen=True)
@@ -120,6 +210,8 @@ def _longrope(params: Fields, base: RopeBase) -> Frequencies:
     short = np.asarray(params.numbers("short_factor", pairs))
     long = np.asarray(params.numbers("long_factor", pairs))
     factor = params.number("factor", base.max_context / base.original_context, above=0)
+    if base.original_context < 2:
+        raise params.wrong("original_max_position_embeddings", base.original_context, "at least 2")
     natural = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(base.original_context))
     scale = params.number("attention_factor", natural, above=0)
     return Frequencies(base.inv_freq() / short, scale, base.inv_freq() / long)
