@@ -154,10 +154,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter = __self.meter
+        own = {key: kwargs.pop(key) for key in ("_loop_vars", "_block_vars") if key in kwargs}  # Jinja's
         meter.spend_on(args)
-        for key, value in kwargs.items():
-            if key not in ("_loop_vars", "_block_vars"):  # Jinja's own
-                meter.spend_on(value)
+        meter.spend_on(kwargs)
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str) and (cost := STRING_COSTS.get(__obj.__name__)) is not None:
             args = cost(meter, owner, *args, **kwargs)
@@ -166,7 +165,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise TemplateError(f"the chat template calls itself more than {MAX_DEPTH} deep", "messages")
         meter.depth += 1
         try:
-            result = super().call(__context, __obj, *args, **kwargs)
+            result = super().call(__context, __obj, *args, **kwargs, **own)
         finally:
             meter.depth -= 1
         meter.spend_on(result)
