@@ -32,6 +32,7 @@ HARMLESS = frozenset(
         "expert_used_count",  # of no experts
     }
 )
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 """Fields that may be a list with one value per layer; only equal values are run."""
 
@@ -54,9 +55,10 @@ class GgufFamily:
 def family_of(metadata: Mapping[str, Any]) -> GgufFamily:
     """The row of :data:`FAMILIES`. UnsupportedModel names another architecture or kind of file."""
     kind = metadata.get("general.type", "model")
-    if kind != "model":
+    if not isinstance(kind, str) or kind != "model":
         raise UnsupportedModel(f"general.type is {kind!r}: the file is no language model of its own")
-    if (parts := metadata.get("split.count", 0)) not in (0, 1):
+    parts = metadata.get("split.count", 0)
+    if not isinstance(parts, int) or parts > 1:
         raise UnsupportedModel(
             f"split.count is {parts}: the model is split over several files, which is not read. "
             "Join them first: llama-gguf-split --merge FIRST_PART OUTPUT"
@@ -77,6 +79,8 @@ def read_architecture(file: GgufFile) -> Architecture:
         made = architecture(config)
     except ModelError as error:
         raise type(error)(f"{file.path.name}, its metadata read as a configuration: {error}") from error
+    except (ArithmeticError, ValueError) as error:  # numbers far outside what any model has
+        raise CorruptModel(f"{file.path.name}: the metadata's numbers make no model: {error}") from error
     if made.qkv_bias and "attention_bias" in config:  # one field in a config.json, two questions in a GGUF
         made = replace(made, o_bias=_has(file, "attn_output.bias"))
     return _with_rope_freqs(made, file)
@@ -131,12 +135,17 @@ def to_config(file: GgufFile, family: GgufFamily) -> Config:
 
 
 def _plain(value: Any) -> Any:
-    """Python values; a float32 as the shortest decimal that means it, which is what the converter was given."""
+    """Python values; a float32 as the decimal that the converter was probably given."""
     if isinstance(value, np.ndarray):
         return [_plain(item) for item in value.tolist()]
-    if isinstance(value, float) and math.isfinite(value) and float(np.float32(value)) == value:
-        return float(str(np.float32(value)))
-    return value
+    return shortest(value) if isinstance(value, float) else value
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal that is this float32: 0.1 for 0.10000000149011612. Other numbers stay."""
+    if not abs(value) <= FLOAT32_MAX or float(np.float32(value)) != value:
+        return value
+    return float(str(np.float32(value)))
 
 
 def _uniform(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def _uniform(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     for name in PER_LAYER:
         items = made.get(name)
         if isinstance(items, list):
-            if len(set(items)) != 1:
+            if not items or any(item != items[0] for item in items):
                 raise UnsupportedModel(f"{prefix}{name} differs from layer to layer, which is not run")
             made[name] = items[0]
     return made

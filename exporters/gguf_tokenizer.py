@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -21,9 +21,10 @@ from tokenizers.models import BPE
 
 from edge_runtime.errors import CorruptModel, UnsupportedModel
 from exporters.checkpoint import TextFiles
+from exporters.gguf_metadata import shortest
 from exporters.gguf_pretokenizers import PreTokenizer, pre_tokenizer
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # enum llama_token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # enum llama_token_type
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What SentencePiece writes for a space."""
@@ -59,11 +60,14 @@ _TEMPLATE = "tokenizer.chat_template"
 _NAMED = ("bos", "eos", "unk", "pad")
 
 
+T = TypeVar("T", bool, str)
+
+
 @dataclass(frozen=True)
 class _Vocabulary:
     tokens: Sequence[str]
     """By id."""
-    types: Sequence[int]
+    types: Sequence[float]
     ids: Mapping[str, int]
 
 
@@ -74,10 +78,10 @@ def read_text(metadata: Mapping[str, Any], vocab_size: int, where: str) -> TextF
     embedding, UnsupportedModel for a kind of tokenizer that is not rebuilt exactly. ``where`` is for messages.
     """
     vocabulary = _vocabulary(metadata, vocab_size, where)
-    model = metadata.get("tokenizer.ggml.model")
+    model = _typed(metadata, "tokenizer.ggml.model", "none", where)
     special: dict[str, int] = {}
     if model == "gpt2":
-        pre = pre_tokenizer(metadata.get("tokenizer.ggml.pre", "default"))
+        pre = pre_tokenizer(_typed(metadata, "tokenizer.ggml.pre", "default", where))
         tokenizer, add_bos = _byte_level(metadata, vocabulary, pre, where), pre.add_bos
     elif model == "llama":
         special = {"unk": 0, "bos": 1, "eos": 2}  # where SentencePiece puts them
@@ -87,10 +91,10 @@ def read_text(metadata: Mapping[str, Any], vocab_size: int, where: str) -> TextF
     _add_tokens(tokenizer, vocabulary, strips_right=_strips_right(metadata))
 
     special |= _special_ids(metadata, vocabulary, where)
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
+    add_bos = _typed(metadata, "tokenizer.ggml.add_bos_token", add_bos, where)
     if add_bos and "bos" not in special:
         raise CorruptModel(f"{where}: a bos token is to be added, but tokenizer.ggml.bos_token_id is missing")
-    if metadata.get("tokenizer.ggml.add_eos_token", False):
+    if _typed(metadata, "tokenizer.ggml.add_eos_token", False, where):
         raise UnsupportedModel(f"{where}: tokenizer.ggml.add_eos_token is true; prompts are never ended with eos here")
     template = metadata.get(_TEMPLATE)
     return TextFiles(
@@ -122,14 +126,21 @@ def _vocabulary(metadata: Mapping[str, Any], vocab_size: int, where: str) -> _Vo
         twice = next(token for index, token in enumerate(tokens) if ids[token] != index)
         raise CorruptModel(f"{where}: tokenizer.ggml.tokens holds {twice!r} twice")
     types = _numbers(metadata, "tokenizer.ggml.token_type", vocab_size, where)
-    return _Vocabulary(tokens, [1] * vocab_size if types is None else [int(kind) for kind in types], ids)
+    return _Vocabulary(tokens, [float(NORMAL)] * vocab_size if types is None else types, ids)
+
+
+def _typed(metadata: Mapping[str, Any], key: str, default: T, where: str) -> T:
+    value = metadata.get(key, default)
+    if not isinstance(value, type(default)):
+        raise CorruptModel(f"{where}: {key} must be a {type(default).__name__}, not {value!r}")
+    return value
 
 
 def _numbers(metadata: Mapping[str, Any], key: str, count: int, where: str) -> list[float] | None:
     values = metadata.get(key)
     if values is None:
         return None
-    if not isinstance(values, np.ndarray) or len(values) != count:
+    if not isinstance(values, np.ndarray) or len(values) != count or not np.isfinite(values).all():
         raise CorruptModel(f"{where}: {key} must be a list of {count} numbers")
     numbers: list[float] = values.tolist()
     return numbers
@@ -178,7 +189,7 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary, where: 
         byte_fallback=True,
     )
     tokenizer = Tokenizer(model)
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = _typed(metadata, "tokenizer.ggml.add_space_prefix", True, where)
     # llama.cpp puts the space before a text at its start and after each special token; normalizers see the same pieces
     first = [normalizers.Prepend(SPACE)] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
@@ -249,7 +260,7 @@ def _generation(metadata: Mapping[str, Any], vocabulary: _Vocabulary, special: M
     """Defaults as in generation_config.json. Samplers that it has no name for (mirostat, xtc) are left out."""
     ends = [special[name] for name in ("eos", "eot", "eom") if name in special]
     ends += [vocabulary.ids[token] for token in sorted(ENDS) if token in vocabulary.ids]
-    if metadata.get("tokenizer.ggml.pre") in ("glm4", "chatglm-bpe") and GLM_END in vocabulary.ids:
+    if str(metadata.get("tokenizer.ggml.pre")) in ("glm4", "chatglm-bpe") and GLM_END in vocabulary.ids:
         ends.append(vocabulary.ids[GLM_END])
     ends = list(dict.fromkeys(ends))
     made: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
@@ -257,5 +268,5 @@ def _generation(metadata: Mapping[str, Any], vocabulary: _Vocabulary, special: M
     for key, name in SAMPLING.items():
         value = metadata.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            made[name] = value if isinstance(value, int) else float(str(np.float32(value)))
+            made[name] = shortest(value) if isinstance(value, float) else value
     return made

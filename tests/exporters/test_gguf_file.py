@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edge_runtime.errors import CorruptModel, ModelError, ModelNotFound, UnsupportedModel
+from exporters.families import architecture
 from exporters.gguf_checkpoint import GgufCheckpoint
 from exporters.gguf_file import open_gguf
+from exporters.gguf_metadata import read_architecture
+from exporters.gguf_tokenizer import read_text
 from exporters.network import tensor_names
 from tests.exporters.gguf_model import random_tensors, write_model
 from tests.exporters.test_gguf_checkpoint import _config
@@ -19,8 +23,6 @@ from tests.exporters.test_gguf_checkpoint import _config
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    from exporters.families import architecture
-
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     config = _config("llama")
     write_model(path, config, random_tensors(architecture(config)))
@@ -115,6 +117,26 @@ def test_damaged(name: str, tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["llama-yarn", "phi3-longrope", "gemma3", "granite"])
+def test_any_field_of_any_type(name: str, tmp_path: Path) -> None:
+    """A field with another type or an impossible value is an error of ours, or harmless."""
+    config = _config(name)
+    write_model(tmp_path / "tiny.gguf", config, random_tensors(architecture(config)))
+    file = open_gguf(tmp_path / "tiny.gguf")
+    extra = ("general.type", "split.count", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.token_type")
+    values = (np.array([1, 2]), np.full(96, np.nan), ["a", "b"], [], -1, 0, 1, 2**40, 1e300, float("nan"), "x", True)
+    refused = 0
+    for key in (*file.metadata, *extra):
+        for value in values:
+            changed = replace(file, metadata={**file.metadata, key: value})
+            try:
+                arch = read_architecture(changed)
+                read_text(changed.metadata, arch.vocab_size, "tiny.gguf")
+            except ModelError:
+                refused += 1
+    assert refused > 150
 
 
 def test_no_such_file(tmp_path: Path) -> None:
