@@ -99,9 +99,7 @@ def choose_device(name: str = "auto", engines: Collection[str] | None = None) ->
     for candidate in parse_device(name):
         engine = _KNOWN[candidate][0]
         if engines is not None and engine not in engines:
-            reasons.append(
-                f"{candidate}: the model has no {engine} variant (export --engine {engine})"
-            )
+            reasons.append(f"{candidate}: the model has no {engine} variant (export --engine {engine})")
             continue
         device = _probe(candidate)
         if device.problem is None:

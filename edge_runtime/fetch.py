@@ -213,7 +213,7 @@ def _download(reference: HubReference, commit: str | None, names: list[str], pro
     from huggingface_hub import snapshot_download
     from tqdm.auto import tqdm
 
-    class Silent(tqdm):
+    class Silent(tqdm):  # type: ignore[misc]  # tqdm has no types
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             super().__init__(*args, **{**kwargs, "disable": True})

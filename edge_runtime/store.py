@@ -158,7 +158,7 @@ class Store:
                         with write_package(folder) as writer:
                             writer.adopt(Package.open(fetched.path))
                 else:
-                    _export(fetched, folder, [engine], weights, progress, name=str(reference))
+                    _export(fetched, folder, [engine], weights, progress, name=_display_name(reference))
             finally:
                 shutil.rmtree(workdir, ignore_errors=True)
         return Package.open(folder)
@@ -203,10 +203,11 @@ def _fetch(reference: Reference, workdir: Path, progress: Progress | None) -> Fe
 
 def _pinned(reference: Reference, present: Package | None) -> Reference:
     """For a further variant: the very version that the package was made from."""
-    if present is None or not isinstance(reference, CatalogueReference | PypiReference | HubReference):
+    recorded = None if present is None else present.manifest.provenance.get("source")
+    if not isinstance(recorded, str) or not isinstance(reference, CatalogueReference | PypiReference | HubReference):
         return reference
     target = reference.target if isinstance(reference, CatalogueReference) else reference
-    source = parse_reference(str(present.manifest.provenance["source"]))
+    source = parse_reference(recorded)
     if isinstance(source, HubReference) and isinstance(target, HubReference):
         return HubReference(source.repo, source.revision, target.file)
     return source
@@ -220,6 +221,13 @@ def _export(
 
     chosen = [_EXPORT_NAMES[engine] for engine in engines]
     export(open_checkpoint(fetched.path), folder, chosen, weights, progress, name=name, provenance=fetched.provenance)
+
+
+def _display_name(reference: Reference) -> str:
+    """Users see it in lists and requests name it; a file's own name says enough there."""
+    if isinstance(reference, PathReference):
+        return reference.path.stem if reference.path.is_file() else reference.path.name
+    return str(reference)
 
 
 def _missing(package: Package, engine: Engine, weights: Weights | None) -> ModelNotFound:

@@ -1,0 +1,35 @@
+"""How much of a memory budget is left for the KV cache of a model about to be loaded."""
+
+from __future__ import annotations
+
+from devices.base import Engine
+from edge_runtime.memory import MemoryBudget
+from edge_runtime.package import Package, Variant
+
+MIB = 1 << 20
+
+_BASE: dict[Engine, int] = {"onnxruntime": 120 * MIB, "openvino": 220 * MIB}
+"""Interpreter, engine library and its thread pools before any model (measured on x86-64 Linux, rounded up)."""
+_WEIGHT_FACTOR = 2.2
+"""The file's mapped pages, and the engine's packed copy of at most 1.2 times their size."""
+_KV_BYTES: dict[Engine, int] = {"onnxruntime": 4, "openvino": 2}
+"""Bytes of one cached value, at most: float32; OpenVINO takes u8, or 16 bits where there is no u8."""
+_ACTIVATION_COPIES = 24
+"""Hidden-sized float32 vectors alive per token of a prefill chunk: projections, MLP and residuals together."""
+
+
+def kv_tokens_within(total: int, package: Package, variant: Variant, prefill_chunk: int) -> int:
+    """Tokens of KV cache that a budget of ``total`` bytes leaves, at most the model's context.
+
+    An estimate from the package alone, on the safe side. BudgetError, naming what would do, if not even one prefill
+    chunk would fit.
+    """
+    arch = package.manifest.architecture
+    budget = MemoryBudget(total)
+    budget.reserve("base", _BASE[variant.engine])
+    budget.reserve("weights", int(variant.bytes * _WEIGHT_FACTOR))
+    logits = arch.vocab_size * 4 * 16  # one row for each of the sequences of a batch
+    budget.reserve("activations", prefill_chunk * arch.hidden_size * 4 * _ACTIVATION_COPIES + logits)
+    per_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * _KV_BYTES[variant.engine]
+    at_least = min(prefill_chunk, arch.max_context)
+    return budget.kv_tokens_for(per_token, at_least=at_least, at_most=arch.max_context)

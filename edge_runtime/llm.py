@@ -1,0 +1,282 @@
+"""A language model in this process: the Python surface."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from devices.base import DecoderOptions
+from devices.errors import DeviceUnavailable
+from devices.registry import Device, choose_device, open_decoder, parse_device
+from edge_runtime.engine import Engine
+from edge_runtime.errors import InvalidRequest, PromptTooLong
+from edge_runtime.footprint import kv_tokens_within
+from edge_runtime.generation import Generation
+from edge_runtime.memory import parse_bytes
+from edge_runtime.package import Package, Variant, Weights
+from edge_runtime.paths import home
+from edge_runtime.references import PackageReference, parse_reference
+from edge_runtime.request import Chunk, FinishReason, TokenLogprob, Usage
+from edge_runtime.sampling import SamplingParams
+from edge_runtime.store import Progress, Store
+from edge_runtime.template import ChatTemplate
+from edge_runtime.tiers.base import Messages, Text, TierRequest, TokenIds
+from edge_runtime.tiers.local import LocalTier
+from edge_runtime.tiers.router import Router
+from edge_runtime.tokenizer import Tokenizer
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """As sampled, the token that ended it included."""
+    finish_reason: FinishReason
+    usage: Usage
+    tier: str
+    """Where it was made."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One per token, if asked for."""
+
+
+class EdgeLLM:
+    """Load a model and answer with it. A context manager; all methods may be called from any thread.
+
+    ``ref`` is a model reference (``smollm2:135m``, ``hf:org/name``, a path, …); a model that is not on this machine
+    is pulled first. ``device`` is ``auto``, ``cpu``, … or ``engine:device``. ``memory_budget`` (``"1GiB"``) bounds what
+    loading may use; the KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``, ``int8`` or
+    ``int4``; None takes what a present package has, int4 for a new one. ``threads`` and ``max_sequences``: see
+    :class:`devices.DecoderOptions`. ``progress`` hears of downloads and exports.
+
+    **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
+    chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an
+    instruct model continue plain text, pass ``llm.tokenizer.encode(text)``.
+
+    Raises UnknownReference, FetchError, UnsupportedModel, CorruptModel, StorageError, UnknownDevice,
+    DeviceUnavailable, EngineError, BudgetError, ConfigError.
+    """
+
+    def __init__(
+        self,
+        ref: str,
+        device: str = "auto",
+        memory_budget: str | int | None = None,
+        *,
+        weights: Weights | None = None,
+        threads: int | None = None,
+        max_sequences: int = DecoderOptions.max_sequences,
+        prefix_cache_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        store = Store(home())
+        budget = None if memory_budget is None else parse_bytes(memory_budget)
+        chosen = _choose_device(store, ref, device, weights)
+        self._package, self._variant = store.ensure(ref, chosen.engine, weights, progress)
+        store.verify(self._package, self._variant)
+        self._created = int(time.time())
+        self.tokenizer = _tokenizer(self._package)
+        template = ChatTemplate(self._package.chat_template, self._package.manifest.special_tokens)
+        self._chats = template.source is not None
+        chunk = DecoderOptions.prefill_chunk
+        options = DecoderOptions(
+            max_sequences=max_sequences,
+            kv_tokens=None if budget is None else kv_tokens_within(budget, self._package, self._variant, chunk),
+            threads=threads,
+            cache_dir=store.home.compiled,
+        )
+        decoder = open_decoder(self._package.spec(self._variant), chosen.name, options)
+        self._device = decoder.device
+        try:
+            self._engine = Engine(decoder, self.tokenizer, prefix_cache_bytes=prefix_cache_bytes)
+        except BaseException:
+            decoder.close()
+            raise
+        limits = decoder.limits
+        context = min(limits.max_context, limits.kv_tokens)
+        self._tier = LocalTier(
+            self._engine,
+            self.tokenizer,
+            template,
+            max_prompt=min(limits.max_prompt, context),
+            max_context=context,
+            add_bos=self._package.manifest.add_bos,
+            defaults=self._package.generation,
+        )
+        self._max_context = context
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
+        """The whole answer; Ctrl-C cancels it.
+
+        Raises InvalidRequest, TemplateError, PromptTooLong, Overloaded, EngineStopped, DeviceError.
+        """
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise InvalidRequest(f"generate gives one completion, not {params.n}; use stream for several", "n")
+        with closing(self._stream(prompt, params)) as chunks:
+            return _joined(chunks)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+        """The answer as it is made; dropping the iterator cancels it. Errors as for :meth:`generate`, those of the
+        request at once."""
+        return self._stream(prompt, params or SamplingParams())
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """(vocab,) float32, after the last of ``ids``."""
+        return self._engine.logits(ids)
+
+    def score(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """(len(ids)-1,) float32: log p(ids[i+1] | ids[:i+1])."""
+        return self._engine.score(ids)
+
+    # --- what the server needs ----------------------------------------------------------------------------------------
+
+    @property
+    def model_id(self) -> str:
+        return self._package.name
+
+    @property
+    def created(self) -> int:
+        return self._created
+
+    @property
+    def ready(self) -> bool:
+        return self._engine.alive
+
+    @property
+    def eos_ids(self) -> Sequence[int]:
+        return self.tokenizer.eos_ids
+
+    def start_chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams) -> Generation:
+        return self._start(TierRequest(Messages(messages), params))
+
+    def start_completion(self, prompt: str | Sequence[int], params: SamplingParams) -> Generation:
+        return self._start(TierRequest(Text(prompt) if isinstance(prompt, str) else TokenIds(prompt), params))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.tokenizer.token_bytes(token_id)
+
+    # --- about --------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> str:
+        """``engine:device`` as really opened."""
+        return self._device
+
+    @property
+    def package(self) -> Package:
+        return self._package
+
+    @property
+    def variant(self) -> Variant:
+        return self._variant
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self._max_context
+
+    def close(self) -> None:
+        """End every request and free the model. Idempotent."""
+        self._engine.close()
+
+    def __enter__(self) -> EdgeLLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _stream(self, prompt: Prompt, params: SamplingParams) -> ChunkStream:
+        return ChunkStream(self._start(TierRequest(self._kind_of(prompt), params)))
+
+    def _start(self, request: TierRequest) -> Generation:
+        tier = self._tier
+        request = tier.prepare(request)
+        fit = tier.fit(request)
+        route = Router.choose(request.params, [(tier.name, fit)])
+        if not route.order:
+            param = "prompt" if fit.prompt_tokens >= min(fit.max_prompt, fit.max_context) else "max_tokens"
+            raise PromptTooLong(route.reasons[tier.name], param)
+        return tier.start(request)
+
+    def _kind_of(self, prompt: Prompt) -> Messages | Text | TokenIds:
+        if isinstance(prompt, str):
+            return Messages([{"role": "user", "content": prompt}]) if self._chats else Text(prompt)
+        items = list(prompt) if isinstance(prompt, Sequence) else np.asarray(prompt).tolist()
+        if items and all(isinstance(item, Mapping) for item in items):
+            return Messages([item for item in items if isinstance(item, Mapping)])
+        ids = [int(item) for item in items if isinstance(item, int | np.integer) and not isinstance(item, bool)]
+        if not items or len(ids) != len(items):
+            raise InvalidRequest("a prompt is a text, a list of messages or a list of token ids; not empty", "prompt")
+        return TokenIds(ids)
+
+
+class ChunkStream:
+    """Chunks of one generation; failures raise. Closing or forgetting it cancels the generation."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+
+    def __iter__(self) -> ChunkStream:
+        return self
+
+    def __next__(self) -> Chunk:
+        return next(self._generation).checked()
+
+    def close(self) -> None:
+        self._generation.close()
+
+
+def _joined(chunks: Iterator[Chunk]) -> Completion:
+    parts = list(chunks)
+    last = parts[-1]
+    assert last.finish_reason is not None
+    assert last.usage is not None
+    return Completion(
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        tier=last.tier,
+        logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+    )
+
+
+def _choose_device(store: Store, ref: str, device: str, weights: Weights | None) -> Device:
+    """Prefer an engine for which the model is here already; else the best, for which it is then exported."""
+    parse_device(device)  # a mistyped name is told before anything is fetched
+    present = store.present(ref)
+    if present is not None:
+        engines = {each.engine for each in present.manifest.variants if weights in (None, each.weights)}
+        try:
+            return choose_device(device, engines)
+        except DeviceUnavailable:
+            if isinstance(parse_reference(ref), PackageReference):
+                raise
+    return choose_device(device)
+
+
+def _tokenizer(package: Package) -> Tokenizer:
+    manifest = package.manifest
+    tokenizer = Tokenizer.from_folder(package.folder)
+    tokenizer.eos_ids = manifest.eos_ids
+    bos = manifest.special_tokens.get("bos_token")
+    if bos is not None:
+        tokenizer.bos_id = tokenizer.token_to_id(bos)
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Where a request may be answered, and the choice between such places."""

@@ -1,0 +1,73 @@
+"""The tier on this machine: chat template, tokenizer, length check against the device's real limit, engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from edge_runtime.engine import Engine
+from edge_runtime.generation import Generation
+from edge_runtime.request import Chunk
+from edge_runtime.template import ChatTemplate
+from edge_runtime.tiers.base import Fit, Messages, Text, TierRequest, TokenIds
+from edge_runtime.tokenizer import Tokenizer
+
+
+class LocalTier:
+    """A model in this process. ``defaults`` is its generation_config.json; ``add_bos`` concerns plain text."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        max_prompt: int,
+        max_context: int,
+        add_bos: bool = False,
+        defaults: Mapping[str, Any] | None = None,
+        name: str = "local",
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._template = template
+        self._max_prompt = max_prompt
+        self._max_context = max_context
+        self._add_bos = add_bos
+        self._defaults = dict(defaults or {})
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def fit(self, request: TierRequest) -> Fit:
+        return Fit(len(self.encode(request)), self._max_prompt, self._max_context)
+
+    def prepare(self, request: TierRequest) -> TierRequest:
+        """The same request with the prompt as token ids, so that it is rendered and tokenized once."""
+        return TierRequest(TokenIds(self.encode(request)), request.params)
+
+    def encode(self, request: TierRequest) -> list[int]:
+        """The prompt's token ids. TemplateError, InvalidRequest."""
+        prompt = request.prompt
+        if isinstance(prompt, Messages):
+            # the template spells out bos and every other marker itself
+            return self._tokenizer.encode(self._template.render(prompt.messages), parse_special=True)
+        if isinstance(prompt, Text):
+            return self._tokenizer.encode(prompt.text, add_bos=self._add_bos)
+        return list(prompt.ids)
+
+    def start(self, request: TierRequest) -> Generation:
+        """Submit and return at once; errors of the request raise here, later ones come as chunks."""
+        ids = self.encode(request)
+        return self._engine.submit(ids, request.params.resolved(self._defaults), self._tokenizer.eos_ids)
+
+    def stream(self, request: TierRequest) -> Iterator[Chunk]:
+        return self._chunks(self.start(request))
+
+    def _chunks(self, generation: Generation) -> Iterator[Chunk]:
+        with generation:
+            for chunk in generation:
+                yield replace(chunk.checked(), tier=self._name)
