@@ -128,9 +128,11 @@ class EdgeLLM:
         with closing(self._stream(prompt, params)) as chunks:
             return _joined(chunks)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """The answer as it is made; dropping the iterator cancels it. Errors as for :meth:`generate`, those of the
-        request at once."""
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> ChunkStream:
+        """The answer as it is made, an iterator of chunks; closing or dropping it cancels it.
+
+        Errors as for :meth:`generate`; those of the request raise here, at once.
+        """
         return self._stream(prompt, params or SamplingParams())
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:

@@ -1,0 +1,171 @@
+"""Arguments, and the one place where errors become a line and an exit code.
+
+Imports here stay light, so that ``--help`` and mistakes answer at once; each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 130, 141
+
+REFERENCE_HELP = (
+    "smollm2:135m, pypi:NAME[==VERSION], hf:ORG/NAME[/FILE.gguf][@REVISION], synthetic:NAME, "
+    "or a path to a .gguf file, a safetensors folder or a model package"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (error), 2 (usage), 130 (Ctrl-C)."""
+    arguments = _parser().parse_args(argv)
+    verbose = getattr(arguments, "verbose", False)
+    _accept_any_text()
+    try:
+        code = _command(arguments.command)(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        if verbose:
+            traceback.print_exc()
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has left, as `| head` does. The interpreter flushes stdout once more at exit: give it a sink.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        return _report(error, verbose)
+
+
+def _report(error: Exception, verbose: bool) -> int:
+    from devices.errors import EdgeError
+
+    if verbose:
+        traceback.print_exc()
+    text = " ".join(str(error).split())
+    if isinstance(error, EdgeError):
+        print(f"edge-glm: {text}", file=sys.stderr)
+    else:
+        print(f"edge-glm: internal error, {type(error).__name__}: {text} (--verbose shows where)", file=sys.stderr)
+    return FAILED
+
+
+def _accept_any_text() -> None:
+    """A terminal that cannot show a character shows its code instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    module, function = {
+        "pull": ("models", "pull"),
+        "export": ("models", "export"),
+        "list": ("models", "list_models"),
+        "show": ("models", "show"),
+        "rm": ("models", "remove"),
+        "run": ("run", "run"),
+        "serve": ("serve", "serve"),
+        "devices": ("devices", "devices"),
+    }[name]
+    command: Callable[[argparse.Namespace], int] = getattr(import_module(f"edge_runtime.cli.{module}"), function)
+    return command
+
+
+class _Version(argparse.Action):
+    """Looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
+        from edge_runtime.version import version
+
+        print(f"edge-glm {version()}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+    parser = argparse.ArgumentParser(
+        prog="edge-glm", description="Run language models on this machine.", parents=[common]
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", parents=[common])
+
+    pull = add("pull", "get a model and prepare it for this machine")
+    pull.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
+    _add_device(pull)
+    _add_engine(pull, default=None, help="prepare it for this engine (default: the one that --device picks)")
+    _add_weights(pull)
+
+    export = add("export", "make a model package in a folder of your choice")
+    export.add_argument("source", metavar="SRC", help=REFERENCE_HELP)
+    export.add_argument("-o", "--output", required=True, metavar="DIR", help="the package; variants are added to one")
+    _add_engine(export, default="all", help="default: all")
+    _add_weights(export)
+
+    run = add("run", "answer a prompt, or chat")
+    run.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
+    run.add_argument("prompt", metavar="PROMPT", nargs="?", help="- or none: standard input; on a terminal: a chat")
+    _add_device(run)
+    _add_weights(run)
+    _add_loading(run)
+    run.add_argument("--system", metavar="TEXT", help="system message")
+    run.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: to the end of the context)")
+    run.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    run.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
+
+    serve = add("serve", "serve the OpenAI-compatible HTTP API")
+    serve.add_argument("ref", metavar="REF", nargs="?", help=f"{REFERENCE_HELP} (default: the only model here)")
+    _add_device(serve)
+    _add_weights(serve)
+    _add_loading(serve)
+    serve.add_argument("--host", metavar="ADDRESS", help="default: 127.0.0.1")
+    serve.add_argument("--port", type=int, metavar="N", help="default: 8000")
+    serve.add_argument("--api-key", metavar="KEY", help="ask clients for this key; better set EDGE_GLM_API_KEY")
+
+    listing = add("list", "list the models on this machine")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+
+    show = add("show", "show what a model is")
+    show.add_argument("ref", metavar="REF", help="a name from `edge-glm list`, or a reference")
+    show.add_argument("--verify", action="store_true", help="check the hash of every file")
+    show.add_argument("--json", action="store_true", help="print the manifest")
+
+    remove = add("rm", "remove a model from this machine")
+    remove.add_argument("ref", metavar="REF", help="a name from `edge-glm list`, or a reference")
+
+    devices = add("devices", "list devices, and why one cannot be used")
+    devices.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="auto, cpu, gpu, npu, cuda, coreml, or engine:device as in openvino:cpu"
+    )
+
+
+def _add_engine(parser: argparse.ArgumentParser, default: str | None, help: str) -> None:
+    parser.add_argument("--engine", choices=("onnx", "openvino", "all"), default=default, help=help)
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", choices=("fp32", "fp16", "int8", "int4"), help="weight format (default: int4)")
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memory-budget", metavar="SIZE", help="most memory to use, e.g. 1GiB")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the engine's choice)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""``edge-glm pull``, ``export``, ``list``, ``show`` and ``rm``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import msgspec
+
+from devices.base import Engine
+from devices.registry import choose_device
+from edge_runtime.cli.progress import Bars
+from edge_runtime.memory import format_bytes
+from edge_runtime.package import Package
+from edge_runtime.paths import home
+from edge_runtime.settings import load_settings
+from edge_runtime.store import Store, StoredModel, export_package
+
+_ENGINES: dict[str, tuple[Engine, ...]] = {
+    "onnx": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "all": ("openvino", "onnxruntime"),
+}
+
+
+def pull(arguments: argparse.Namespace) -> int:
+    settings = load_settings({"device": arguments.device, "weights": arguments.weights})
+    if arguments.engine is None:
+        engines: tuple[Engine, ...] = (choose_device(settings.device).engine,)
+    else:
+        engines = _ENGINES[arguments.engine]
+    store = Store(home())
+    with Bars() as bars:
+        for engine in engines:
+            package, _ = store.ensure(arguments.ref, engine, settings.weights, bars)
+    print(f"{package.name}: {_variants(package)} in {package.folder}")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    settings = load_settings({"weights": arguments.weights})
+    engines = list(_ENGINES[arguments.engine])
+    with Bars() as bars:
+        package = export_package(arguments.source, Path(arguments.output), engines, settings.weights or "int4", bars)
+    print(f"{package.name}: {_variants(package)} in {package.folder}")
+    return 0
+
+
+def list_models(arguments: argparse.Namespace) -> int:
+    models = Store(home()).list()
+    if arguments.json:
+        print(json.dumps([_row(model) for model in models], indent=2))
+        return 0
+    width = max((len(model.name) for model in models), default=0)
+    for model in models:
+        if model.package is None:
+            print(f"{model.name:{width}}  cannot be opened: {model.problem}")
+        else:
+            print(f"{model.name:{width}}  {format_bytes(model.package.bytes):>10}  {_variants(model.package)}")
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    store = Store(home())
+    package = store.find(arguments.ref)
+    if arguments.verify:
+        package.verify()  # without the stamp: everything is hashed again
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(package.manifest)).decode())
+    else:
+        _print_package(package)
+        if arguments.verify:
+            print("verified      every file has its recorded SHA-256")
+    return 0
+
+
+def remove(arguments: argparse.Namespace) -> int:
+    folder = Store(home()).remove(arguments.ref)
+    print(f"removed {folder}")
+    return 0
+
+
+def _print_package(package: Package) -> None:
+    manifest = package.manifest
+    arch = manifest.architecture
+    provenance = manifest.provenance
+    rows = {
+        "name": manifest.name,
+        "folder": str(package.folder),
+        "source": str(provenance.get("source", "unknown")),
+        "licence": str(provenance.get("licence", "unknown")),
+        "family": f"{arch.family}, {arch.parameters / 1e6:.0f}M parameters, {arch.num_layers} layers",
+        "context": f"{arch.max_context} tokens, vocabulary of {arch.vocab_size}",
+        "chat": "yes" if package.chat_template is not None else "no chat template",
+        "made by": manifest.created_by,
+    }
+    for key, value in rows.items():
+        print(f"{key:12}  {value}")
+    for variant in manifest.variants:
+        print(f"{'variant':12}  {variant.name}: {variant.engine}, {variant.weights}, {format_bytes(variant.bytes)}")
+
+
+def _variants(package: Package) -> str:
+    return ", ".join(variant.name for variant in package.manifest.variants)
+
+
+def _row(model: StoredModel) -> dict[str, object]:
+    if model.package is None:
+        return {"name": model.name, "folder": str(model.folder), "problem": model.problem}
+    return {
+        "name": model.name,
+        "folder": str(model.folder),
+        "bytes": model.package.bytes,
+        "variants": [variant.name for variant in model.package.manifest.variants],
+        "source": model.package.manifest.provenance.get("source"),
+    }

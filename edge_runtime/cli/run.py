@@ -1,0 +1,126 @@
+"""``edge-glm run``: one prompt, or a chat with history."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import closing, suppress
+
+from edge_runtime.cli.progress import Bars
+from edge_runtime.errors import InvalidRequest, RequestError
+from edge_runtime.llm import EdgeLLM, Prompt
+from edge_runtime.sampling import SamplingParams
+from edge_runtime.settings import Settings, load_settings
+
+Message = dict[str, str]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    settings = load_settings(
+        {
+            name: getattr(arguments, name)
+            for name in (
+                *("device", "weights", "memory_budget", "threads"),
+                *("system", "max_tokens", "temperature", "seed"),
+            )
+        }
+    )
+    params = SamplingParams(max_tokens=settings.max_tokens, temperature=settings.temperature, seed=settings.seed)
+    prompt = _prompt(arguments.prompt)
+    with open_model(arguments.ref, settings) as llm:
+        if prompt is None:
+            return _chat(llm, settings.system, params)
+        system = [] if settings.system is None else [_message("system", settings.system)]
+        _answer(llm, [*system, _message("user", prompt)] if system else prompt, params)
+        return 0
+
+
+def open_model(ref: str, settings: Settings) -> EdgeLLM:
+    """Load, showing bars for whatever has to be fetched or prepared first."""
+    with Bars() as bars:
+        return EdgeLLM(
+            ref,
+            settings.device,
+            settings.memory_budget,
+            weights=settings.weights,
+            threads=settings.threads,
+            progress=bars,
+        )
+
+
+def _prompt(given: str | None) -> str | None:
+    """The argument, or standard input; None: a chat, because a person sits there."""
+    if given is None and sys.stdin.isatty():
+        return None
+    prompt = sys.stdin.read() if given in (None, "-") else given
+    if prompt is None or not prompt.strip():
+        raise InvalidRequest("the prompt is empty", "prompt")
+    return prompt
+
+
+def _answer(llm: EdgeLLM, prompt: Prompt, params: SamplingParams) -> str:
+    """Print the answer as it is made, and return it. Ctrl-C cancels it and comes through."""
+    text = ""
+    try:
+        with closing(llm.stream(prompt, params)) as chunks:
+            for chunk in chunks:
+                text += chunk.text
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+    finally:
+        if not text.endswith("\n"):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    return text
+
+
+def _chat(llm: EdgeLLM, system: str | None, params: SamplingParams) -> int:
+    """Until Ctrl-D, /bye, or Ctrl-C twice at the prompt; Ctrl-C during an answer ends only the answer."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  line editing and history in input()
+
+    messages: list[Message] = [] if system is None else [_message("system", system)]
+    print(f"{llm.model_id} on {llm.device}; Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
+    interrupted = False
+    while True:
+        try:
+            line = input(">>> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return 0
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            if interrupted:
+                return 0
+            interrupted = True
+            print("Ctrl-C again or Ctrl-D leaves", file=sys.stderr)
+            continue
+        interrupted = False
+        if line.strip() == "/bye":
+            return 0
+        if line.strip():
+            messages = _turn(llm, messages, line, params)
+
+
+def _turn(llm: EdgeLLM, messages: list[Message], line: str, params: SamplingParams) -> list[Message]:
+    """The history after one more exchange. An interrupted answer stays in it as far as it got."""
+    asked = [*messages, _message("user", line)]
+    text = ""
+    try:
+        with closing(llm.stream(asked, params)) as chunks:
+            for chunk in chunks:
+                text += chunk.text
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass
+    except RequestError as error:  # such as a history over the context: this turn is refused, the chat goes on
+        print(f"edge-glm: {error}", file=sys.stderr)
+        return messages
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return [*asked, _message("assistant", text)]
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}

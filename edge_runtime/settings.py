@@ -1,0 +1,85 @@
+"""Settings: flags beat EDGE_GLM_* variables beat edge-glm.toml."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.package import Weights
+from edge_runtime.paths import APP
+
+PREFIX = "EDGE_GLM_"
+FILE = "edge-glm.toml"
+_OTHER_VARIABLES = frozenset({"EDGE_GLM_HOME", "EDGE_GLM_CONFIG"})
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What may be set in all three places, under the same names (flags with ``-``, variables in capitals)."""
+
+    model: str | None = None
+    """What ``serve`` serves without a reference."""
+    device: str = "auto"
+    weights: Weights | None = None
+    memory_budget: str | None = None
+    threads: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    system: str | None = None
+
+
+def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
+    """Merge; flags that are None were not given. ConfigError names the place, the key and what is wrong."""
+    environ = os.environ if environ is None else environ
+    merged: dict[str, Any] = {}
+    path = _config_file(environ)
+    if path is not None:
+        merged |= _checked(_read_toml(path), str(path), strict=True)
+    merged |= _checked(_variables(environ), "environment", strict=False)
+    merged |= {name: value for name, value in flags.items() if value is not None}
+    return msgspec.convert(merged, Settings)
+
+
+def _checked(values: dict[str, Any], origin: str, *, strict: bool) -> dict[str, Any]:
+    try:
+        settings = msgspec.convert(values, Settings, strict=strict)  # not strict: "8080" is a number
+    except msgspec.ValidationError as error:
+        known = ", ".join(Settings.__struct_fields__)
+        raise ConfigError(f"{origin}: {error}; known settings: {known}") from error
+    return {name: getattr(settings, name) for name in values}
+
+
+def _variables(environ: Mapping[str, str]) -> dict[str, str]:
+    names = [name for name in environ if name.startswith(PREFIX) and name not in _OTHER_VARIABLES]
+    return {name.removeprefix(PREFIX).lower(): environ[name] for name in names}
+
+
+def _config_file(environ: Mapping[str, str]) -> Path | None:
+    """EDGE_GLM_CONFIG, else edge-glm.toml here, else in the user's configuration folder (or EDGE_GLM_HOME)."""
+    given = environ.get("EDGE_GLM_CONFIG")
+    if given:
+        return Path(given)
+    places = [Path(FILE)]
+    if environ.get("EDGE_GLM_HOME"):
+        places.append(Path(environ["EDGE_GLM_HOME"]) / FILE)
+    else:
+        import platformdirs
+
+        places.append(platformdirs.user_config_path(APP, appauthor=False) / FILE)
+    return next((place for place in places if place.is_file()), None)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
