@@ -49,11 +49,14 @@ class TextLogprobs:
 
     def lists(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         """``text_offset``: characters of the completion before the token. A token that is only a part of a character
-        is written ``bytes:\\xe2\\x82``, as OpenAI does."""
+        is written ``bytes:\\xe2\\x82``, as OpenAI does. Tokens of ``eos_ids``, sampled under ignore_eos, add no text."""
         offsets = []
         for item in logprobs:
+            piece = b"" if item.token_id in self._model.eos_ids else self._model.token_bytes(item.token_id)
+            if piece and not 0x80 <= piece[0] < 0xC0:  # begins a character: an unfinished one before it ends here
+                self._characters += len(self._decoder.decode(b"", final=True))
             offsets.append(self._characters)
-            self._characters += len(self._decoder.decode(self._model.token_bytes(item.token_id)))
+            self._characters += len(self._decoder.decode(piece))
         return {
             "tokens": [self._text(item.token_id) for item in logprobs],
             "token_logprobs": [_finite(item.logprob) for item in logprobs],

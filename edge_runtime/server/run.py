@@ -29,24 +29,27 @@ def serve(
 
 
 def listen(app: Starlette, host: str, port: int, *, allow_open: bool = False) -> socket.socket:
-    """A bound socket; port 0 takes any free one. ConfigError as for :func:`serve`."""
+    """A listening socket; port 0 takes any free one. ConfigError as for :func:`serve`."""
     context: ServerContext = app.state.context
     if context.api_key is None and not allow_open and not _is_loopback(host):
         raise ConfigError(
             f"{host} is reachable from other machines and there is no API key: set one (--api-key), "
             "or serve on 127.0.0.1"
         )
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"the port must be from 0 to 65535, not {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot serve on {host} port {port}: {error}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+        listener.listen(2048)  # uvicorn's own backlog; from here on clients wait instead of being refused
+    except OSError as error:
         listener.close()
         raise ConfigError(f"cannot serve on {host} port {port}: {error}; choose another with --port") from error
     return listener

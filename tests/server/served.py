@@ -1,0 +1,97 @@
+"""A served model without weights: the real engine, tokenizer and chat template over the fake decoder."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import tokenizers
+from starlette.applications import Starlette
+from tokenizers import decoders, models, pre_tokenizers
+
+from devices.base import Step
+from edge_runtime.engine import Engine, Generation
+from edge_runtime.sampling import SamplingParams
+from edge_runtime.server.run import listen, make_server
+from edge_runtime.template import ChatTemplate
+from edge_runtime.tokenizer import Tokenizer
+from tests.fake_decoder import FakeDecoder
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if messages[-1].role == 'assistant' %}{{ raise_exception('the last message must be the user\\'s') }}{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPEECH = "abcdefghijklmnopqrstuvwxyz ,.é"
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token for each byte, then ``<|im_start|>`` (256) and ``<|im_end|>`` (257), which ends a completion."""
+    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = tokenizers.Tokenizer(models.BPE(alphabet, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return Tokenizer(inner.to_str(), eos_ids=[257])
+
+
+class FakeModel:
+    """Speaks in the letters of SPEECH, each answer a function of its prompt."""
+
+    created = 1_700_000_000
+
+    def __init__(
+        self,
+        model_id: str = "fake",
+        before_forward: Callable[[Sequence[Step]], None] = lambda batch: None,
+        **engine_options: Any,
+    ) -> None:
+        self.model_id = model_id
+        self.tokenizer = byte_tokenizer()
+        self.template = ChatTemplate(TEMPLATE)
+        self.eos_ids = self.tokenizer.eos_ids
+        self.decoder = FakeDecoder(
+            vocab_size=258, max_context=512, max_sequences=16, kv_tokens=8192, before_forward=before_forward
+        )
+        silent = [t for t in range(258) if t not in {*self.tokenizer.encode(SPEECH), *self.eos_ids}]
+        self.decoder.table[:, silent] -= 100
+        self.engine = Engine(self.decoder, self.tokenizer, vocab_size=258, **engine_options)
+
+    @property
+    def ready(self) -> bool:
+        return self.engine.alive
+
+    def start_chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams) -> Generation:
+        ids = self.tokenizer.encode(self.template.render(messages), parse_special=True)
+        return self.engine.submit(ids, params, self.eos_ids)
+
+    def start_completion(self, prompt: str | Sequence[int], params: SamplingParams) -> Generation:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self.engine.submit(ids, params, self.eos_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.tokenizer.token_bytes(token_id)
+
+    def answer(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams) -> tuple[str, str | None]:
+        """Text and finish reason, straight from the engine: what the server must say too."""
+        with self.start_chat(messages, params) as generation:
+            chunks = [chunk.checked() for chunk in generation]
+        return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason
+
+
+@contextmanager
+def running(app: Starlette) -> Iterator[str]:
+    """``app`` on a real socket; gives its URL."""
+    listener: socket.socket = listen(app, "127.0.0.1", 0)
+    server = make_server(app, "warning")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()

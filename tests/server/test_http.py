@@ -1,0 +1,529 @@
+"""HTTP as such: bad input, statuses, the event stream's bytes, keys, limits, and clients that leave."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import openai
+import pytest
+
+from devices.base import Step
+from devices.errors import EngineError
+from edge_runtime.engine import Generation
+from edge_runtime.errors import (
+    BudgetError,
+    ConfigError,
+    ContextOverflow,
+    EdgeError,
+    EngineStopped,
+    OutOfKVCache,
+    Overloaded,
+    PromptTooLong,
+    StorageError,
+)
+from edge_runtime.sampling import SamplingParams
+from edge_runtime.server.app import create_app
+from edge_runtime.server.errors import failure_of
+from edge_runtime.server.run import listen, serve
+from tests.server.served import FakeModel, running
+
+CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+TEXT: dict[str, Any] = {"model": "fake", "prompt": "Hi", "max_tokens": 3}
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The OpenAI error body, checked for its form."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    assert error["message"]
+    assert "Traceback" not in error["message"]
+    return error
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+MALFORMED: list[tuple[bytes, str]] = [
+    (b"", "empty"),
+    (b"{", "not valid JSON"),
+    (b"nonsense", "not valid JSON"),
+    (json.dumps({**CHAT, **TEXT}).encode() + b"{}", ""),
+    (b'{"model": NaN}', "not valid JSON"),
+    (b"[]", "object"),
+    (b"null", "object"),
+    (b'"\xff"', ""),
+    (b'{"model": "\xff\xfe"}', "UTF-8"),
+    (b'{"model": "\\ud800"}', ""),
+    (b'{"model": "fake", "store": ' + b"[" * 40_000 + b"]" * 40_000 + b"}", "too deep"),
+    (b"[" * 90_000, ""),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(("body", "words"), MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed_json(http: httpx.Client, path: str, body: bytes, words: str) -> None:
+    response = http.post(path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert words in error_of(response)["message"]
+
+
+BAD_CHAT: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": "Hi"}, "messages"),
+    ({"messages": ["Hi"]}, "messages[0]"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "wizard", "content": "Hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "developer", "content": "Hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": "Hi", "mood": "good"}]}, "messages[0].mood"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+    ({"model": None}, "model"),
+    ({"model": 3}, "model"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": 3}, "logprobs"),
+    ({"max_tokens": None, "max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_completion_tokens": 5}, "max_tokens"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"modalities": ["audio"]}, "modalities"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"prompt": "Hi"}, "prompt"),
+    ({"echo": True}, "echo"),
+]  # fmt: skip
+BAD_TEXT: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt[0]"),
+    ({"prompt": None}, "prompt"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [[1], "a"]}, "prompt"),
+    ({"prompt": [1.5]}, "prompt[0]"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": [99999]}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": ["a"] * 129}, "prompt"),
+    ({"echo": True}, "echo"),
+    ({"suffix": "x"}, "suffix"),
+    ({"best_of": 2}, "best_of"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"messages": []}, "messages"),
+]
+BAD_EITHER: list[tuple[dict[str, Any], str]] = [
+    ({"tempurature": 1}, "tempurature"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -1}, "top_k"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"presence_penalty": 2.1}, "presence_penalty"),
+    ({"frequency_penalty": -2.1}, "frequency_penalty"),
+    ({"seed": 2**70}, "seed"),
+    ({"seed": "x"}, "seed"),
+    ({"n": 0}, "n"),
+    ({"n": 1000}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -5}, "max_tokens"),
+    ({"max_tokens": 10_000}, "max_tokens"),
+    ({"stop": ""}, "stop"),
+    ({"stop": [1]}, "stop[0]"),
+    ({"stop": ["a"] * 65}, "stop"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": {"258": 1}}, "logit_bias"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"other": True}}, "stream_options.other"),
+    ({"store": True}, "store"),
+    ({"user": 3}, "user"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "base", "change", "param"),
+    [("/v1/chat/completions", CHAT, *case) for case in BAD_CHAT + BAD_EITHER]
+    + [("/v1/completions", TEXT, *case) for case in BAD_TEXT + BAD_EITHER],
+)
+def test_bad_fields(http: httpx.Client, path: str, base: dict[str, Any], change: dict[str, Any], param: str) -> None:
+    for stream in (False, True):
+        response = http.post(path, json={"stream": stream, **base, **change} if stream else base | change)
+        if stream and param in ("stream_options",):
+            continue  # allowed with stream
+        assert response.status_code == 400, response.text
+        error = error_of(response)
+        assert error["type"] == "invalid_request_error"
+        assert error["param"] == param, error
+
+
+def test_missing_fields(http: httpx.Client) -> None:
+    assert error_of(http.post("/v1/chat/completions", json={"model": "fake"}))["param"] == "messages"
+    assert error_of(http.post("/v1/completions", json={"prompt": "a"}))["param"] == "model"
+
+
+def test_nothing_is_left_behind_by_bad_input(http: httpx.Client, model: FakeModel) -> None:
+    wait_until(lambda: model.engine.stats.running == model.engine.stats.waiting == 0)
+    assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+    model.decoder.check_integrity()
+
+
+# --- statuses ---------------------------------------------------------------------------------------------------------
+
+
+def test_paths_and_methods(http: httpx.Client) -> None:
+    missing = http.get("/v1/nothing")
+    assert missing.status_code == 404
+    assert "/v1/nothing" in error_of(missing)["message"]
+    wrong = http.get("/v1/chat/completions")
+    assert wrong.status_code == 405
+    assert wrong.headers["allow"] == "POST"
+    assert error_of(wrong)["code"] == "method_not_allowed"
+    assert http.post("/v1/models").status_code == 405
+
+
+def test_health(http: httpx.Client) -> None:
+    response = http.get("/health")
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+def test_health_after_the_engine_stopped() -> None:
+    model = FakeModel()
+    with running(create_app(model)) as url:
+        model.engine.close()
+        assert httpx.get(f"{url}/health").status_code == 503
+        response = httpx.post(f"{url}/v1/chat/completions", json=CHAT)
+        assert response.status_code == 503
+        assert error_of(response)["code"] == "engine_stopped"
+
+
+def test_body_limit(http: httpx.Client, url: str) -> None:
+    response = http.post("/v1/completions", json=TEXT | {"prompt": "x" * 100_001})
+    assert response.status_code == 413
+    assert "100000" in error_of(response)["message"]
+
+    def endless() -> Iterator[bytes]:
+        while True:
+            yield b" " * 10_000
+
+    with httpx.Client(base_url=url) as other:  # chunked: no length is declared
+        try:
+            response = other.post("/v1/completions", content=endless())
+        except httpx.WriteError:
+            return  # the server answered and hung up while we were still sending
+        assert response.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (PromptTooLong("long", "prompt"), 400, "context_length_exceeded"),
+        (ContextOverflow("long"), 400, "context_length_exceeded"),
+        (Overloaded("full", retry_after=2.4), 503, "overloaded"),
+        (OutOfKVCache("full"), 503, "overloaded"),
+        (EngineStopped("closed"), 503, "engine_stopped"),
+        (BudgetError("too big"), 503, "out_of_memory_budget"),
+        (EngineError("the engine failed"), 500, None),
+        (StorageError("disk full"), 500, None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusals_of_the_engine(error: EdgeError, status: int, code: str | None, stream: bool) -> None:
+    class Refusing(FakeModel):
+        def start_chat(self, messages: Any, params: SamplingParams) -> Generation:
+            raise error
+
+    model = Refusing()
+    with running(create_app(model)) as url:
+        response = httpx.post(f"{url}/v1/chat/completions", json=CHAT | {"stream": stream})
+    model.engine.close()
+    assert response.status_code == status
+    assert error_of(response)["code"] == code
+    assert error_of(response)["message"] == str(error)
+    expected = {Overloaded: "3", OutOfKVCache: "1"}.get(type(error))
+    assert response.headers.get("retry-after") == expected
+
+
+def test_every_error_of_the_tree_has_a_status() -> None:
+    def leaves(kind: type[EdgeError]) -> list[type[EdgeError]]:
+        return [leaf for child in kind.__subclasses__() for leaf in leaves(child)] or [kind]
+
+    for kind in leaves(EdgeError):
+        failure = failure_of(kind("why"))
+        assert 400 <= failure.status <= 503
+        assert failure.message == "why"
+
+
+def test_a_bug_shows_no_traceback() -> None:
+    class Broken(FakeModel):
+        def start_chat(self, messages: Any, params: SamplingParams) -> Generation:
+            raise KeyError("secret")
+
+    model = Broken()
+    with running(create_app(model)) as url:
+        response = httpx.post(f"{url}/v1/chat/completions", json=CHAT)
+    model.engine.close()
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert "internal error" in error_of(response)["message"]
+
+
+def test_a_full_queue_is_503() -> None:
+    gate = threading.Event()
+    model = FakeModel(before_forward=lambda batch: bool(gate.wait()) and None, max_queue=1)
+    running_request = model.start_completion("a", SamplingParams(max_tokens=1))
+    wait_until(lambda: model.engine.stats.waiting == 0)
+    waiting = model.start_completion("a", SamplingParams(max_tokens=1))
+    with running(create_app(model)) as url:
+        response = httpx.post(f"{url}/v1/completions", json=TEXT)
+        gate.set()
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) >= 1
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client:
+            assert client.completions.create(**TEXT).choices
+    running_request.close()
+    waiting.close()
+    model.engine.close()
+
+
+# --- the stream's bytes -----------------------------------------------------------------------------------------------
+
+
+def test_event_stream_is_openais(http: httpx.Client) -> None:
+    request = CHAT | {"stream": True, "temperature": 0, "stream_options": {"include_usage": True}}
+    with http.stream("POST", "/v1/chat/completions", json=request) as response:
+        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+        body = b"".join(response.iter_raw()).decode()
+    *events, done, rest = body.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(re.fullmatch(r"data: \{.*\}", event) for event in events)
+    first, *middle, end, usage = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert first["choices"] == [
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+    ]
+    assert middle
+    for chunk in middle:
+        (choice,) = chunk["choices"]
+        assert set(choice) == {"index", "delta", "logprobs", "finish_reason"}
+        assert set(choice["delta"]) == {"content"}
+    assert end["choices"][0]["delta"] == {}
+    assert end["choices"][0]["finish_reason"] in ("length", "stop")
+    assert usage["choices"] == []
+    assert {chunk["usage"] for chunk in (first, *middle, end) if chunk["usage"] is not None} == set()
+    assert set(usage["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_failure_in_mid_stream_is_an_event(n: int) -> None:
+    steps = 0
+
+    def fail_later(batch: Sequence[Step]) -> None:
+        nonlocal steps
+        steps += 1
+        if steps > 5:
+            raise EngineError("the device fell off")
+
+    model = FakeModel(before_forward=fail_later)
+    request = CHAT | {"stream": True, "max_tokens": 100, "n": n, "logit_bias": {"257": -100}}
+    with running(create_app(model)) as url:
+        response = httpx.post(f"{url}/v1/chat/completions", json=request)
+        assert response.status_code == 200
+        last = response.text.rstrip("\n").split("\n\n")[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the device fell off"
+        steps = 0
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+            with pytest.raises(openai.APIError, match="fell off"), client.chat.completions.create(**request) as stream:
+                list(stream)
+            steps = 0
+            with pytest.raises(openai.InternalServerError, match="fell off"):
+                client.chat.completions.create(**request | {"stream": False})
+    model.engine.close()
+
+
+# --- the door ---------------------------------------------------------------------------------------------------------
+
+
+def test_api_key() -> None:
+    model = FakeModel()
+    with running(create_app(model, api_key="s3cret")) as url, httpx.Client(base_url=url) as http:
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "s3cret"},
+            {"authorization": "Basic s3cret"},
+        ):
+            response = http.post("/v1/chat/completions", json=CHAT, headers=headers)
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert error_of(response)["code"] == "invalid_api_key"
+            assert http.get("/v1/models", headers=headers).status_code == 401
+            assert http.get("/v1/nothing", headers=headers).status_code == 401
+        assert http.get("/v1/models", headers={"authorization": "Bearer s3cret"}).status_code == 200
+        assert http.get("/health").status_code == 200
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
+            assert client.with_options(api_key="s3cret").chat.completions.create(**CHAT).choices
+    model.engine.close()
+
+
+def test_web_pages_are_kept_out(http: httpx.Client) -> None:
+    page = {"origin": "https://example.com"}
+    response = http.post("/v1/chat/completions", json=CHAT, headers=page)
+    assert response.status_code == 403
+    assert "Origin" in error_of(response)["message"]
+    for answer in (response, http.get("/v1/models", headers=page), http.options("/v1/chat/completions", headers=page)):
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+@pytest.mark.parametrize("key", ["", "with space", "schlüssel", "new\nline"])
+def test_keys_that_cannot_be_sent(model: FakeModel, key: str) -> None:
+    with pytest.raises(ConfigError):
+        create_app(model, api_key=key)
+
+
+def test_open_to_the_network_needs_a_key(model: FakeModel) -> None:
+    for host in ("0.0.0.0", "::", "192.168.1.2", "example.com", ""):
+        with pytest.raises(ConfigError, match="API key"):
+            serve(create_app(model), host, 0)
+    for allowed in (
+        listen(create_app(model, api_key="k"), "0.0.0.0", 0),
+        listen(create_app(model), "0.0.0.0", 0, allow_open=True),
+        listen(create_app(model), "localhost", 0),
+    ):
+        allowed.close()
+
+
+def test_a_taken_port_is_named(model: FakeModel) -> None:
+    with listen(create_app(model), "127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=str(port)):
+            listen(create_app(model), "127.0.0.1", port)
+    with pytest.raises(ConfigError, match="99999"):
+        listen(create_app(model), "127.0.0.1", 99999)
+
+
+def test_models_must_have_names_of_their_own(model: FakeModel) -> None:
+    with pytest.raises(ConfigError):
+        create_app([model, model])
+    with pytest.raises(ConfigError):
+        create_app([])
+
+
+def test_several_models() -> None:
+    first, second = FakeModel("org/first"), FakeModel("second:1b")
+    with running(create_app([first, second])) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client:
+        assert [model.id for model in client.models.list().data] == ["org/first", "second:1b"]
+        for name in ("org/first", "second:1b"):
+            assert httpx.get(f"{url}/v1/models/{name}").json()["id"] == name
+            assert client.chat.completions.create(**CHAT | {"model": name}).model == name
+        with pytest.raises(openai.NotFoundError, match="org/first, second:1b"):
+            client.chat.completions.create(**CHAT)
+    first.engine.close()
+    second.engine.close()
+
+
+# --- clients that leave -----------------------------------------------------------------------------------------------
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@contextmanager
+def sent(url: str, path: str, request: dict[str, Any]) -> Iterator[socket.socket]:
+    """A raw connection with the request on its way."""
+    parts = urlsplit(url)
+    body = json.dumps(request).encode()
+    with socket.create_connection((parts.hostname, parts.port)) as connection:
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        connection.sendall(head.encode() + body)
+        yield connection
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_leaving_ends_the_generation(path: str, stream: bool, n: int) -> None:
+    steps = 0
+
+    def slow(batch: Sequence[Step]) -> None:
+        nonlocal steps
+        steps += 1
+        time.sleep(0.01)
+
+    model = FakeModel(before_forward=slow, prefix_cache_bytes=0)
+    base = CHAT if path.endswith("chat/completions") else TEXT
+    request = base | {"stream": stream, "max_tokens": 450, "ignore_eos": True, "n": n}
+    with running(create_app(model)) as url:
+        with sent(url, path, request) as connection:
+            wait_until(lambda: model.engine.stats.running)
+            if stream:
+                received = b""
+                while received.count(b"data: ") < 4:
+                    received += connection.recv(4096)
+        wait_until(lambda: model.engine.stats.running == 0)
+        assert steps < 440  # not because it came to its end
+        wait_until(lambda: not model.decoder.sequences)
+        model.decoder.check_integrity()
+        assert httpx.post(f"{url}{path}", json=base).status_code == 200
+    model.engine.close()
+
+
+def test_leaving_while_queued_frees_the_place() -> None:
+    gate = threading.Event()
+    model = FakeModel(before_forward=lambda batch: bool(gate.wait()) and None)
+    with running(create_app(model)) as url:
+        blocker = model.start_completion("a", SamplingParams(max_tokens=1))
+        wait_until(lambda: model.engine.stats.running)
+        with sent(url, "/v1/chat/completions", CHAT | {"stream": True}):
+            wait_until(lambda: model.engine.stats.waiting)
+        gate.set()
+        wait_until(lambda: model.engine.stats.running == model.engine.stats.waiting == 0)
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 200
+    blocker.close()
+    model.engine.close()
+
+
+def test_shutdown_lets_answers_finish() -> None:
+    model = FakeModel(before_forward=lambda batch: time.sleep(0.01))
+    request = CHAT | {"max_tokens": 30, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+    with running(create_app(model)) as url:
+        asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/chat/completions", json=request)))
+        asking.start()
+        wait_until(lambda: model.engine.stats.running)
+    asking.join()
+    assert answers[0].json()["usage"]["completion_tokens"] == 30
+    model.engine.close()
