@@ -89,9 +89,11 @@ class SamplingParams:
         _integer("max_tokens", self.max_tokens, 1)
         _integer("n", self.n, 1, 128)
         _integer("logprobs", self.logprobs, 0, 20)
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        _sequence("stop", self.stop)
+        object.__setattr__(self, "stop", tuple(self.stop))  # lists are taken too, but must not change afterwards
+        if not all(isinstance(text, str) and text for text in self.stop):
             raise InvalidRequest(f"stop must be non-empty strings, not {self.stop!r}", "stop")
+        _sequence("stop_token_ids", self.stop_token_ids)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
@@ -348,3 +350,8 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> Non
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         limits = f"at least {low}" + ("" if high is None else f" and at most {high}")
         raise InvalidRequest(f"{name} must be an integer {limits}, not {value!r}", name)
+
+
+def _sequence(name: str, value: object) -> None:
+    if not isinstance(value, (tuple, list)):
+        raise InvalidRequest(f"{name} must be a list, not {value!r}", name)

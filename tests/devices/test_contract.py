@@ -1,0 +1,438 @@
+"""devices/base.py, as assertions: the same over the fake decoder, ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from devices.base import Decoder, DecoderOptions, DecoderSequence, DecoderSpec, Snapshot, Step
+from devices.errors import ContextOverflow, DeviceError, EngineError, OutOfKVCache, OutOfSequences
+from devices.onnxruntime_gqa import OnnxRuntimeDecoder
+from devices.openvino_paged import OpenVinoDecoder
+from exporters.network import build
+from exporters.onnx_builder import OnnxBuilder
+from exporters.openvino_builder import OpenVinoBuilder
+from exporters.synthetic import SyntheticCheckpoint
+from tests.fake_decoder import FakeDecoder
+
+CONTEXT = 256
+CHUNK = 48
+SEQUENCES = 5
+EXACT = {"KV_CACHE_PRECISION": "f32", "INFERENCE_PRECISION_HINT": "f32"}
+
+Open = Callable[[int | None], Decoder]
+"""Open a decoder with so many tokens of KV cache."""
+
+
+@pytest.fixture(scope="session")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DecoderSpec]:
+    """One tiny model for both engines."""
+    checkpoint = SyntheticCheckpoint("tiny")
+    arch = checkpoint.architecture
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def spec(engine: str, file: str) -> DecoderSpec:
+        return DecoderSpec(
+            engine=engine,  # type: ignore[arg-type]  # a literal below
+            model=folder / engine / file,
+            num_layers=arch.num_layers,
+            num_heads=arch.num_heads,
+            num_kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            vocab_size=arch.vocab_size,
+            max_context=CONTEXT,
+        )
+
+    onnx = OnnxBuilder(arch, "fp32", folder)
+    build(checkpoint, onnx)
+    _save(onnx, folder / "onnxruntime")
+    openvino = OpenVinoBuilder(arch, "fp32", folder)
+    build(checkpoint, openvino)
+    _save(openvino, folder / "openvino")
+    return {
+        "onnxruntime": spec("onnxruntime", "model.onnx"),
+        "openvino": spec("openvino", "openvino_model.xml"),
+    }
+
+
+def _save(builder: OnnxBuilder | OpenVinoBuilder, folder: Path) -> None:
+    folder.mkdir()
+    builder.save(folder)
+
+
+@pytest.fixture(scope="module", params=["fake", "onnxruntime", "openvino"])
+def open_decoder(request: pytest.FixtureRequest) -> Open:
+    if request.param == "fake":
+        return lambda kv_tokens: FakeDecoder(
+            max_context=CONTEXT, max_sequences=SEQUENCES, prefill_chunk=CHUNK, kv_tokens=kv_tokens or 4 * CONTEXT
+        )
+    spec = request.getfixturevalue("specs")[request.param]
+
+    def opening(kv_tokens: int | None) -> Decoder:
+        options = DecoderOptions(
+            max_sequences=SEQUENCES,
+            prefill_chunk=CHUNK,
+            kv_tokens=kv_tokens or 4 * CONTEXT,
+            threads=2,
+            properties=EXACT if request.param == "openvino" else {},
+        )
+        return OnnxRuntimeDecoder(spec, options) if request.param == "onnxruntime" else OpenVinoDecoder(spec, options)
+
+    return opening
+
+
+@pytest.fixture(scope="module")
+def shared(open_decoder: Open) -> Iterator[Decoder]:
+    decoder = open_decoder(None)
+    yield decoder
+    decoder.close()
+
+
+@pytest.fixture
+def decoder(shared: Decoder) -> Iterator[Decoder]:
+    """Shared by the tests, each of which must leave it sound and with every place free."""
+    yield shared
+    shared.check_integrity()
+    sequences = [shared.new_sequence() for _ in range(SEQUENCES)]
+    for sequence in sequences:
+        sequence.close()
+
+
+@pytest.fixture
+def small(open_decoder: Open) -> Iterator[Decoder]:
+    """With 128 tokens of KV cache."""
+    decoder = open_decoder(128)
+    yield decoder
+    decoder.check_integrity()
+    decoder.close()
+
+
+def ids(seed: int, length: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, 64, length)
+
+
+def feed(
+    decoder: Decoder, sequence: DecoderSequence, tokens: NDArray[np.int64], sizes: Sequence[int]
+) -> NDArray[np.float32]:
+    """Logits of all ``tokens``, fed in pieces of the given sizes, again and again."""
+    rows, start, turn = [], 0, 0
+    while start < len(tokens):
+        piece = tokens[start : start + sizes[turn % len(sizes)]]
+        rows += decoder.forward([Step(sequence, piece, len(piece))])
+        start, turn = start + len(piece), turn + 1
+    return np.concatenate(rows)
+
+
+def alone(decoder: Decoder, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(len, vocab): what every other way of computing must give."""
+    sequence = decoder.new_sequence(len(tokens))
+    rows = feed(decoder, sequence, tokens, [CHUNK])
+    sequence.close()
+    return rows
+
+
+def same(a: NDArray[np.float32], b: NDArray[np.float32]) -> None:
+    assert a.dtype == np.float32
+    np.testing.assert_allclose(a, b, atol=1e-3, rtol=0)
+
+
+class TestContract:
+    def test_limits_are_those_asked_for(self, decoder: Decoder) -> None:
+        limits = decoder.limits
+        assert limits.max_context == CONTEXT
+        assert 0 < limits.max_prompt <= CONTEXT
+        assert limits.max_sequences == SEQUENCES
+        assert limits.prefill_chunk == CHUNK
+        assert limits.kv_tokens >= 4 * CONTEXT
+        assert limits.kv_bytes_per_token > 0
+        assert ":" in decoder.device
+
+    def test_the_history_matters(self, decoder: Decoder) -> None:
+        tokens, other = ids(1, 20), ids(1, 20)
+        other[0] += 1
+        a, b = alone(decoder, tokens), alone(decoder, other)
+        assert np.abs(a[-1] - b[-1]).max() > 1e-3
+        same(alone(decoder, tokens), a)
+
+    @pytest.mark.parametrize("sizes", [[1], [7], [CHUNK], [1, 31, 2], [32], [33]])
+    def test_chunked_is_as_in_one_call(self, decoder: Decoder, sizes: list[int]) -> None:
+        tokens = ids(2, 100)
+        sequence = decoder.new_sequence(100)
+        same(feed(decoder, sequence, tokens, sizes), alone(decoder, tokens))
+        assert sequence.length == 100
+        assert sequence.nbytes >= 100 * decoder.limits.kv_bytes_per_token
+        sequence.close()
+
+    def test_a_ragged_batch_is_as_alone(self, decoder: Decoder) -> None:
+        histories = [ids(seed, length) for seed, length in ((1, 1), (2, 33), (3, 64), (4, 90), (5, 17))]
+        expected = [alone(decoder, tokens) for tokens in histories]
+        sequences = [decoder.new_sequence() for _ in histories]
+        done = [0] * len(histories)
+        turn = 0
+        while any(d < len(h) for d, h in zip(done, histories, strict=True)):
+            batch, parts = [], []
+            for i, tokens in enumerate(histories):
+                count = min((1, 9, 32, 1, 5)[(i + turn) % 5], len(tokens) - done[i])
+                if count and (i + turn) % 4:  # not everyone takes part in every batch
+                    batch.append(Step(sequences[i], tokens[done[i] : done[i] + count], count))
+                    parts.append((i, count))
+            turn += 1
+            if not batch:
+                continue
+            for (i, count), rows in zip(parts, decoder.forward(batch), strict=True):
+                same(rows, expected[i][done[i] : done[i] + count])
+                done[i] += count
+        for sequence in sequences:
+            sequence.close()
+
+    def test_decode_rows_in_a_batch_are_as_alone(self, decoder: Decoder) -> None:
+        histories = [ids(seed, 12 + 20 * seed) for seed in range(4)]
+        expected = [alone(decoder, tokens) for tokens in histories]
+        sequences = [decoder.new_sequence() for _ in histories]
+        for sequence, tokens in zip(sequences, histories, strict=True):
+            feed(decoder, sequence, tokens[:-5], [CHUNK])
+        for back in range(5, 0, -1):
+            batch = [Step(s, h[len(h) - back : len(h) - back + 1]) for s, h in zip(sequences, histories, strict=True)]
+            for rows, whole in zip(decoder.forward(batch), expected, strict=True):
+                same(rows, whole[len(whole) - back : len(whole) - back + 1])
+        sequences[1].close()  # the others go on without it
+        batch = [Step(sequences[i], np.array([3])) for i in (3, 0, 2)]
+        for i, rows in zip((3, 0, 2), decoder.forward(batch), strict=True):
+            same(rows, alone(decoder, np.append(histories[i], 3))[-1:])
+        for sequence in sequences:
+            sequence.close()
+
+    @pytest.mark.parametrize("rows", [0, 1, 4, 20])
+    def test_rows_are_those_of_the_last_tokens(self, decoder: Decoder, rows: int) -> None:
+        tokens = ids(3, 20)
+        sequence, other = decoder.new_sequence(), decoder.new_sequence()
+        first, second = decoder.forward([Step(sequence, tokens, rows), Step(other, tokens[:7], 2)])
+        whole = alone(decoder, tokens)
+        assert first.shape == (rows, whole.shape[1])
+        same(first, whole[20 - rows :])
+        same(second, whole[5:7])
+        sequence.close()
+        other.close()
+
+    def test_a_batch_without_any_rows(self, decoder: Decoder) -> None:
+        tokens = ids(3, 20)
+        sequence = decoder.new_sequence()
+        (nothing,) = decoder.forward([Step(sequence, tokens[:19], 0)])
+        assert nothing.shape[0] == 0
+        same(decoder.forward([Step(sequence, tokens[19:])])[0], alone(decoder, tokens)[19:])
+        sequence.close()
+
+    def test_results_belong_to_the_caller(self, decoder: Decoder) -> None:
+        sequence = decoder.new_sequence()
+        (first,) = decoder.forward([Step(sequence, ids(1, 10), 3)])
+        before = first.copy()
+        decoder.forward([Step(sequence, ids(2, 10), 3)])
+        assert np.array_equal(first, before)
+        first[:] = 0  # and may be written to
+        sequence.close()
+
+    @pytest.mark.parametrize("length", [0, 1, 31, 32, 40, 70])
+    def test_crop(self, decoder: Decoder, length: int) -> None:
+        tokens, more = ids(4, 70), ids(5, 20)
+        sequence = decoder.new_sequence()
+        feed(decoder, sequence, tokens, [CHUNK])
+        kept = sequence.crop(length)
+        assert 0 <= kept <= length
+        assert sequence.length == kept
+        branch = np.concatenate([tokens[:length], more])
+        same(feed(decoder, sequence, branch[kept:], [11]), alone(decoder, branch)[kept:])
+        sequence.close()
+
+    @pytest.mark.parametrize("length", [0, 1, 32, 45, 70])
+    def test_forks_are_independent(self, decoder: Decoder, length: int) -> None:
+        tokens = ids(6, 70)
+        parent = decoder.new_sequence()
+        feed(decoder, parent, tokens, [CHUNK])
+        twins = [parent.fork(length), parent.fork(length)]
+        grandchild = twins[0].fork(length)
+        assert [s.length for s in (*twins, grandchild)] == [length] * 3
+        branches = [np.concatenate([tokens[:length], ids(seed, 9)]) for seed in (10, 11, 12)]
+        longer = np.concatenate([tokens, ids(13, 9)])
+        batch = [Step(s, b[length:], 9) for s, b in zip((*twins, grandchild), branches, strict=True)]
+        results = decoder.forward([*batch, Step(parent, longer[70:], 9)])
+        for rows, whole in zip(results, (*branches, longer), strict=True):
+            same(rows, alone(decoder, whole)[-9:])
+        decoder.check_integrity()
+        parent.close()
+        twins[0].close()
+        (rows,) = decoder.forward([Step(twins[1], np.array([5]))])
+        same(rows, alone(decoder, np.append(branches[1], 5))[-1:])
+        twins[1].close()
+        grandchild.close()
+
+    def test_a_fork_outlives_a_cropped_parent(self, decoder: Decoder) -> None:
+        tokens = ids(7, 50)
+        parent = decoder.new_sequence()
+        feed(decoder, parent, tokens, [CHUNK])
+        child = parent.fork(45)
+        kept = parent.crop(40)
+        feed(decoder, parent, ids(8, 12), [12])
+        same(feed(decoder, child, tokens[45:], [2]), alone(decoder, tokens)[45:])
+        assert kept <= 40
+        parent.close()
+        child.close()
+
+    @pytest.mark.parametrize("length", [1, 32, 50])
+    def test_snapshot_and_restore(self, decoder: Decoder, length: int) -> None:
+        tokens = ids(8, length + 9)
+        sequence = decoder.new_sequence()
+        feed(decoder, sequence, tokens[:length], [CHUNK])
+        snapshot = sequence.snapshot()
+        feed(decoder, sequence, ids(9, 5), [5])  # must not reach into the snapshot
+        sequence.close()
+        if snapshot is None:
+            pytest.skip("this device takes no snapshots")
+        assert snapshot.length == length
+        assert snapshot.nbytes > 0
+        copy = decoder.new_sequence()
+        copy.restore(snapshot)
+        assert copy.length == length
+        same(feed(decoder, copy, tokens[length:], [4]), alone(decoder, tokens)[length:])
+        copy.close()
+
+    def test_a_strange_snapshot_is_refused(self, decoder: Decoder) -> None:
+        sequence = decoder.new_sequence()
+        feed(decoder, sequence, ids(1, 5), [5])
+        snapshot = sequence.snapshot()
+        if snapshot is not None:
+            with pytest.raises((EngineError, ValueError)):
+                sequence.restore(snapshot)  # not empty
+            sequence.crop(0)
+            with pytest.raises(EngineError):
+                sequence.restore(Snapshot(5, (*snapshot.arrays, snapshot.arrays[0])))
+            assert sequence.length == 0
+        sequence.close()
+
+    def test_sequences_run_out(self, decoder: Decoder) -> None:
+        sequences = [decoder.new_sequence() for _ in range(SEQUENCES)]
+        with pytest.raises(OutOfSequences, match=str(SEQUENCES)):
+            decoder.new_sequence()
+        with pytest.raises(OutOfSequences):
+            sequences[0].fork(0)
+        sequences.pop().close()
+        decoder.new_sequence().close()
+        for sequence in sequences:
+            sequence.close()
+            sequence.close()  # idempotent
+
+    def test_the_kv_cache_runs_out_and_nothing_has_changed(self, small: Decoder) -> None:
+        a, b = small.new_sequence(), small.new_sequence()
+        feed(small, a, ids(1, 64), [32])
+        feed(small, b, ids(2, 60), [30])
+        with pytest.raises(OutOfKVCache):
+            small.forward([Step(b, ids(3, 1)), Step(a, ids(3, 8))])
+        assert (a.length, b.length) == (64, 60)
+        small.check_integrity()
+        (rows,) = small.forward([Step(b, ids(3, 1))])
+        a.crop(0)  # gives room for the check
+        same(rows, alone(small, np.concatenate([ids(2, 60), ids(3, 1)]))[-1:])
+        a.close()
+        b.close()
+
+    def test_a_snapshot_for_which_there_is_no_room(self, small: Decoder) -> None:
+        a, b = small.new_sequence(), small.new_sequence()
+        feed(small, a, ids(1, 80), [40])
+        snapshot = a.snapshot()
+        if snapshot is not None:
+            with pytest.raises(OutOfKVCache):
+                b.restore(snapshot)
+            assert (a.length, b.length) == (80, 0)
+
+    def test_the_context_ends_and_nothing_has_changed(self, decoder: Decoder) -> None:
+        tokens = ids(4, CONTEXT)
+        full, other = decoder.new_sequence(CONTEXT), decoder.new_sequence()
+        feed(decoder, full, tokens, [CHUNK])
+        with pytest.raises(ContextOverflow, match=str(CONTEXT)):
+            decoder.forward([Step(other, ids(1, 3)), Step(full, ids(1, 1))])
+        assert (full.length, other.length) == (CONTEXT, 0)
+        kept = full.crop(CONTEXT - 1)
+        same(feed(decoder, full, tokens[kept:], [CHUNK])[-1:], alone(decoder, tokens)[-1:])
+        full.close()
+        other.close()
+
+    def test_bad_steps_are_refused_and_nothing_has_changed(self, decoder: Decoder) -> None:
+        good, sequence = decoder.new_sequence(), decoder.new_sequence()
+        feed(decoder, sequence, ids(1, 10), [10])
+        bad = [
+            Step(sequence, ids(1, 0)),
+            Step(sequence, ids(1, CHUNK + 1)),
+            Step(sequence, np.array([-1])),
+            Step(sequence, np.array([10**6])),
+            Step(sequence, ids(1, 3), 4),
+            Step(sequence, ids(1, 3), -1),
+            Step(good, ids(1, 1)),
+        ]
+        for step in bad:
+            with pytest.raises(ValueError):  # noqa: PT011 - the wording is the device's
+                decoder.forward([Step(good, ids(1, 3)), step])
+            assert (good.length, sequence.length) == (0, 10)
+        with pytest.raises(ValueError):  # noqa: PT011
+            decoder.forward([])
+        for length in (-1, 11):
+            with pytest.raises(ValueError):  # noqa: PT011
+                sequence.crop(length)
+            with pytest.raises(ValueError):  # noqa: PT011
+                sequence.fork(length)
+        assert sequence.length == 10
+        good.close()
+        sequence.close()
+
+    def test_a_closed_sequence(self, decoder: Decoder) -> None:
+        sequence, other = decoder.new_sequence(), decoder.new_sequence()
+        feed(decoder, sequence, ids(1, 10), [10])
+        sequence.close()
+        for use in (
+            lambda: sequence.crop(0),
+            lambda: sequence.fork(0),
+            lambda: sequence.snapshot(),
+            lambda: sequence.length,
+            lambda: sequence.nbytes,
+        ):
+            with pytest.raises(DeviceError):
+                use()
+        with pytest.raises((DeviceError, ValueError)):
+            decoder.forward([Step(other, ids(1, 3)), Step(sequence, ids(1, 3))])
+        assert other.length == 0
+        other.close()
+
+    def test_a_sequence_of_another_decoder(self, decoder: Decoder, small: Decoder) -> None:
+        stranger, own = small.new_sequence(), decoder.new_sequence()
+        with pytest.raises(ValueError, match="decoder"):
+            decoder.forward([Step(own, ids(1, 3)), Step(stranger, ids(1, 3))])
+        assert (stranger.length, own.length) == (0, 0)
+        stranger.close()
+        own.close()
+
+    def test_a_closed_decoder(self, open_decoder: Open) -> None:
+        decoder = open_decoder(128)
+        sequence = decoder.new_sequence()
+        feed(decoder, sequence, ids(1, 10), [10])
+        decoder.close()
+        decoder.close()  # idempotent
+        with pytest.raises(DeviceError):
+            decoder.new_sequence()
+        with pytest.raises(DeviceError):
+            decoder.forward([Step(sequence, ids(1, 1))])
+        sequence.close()
+
+    def test_places_and_cache_are_used_again(self, small: Decoder) -> None:
+        expected = alone(small, ids(1, 100))
+        for turn in range(12):
+            sequence = small.new_sequence()
+            same(feed(small, sequence, ids(1, 100), [CHUNK]), expected)
+            if turn % 2:
+                twin = sequence.fork(turn)
+                sequence.close()
+                twin.close()
+            else:
+                sequence.close()
+        small.check_integrity()
