@@ -48,8 +48,11 @@ class TextLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def lists(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """``text_offset``: characters of the completion before the token. A token that is only a part of a character
-        is written ``bytes:\\xe2\\x82``, as OpenAI does. Tokens of ``eos_ids``, sampled under ignore_eos, add no text."""
+        """``text_offset``: characters of the completion before the token.
+
+        A token that is only a part of a character is written ``bytes:\\xe2\\x82``, as OpenAI does. Tokens of
+        ``eos_ids``, sampled under ignore_eos, add no text.
+        """
         offsets = []
         for item in logprobs:
             piece = b"" if item.token_id in self._model.eos_ids else self._model.token_bytes(item.token_id)

@@ -10,8 +10,8 @@ import anyio
 import anyio.to_thread
 from starlette.types import Receive
 
-from edge_runtime.engine import Generation
 from edge_runtime.errors import EngineStopped
+from edge_runtime.generation import Generation
 from edge_runtime.request import Chunk, Usage
 
 Start = Callable[[], Generation]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from edge_runtime.engine import Generation
+from edge_runtime.generation import Generation
 from edge_runtime.sampling import SamplingParams
 
 
