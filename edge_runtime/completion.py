@@ -113,10 +113,11 @@ class Completion(Request):
     def finish(self, reason: FinishReason, error: EdgeError | None = None, text: str = "") -> None:
         if self.finished:
             return
-        rest, stopped = self.stops.add(self.decoder.flush())
-        text += rest if stopped else rest + self.stops.flush()
-        if stopped and reason == "length":
-            reason = "stop"  # the stop string was complete, but its last character waited in the decoder
+        if reason != "error":  # after a failure nothing is safe to call, and everyone must still be told
+            rest, stopped = self.stops.add(self.decoder.flush())
+            text += rest if stopped else rest + self.stops.flush()
+            if stopped and reason == "length":
+                reason = "stop"  # the stop string was complete, but its last character waited in the decoder
         self._put(text, reason, error)
         if reason in ("error", "cancelled"):  # before its prefill was done: those who wait for it share its fate
             siblings, self.siblings = self.siblings, []

@@ -65,6 +65,8 @@ class Outlet:
     def put(self, chunk: Chunk) -> None:
         """Engine: pass a chunk on. The one that ends the last completion gets the usage."""
         with self._changed:
+            if not self._unfinished:
+                return  # dropped
             if chunk.finish_reason is not None:
                 self._unfinished -= 1
                 if self._unfinished == 0:

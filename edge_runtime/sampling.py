@@ -97,7 +97,9 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
-        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequest(f"logit_bias must map token ids to numbers, not {self.logit_bias!r}", "logit_bias")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0)
             _number("logit_bias", bias, -100.0, 100.0)

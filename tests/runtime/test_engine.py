@@ -74,11 +74,13 @@ def test_the_answer_is_that_of_the_model() -> None:
 
 @pytest.mark.parametrize("max_sequences", [1, 3, 8])
 def test_eight_at_once_answer_as_if_alone(max_sequences: int) -> None:
-    decoder = FakeDecoder(max_sequences=max_sequences)
+    gate = Gate()
+    decoder = FakeDecoder(max_sequences=max_sequences, before_forward=gate)
     prompts = [prompt(seed, 5 + 9 * seed) for seed in range(8)]
     params = SamplingParams(temperature=0, max_tokens=60)
     with serving(decoder) as engine:
         generations = [engine.submit(tokens, params) for tokens in prompts]
+        gate.open.set()
         answers = [collect(generation)[0].tokens for generation in generations]
     assert answers == [greedy(decoder, tokens, 60) for tokens in prompts]
     assert max(len(batch) for batch in decoder.batches) == max_sequences
@@ -116,7 +118,8 @@ def test_prompts_are_served_in_order() -> None:
 
 
 def test_preemption_loses_nothing() -> None:
-    decoder = FakeDecoder(kv_tokens=96, max_context=96, max_sequences=4)
+    gate = Gate()
+    decoder = FakeDecoder(kv_tokens=96, max_context=96, max_sequences=4, before_forward=gate)
     params = SamplingParams(temperature=0.8, seed=5, max_tokens=50)
     prompts = [prompt(seed, 20) for seed in range(4)]
     roomy = FakeDecoder(max_context=96)
@@ -124,6 +127,7 @@ def test_preemption_loses_nothing() -> None:
         alone = [ask(engine, tokens, params).tokens for tokens in prompts]
     with serving(decoder) as engine:
         generations = [engine.submit(tokens, params) for tokens in prompts]
+        gate.open.set()
         answers = [collect(generation)[0] for generation in generations]
         assert engine.stats.preemptions > 0
     assert [answer.tokens for answer in answers] == alone
@@ -249,6 +253,27 @@ def test_a_forgotten_generation_is_cancelled() -> None:
         settle(engine)
         assert engine.stats.running == 0
     assert len(decoder.batches) < 4000
+
+
+def test_a_closed_generation_gives_nothing_more() -> None:
+    with serving(FakeDecoder()) as engine:
+        with engine.submit(prompt(1, 5), SamplingParams(n=3, max_tokens=100)) as generation:
+            next(iter(generation))
+        settle(engine)
+        assert list(generation) == []
+
+
+def test_a_broken_tokenizer_leaves_nobody_waiting() -> None:
+    class Broken(LetterTokenizer):
+        def decode(self, ids: Sequence[int], skip_special: bool = True, /) -> str:
+            raise KeyError(ids[0])
+
+    gate = Gate()
+    engine = Engine(FakeDecoder(before_forward=gate), Broken(), vocab_size=64)
+    generations = [engine.submit(prompt(seed, 5), GREEDY) for seed in range(3)]
+    gate.open.set()
+    assert [collect(generation)[0].finish_reason for generation in generations] == ["error"] * 3
+    engine.close()
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -186,6 +186,8 @@ def test_logits_without_a_number_to_choose_by(temperature: float, bad: float) ->
         ("stop_token_ids", (-1,)),
         ("logit_bias", {3: 101.0}),
         ("logit_bias", {-3: 1.0}),
+        ("logit_bias", [1]),
+        ("stop_token_ids", 5),
     ],
 )
 def test_bad_values_are_refused_by_name(name: str, value: object) -> None:
