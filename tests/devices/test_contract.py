@@ -394,8 +394,6 @@ class TestContract:
             lambda: sequence.crop(0),
             lambda: sequence.fork(0),
             lambda: sequence.snapshot(),
-            lambda: sequence.length,
-            lambda: sequence.nbytes,
         ):
             with pytest.raises(DeviceError):
                 use()
@@ -403,6 +401,14 @@ class TestContract:
             decoder.forward([Step(other, ids(1, 3)), Step(sequence, ids(1, 3))])
         assert other.length == 0
         other.close()
+
+    def test_a_closed_sequence_has_no_length(self, decoder: Decoder) -> None:
+        sequence = decoder.new_sequence()
+        sequence.close()
+        with pytest.raises(DeviceError):
+            _ = sequence.length
+        with pytest.raises(DeviceError):
+            _ = sequence.nbytes
 
     def test_a_sequence_of_another_decoder(self, decoder: Decoder, small: Decoder) -> None:
         stranger, own = small.new_sequence(), decoder.new_sequence()
