@@ -203,13 +203,14 @@ def fetch_hub(reference: HubReference, progress: bool = False) -> Fetched:
     except Exception as error:  # the transport's own errors differ between versions of the hub's library
         return _from_cache(reference, error)
     names = _hub_files([sibling.rfilename for sibling in info.siblings or ()], reference)
-    folder = _download(reference, info.sha, names, progress)
-    provenance: dict[str, Any] = {"source": f"hf:{reference.repo}@{info.sha}"}
+    folder = _download(reference, names, progress)
+    provenance: dict[str, Any] = {"source": _hub_source(reference, folder)}
     licence = info.card_data.get("license") if info.card_data else None
     return Fetched(_source(folder, names), {**provenance, "licence": licence} if licence else provenance)
 
 
-def _download(reference: HubReference, commit: str | None, names: list[str], progress: bool) -> Path:
+def _download(reference: HubReference, names: list[str], progress: bool) -> Path:
+    """The revision goes along by its name, so that the cache can also be found by it when there is no network."""
     from huggingface_hub import snapshot_download
     from tqdm.auto import tqdm
 
@@ -221,8 +222,10 @@ def _download(reference: HubReference, commit: str | None, names: list[str], pro
     patterns = [glob.escape(name) for name in names]
     try:
         if progress:
-            return Path(snapshot_download(reference.repo, revision=commit, allow_patterns=patterns))
-        return Path(snapshot_download(reference.repo, revision=commit, allow_patterns=patterns, tqdm_class=Silent))
+            return Path(snapshot_download(reference.repo, revision=reference.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(reference.repo, revision=reference.revision, allow_patterns=patterns, tqdm_class=Silent)
+        )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise StorageError(f"{reference}: cannot write the hub's cache: {error.strerror}") from error
@@ -240,8 +243,7 @@ def _from_cache(reference: HubReference, problem: Exception) -> Fetched:
         if isinstance(found, str) and name is not None:
             folder = Path(found).parents[len(PurePosixPath(name).parts) - 1]
             there = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-            source = {"source": f"hf:{reference.repo}@{folder.name}"}  # the snapshot's folder is named by its commit
-            return Fetched(_source(folder, _hub_files(there, reference)), source)
+            return Fetched(_source(folder, _hub_files(there, reference)), {"source": _hub_source(reference, folder)})
     raise FetchError(
         f"{reference}: the hub is not reachable and its cache does not have the model ({_one_line(problem)})"
     ) from problem
@@ -265,6 +267,10 @@ def _hub_files(names: list[str], reference: HubReference) -> list[str]:
         choices = ", ".join(f"hf:{reference.repo}/{name}" for name in ggufs)
         raise FetchError(f"{reference} has {len(ggufs)} GGUF files; name one: {choices}")
     raise FetchError(f"{reference} has no safetensors with config.json, no GGUF file and no model package")
+
+
+def _hub_source(reference: HubReference, folder: Path) -> str:
+    return f"hf:{reference.repo}@{folder.name}"  # the cache names a snapshot's folder by its commit
 
 
 def _source(folder: Path, names: list[str]) -> Path:
