@@ -24,10 +24,11 @@ def package(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pac
     return Package.open(folder)
 
 
-@pytest.fixture(params=[("onnx-int4", "onnxruntime:cpu"), ("openvino-int4", "openvino:cpu")], ids=lambda p: p[1])
+@pytest.fixture(params=["onnxruntime", "openvino"])
 def decoder(request: pytest.FixtureRequest, package: Package) -> Iterator[Decoder]:
-    variant, device = request.param
-    opened = open_decoder(package.spec(variant), device, DecoderOptions(max_sequences=2))
+    variant = package.variant(request.param, "int4")
+    assert variant is not None
+    opened = open_decoder(package.spec(variant), f"{request.param}:cpu", DecoderOptions(max_sequences=2))
     yield opened
     opened.close()
 

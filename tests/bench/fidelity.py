@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices import Decoder, DecoderOptions, Step, open_decoder
+from devices.base import Engine
 from edge_runtime.package import Package
 from exporters.export import export
 from exporters.formats import open_checkpoint
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "smollm2" / "reference.npz"
-ENGINES = {"onnx": "onnxruntime:cpu", "openvino": "openvino:cpu"}
+ENGINES: tuple[Engine, ...] = ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         packages = {}
         for weights in args.weights:
-            export(open_checkpoint(args.gguf), Path(folder) / weights, engines=tuple(ENGINES), weights=weights)
+            export(open_checkpoint(args.gguf), Path(folder) / weights, engines=("onnx", "openvino"), weights=weights)
             packages[weights] = Package.open(Path(folder) / weights)
         for round_ in range(args.rounds):
             for weights, package in packages.items():
-                for engine, device in ENGINES.items():
-                    decoder = open_decoder(package.spec(f"{engine}-{weights}"), device, DecoderOptions(max_sequences=9))
+                for engine in ENGINES:
+                    variant = package.variant(engine)
+                    if variant is None:
+                        raise SystemExit(f"the export has no variant for {engine}")
+                    decoder = open_decoder(package.spec(variant), f"{engine}:cpu", DecoderOptions(max_sequences=9))
                     if round_ == 0:
-                        files = (package.folder / f"{engine}-{weights}").iterdir()
-                        losses[engine, weights] = measure_loss(decoder), sum(f.stat().st_size for f in files)
+                        losses[engine, weights] = measure_loss(decoder), sum(file.bytes for file in variant.files)
                     rates.setdefault((engine, weights), []).append(measure_speed(decoder))
                     decoder.close()
     print("| engine | weights | NLL | top-1 | MB | prefill 512 | decode at 512 | 8 streams |")
