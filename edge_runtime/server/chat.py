@@ -9,6 +9,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
+from edge_runtime.errors import PromptTooLong
+from edge_runtime.generation import Generation
 from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.context import GONE, ServerContext, json_response, new_id, now, read_body, usage_body
@@ -24,7 +26,7 @@ async def chat_completions(request: Request) -> ASGIApp:
     model = ServerContext.of(request).model(body.model)
     params = body.params()
     messages = [message.plain() for message in body.messages]
-    running = Running([partial(model.start_chat, messages, params)])
+    running = Running([partial(_start, body, model, messages, params)])
     if body.stream:
         await running.__aenter__()
         return EventStream(running, partial(_stream, model=model, params=params, include_usage=body.include_usage))
@@ -37,6 +39,15 @@ async def chat_completions(request: Request) -> ASGIApp:
     if not await while_connected(request.receive, work):
         return GONE
     return json_response(answer.body(running))
+
+
+def _start(body: ChatRequest, model: ServedModel, messages: list[dict[str, Any]], params: SamplingParams) -> Generation:
+    try:
+        return model.start_chat(messages, params)
+    except PromptTooLong as error:
+        if error.param == "max_tokens" and body.max_completion_tokens is not None:
+            raise PromptTooLong(str(error), "max_completion_tokens") from error  # the field by the client's name
+        raise
 
 
 class _Answer:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
+from contextlib import suppress
 
 import uvicorn
 from starlette.applications import Starlette
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.server.context import ServerContext
+
+_log = logging.getLogger("uvicorn.error")  # uvicorn sets this one up, so that all lines look alike
 
 GRACE_SECONDS = 10
 """On shutdown, answers under way get this long."""
@@ -18,14 +22,20 @@ GRACE_SECONDS = 10
 def serve(
     app: Starlette, host: str = "127.0.0.1", port: int = 8000, *, allow_open: bool = False, log_level: str = "info"
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then let answers under way finish (10 s; a second signal ends them at once).
+    """Serve until SIGINT or SIGTERM, then let answers under way finish (10 s; a second SIGINT ends them at once).
+
+    Returns after SIGINT.
 
     ConfigError if ``host`` is reachable from other machines while ``app`` has no API key (``allow_open`` lets it be),
     and if the address cannot be had.
     """
     listener = listen(app, host, port, allow_open=allow_open)
-    with listener:
-        make_server(app, log_level).run(sockets=[listener])
+    # uvicorn raises the signal again once it is done. After SIGINT the caller should go on to close the models; SIGTERM
+    # ends the process, as whoever sent it expects.
+    with listener, suppress(KeyboardInterrupt):
+        server = make_server(app, log_level)
+        _log.info("serving on %s (Ctrl-C to quit)", url_of(listener))
+        server.run(sockets=[listener])
 
 
 def listen(app: Starlette, host: str, port: int, *, allow_open: bool = False) -> socket.socket:
@@ -53,6 +63,12 @@ def listen(app: Starlette, host: str, port: int, *, allow_open: bool = False) ->
         listener.close()
         raise ConfigError(f"cannot serve on {host} port {port}: {error}; choose another with --port") from error
     return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where clients reach ``listener``, the port as really taken."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def make_server(app: Starlette, log_level: str = "info") -> uvicorn.Server:

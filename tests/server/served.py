@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from devices.base import Step
 from edge_runtime.engine import Engine, Generation
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.server.run import listen, make_server
+from edge_runtime.server.run import listen, make_server, url_of
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tokenizer import Tokenizer
 from tests.fake_decoder import FakeDecoder
@@ -90,7 +90,7 @@ def running(app: Starlette) -> Iterator[str]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield url_of(listener)
     finally:
         server.should_exit = True
         thread.join()

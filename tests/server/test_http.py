@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -97,6 +101,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": 3}, "logprobs"),
     ({"max_tokens": None, "max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_tokens": None, "max_completion_tokens": 10_000}, "max_completion_tokens"),
     ({"max_completion_tokens": 5}, "max_tokens"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
@@ -514,6 +519,28 @@ def test_leaving_while_queued_frees_the_place() -> None:
         assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 200
     blocker.close()
     model.engine.close()
+
+
+def test_interrupt_ends_serve() -> None:
+    program = (
+        "from edge_runtime.server.app import create_app\n"
+        "from edge_runtime.server.run import serve\n"
+        "from tests.server.served import FakeModel\n"
+        "model = FakeModel()\n"
+        "serve(create_app(model), port=0)\n"
+        "model.engine.close()\n"
+        "print('closed')\n"
+    )
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        while "serving on http://127.0.0.1:" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "closed\n"), err
 
 
 def test_shutdown_lets_answers_finish() -> None:
