@@ -1,0 +1,68 @@
+"""Device names, and what is said about those that cannot be used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from devices import DecoderOptions, DecoderSpec, list_devices, open_decoder
+from devices.errors import DeviceUnavailable, UnknownDevice
+from devices.registry import PREFERENCE, choose_device, device_names, parse_device
+
+
+def test_names() -> None:
+    assert parse_device("auto") == PREFERENCE
+    assert set(parse_device("cpu")) == {"openvino:cpu", "onnxruntime:cpu"}
+    assert parse_device(" OpenVINO:CPU ") == ("openvino:cpu",)
+    assert parse_device("npu") == ("openvino:npu",)
+    assert parse_device("cuda") == ("onnxruntime:cuda",)
+
+
+@pytest.mark.parametrize("name", ["", "tpu", "openvino", "openvino:", "onnxruntime:npu:0", "cpu0"])
+def test_unknown_names_list_the_known(name: str) -> None:
+    with pytest.raises(UnknownDevice) as failure:
+        parse_device(name)
+    assert all(known in str(failure.value) for known in device_names())
+
+
+def test_list() -> None:
+    found = {device.name: device for device in list_devices()}
+    assert found["openvino:cpu"].ready
+    assert found["onnxruntime:cpu"].ready
+    assert found["openvino:cpu"].hardware not in ("", "CPU")  # the processor's name
+    for device in found.values():
+        assert device.name.startswith(device.engine)
+        assert device.ready or device.problem
+
+
+def test_choice_follows_preference_and_variants() -> None:
+    assert choose_device("auto").name == PREFERENCE[0]
+    for engine in ("openvino", "onnxruntime"):
+        assert choose_device("auto", {engine}).name == f"{engine}:cpu"
+        assert choose_device("cpu", {engine}).name == f"{engine}:cpu"
+
+
+def test_no_variant_for_the_device() -> None:
+    with pytest.raises(DeviceUnavailable, match="no onnxruntime variant"):
+        choose_device("onnxruntime:cpu", {"openvino"})
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="CoreML may be here")
+def test_absent_hardware_says_why_and_what_next() -> None:
+    with pytest.raises(DeviceUnavailable, match=r"finds no CoreMLExecutionProvider here; .*--device cpu"):
+        choose_device("coreml")
+
+
+def test_engine_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert choose_device("auto").name == "onnxruntime:cpu"
+    with pytest.raises(DeviceUnavailable, match=r"openvino does not load .*pip install openvino"):
+        choose_device("openvino:cpu")
+
+
+def test_open_checks_the_engine_of_the_variant() -> None:
+    spec = DecoderSpec("onnxruntime", Path("/model.onnx"), 1, 1, 1, 16, 32, 64)
+    with pytest.raises(DeviceUnavailable, match="no openvino variant"):
+        open_decoder(spec, "openvino:cpu", DecoderOptions())

