@@ -55,13 +55,16 @@ def rope_offset(model: Any, spec: DecoderSpec) -> int:
 def precision_defaults(model: Any) -> dict[str, str]:
     """Inference and KV precision for the weights of ``model``.
 
-    fp32 exports promise fp32 answers, so nothing is rounded. Otherwise the plugin's own choice holds: bf16
-    arithmetic where the processor has it, and 8-bit KV on x86.
+    Everything is computed in f32: where most of the time goes, products of compressed weights, activations are int8
+    either way, and bf16 for the rest gains about a tenth of the prefill time for 1 % of the top-1 tokens
+    (SmolLM2 Q4_1, 3,393 tokens: 97.3 % with f32, 96.0 % with bf16). The KV cache is the plugin's choice (8 bit on
+    x86: no measurable loss against f16), except that fp32 exports promise fp32 answers.
     """
     path = ["edge_glm", "weights"]
+    defaults = {"INFERENCE_PRECISION_HINT": "f32"}
     if model.has_rt_info(path) and model.get_rt_info(path).astype(str) == "fp32":
-        return {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-    return {}
+        defaults["KV_CACHE_PRECISION"] = "f32"
+    return defaults
 
 
 def to_paged_attention(ov: Any, model: Any, spec: DecoderSpec) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from exporters.architecture import Activation, Architecture, Rope
 from exporters.builder import AttentionSpec, Linear
-from exporters.openvino_weights import WeightFile, compressed_matrix, float_matrix, offset_columns, ops, ov
+from exporters.openvino_weights import WeightFile, compressed_matrix, float_matrix, offset_matrix, ops, ov
 from exporters.weights import QuantizedTensor, Tensor, concat_rows, dequantize
 
 opset6 = __import__("openvino.opset6", fromlist=["opset6"])
@@ -35,7 +35,9 @@ class OpenVinoBuilder:
     """Implements :class:`exporters.builder.Builder` with OpenVINO nodes, (batch, tokens, channels) f32.
 
     ``weights`` says how matrices that come as floats are stored (int8 and int4: as fp16, they were left alone on
-    purpose) and whether quantized ones keep their codes (int8, int4). ``scratch`` is the folder for the growing
+    purpose) and whether quantized ones keep their codes (int8, int4). Of those, the head and the query-key-value
+    projection multiply unrounded activations, the others may take the engine's int8 path: rounding the former costs
+    the most agreement with the unquantized model for the least time. ``scratch`` is the folder for the growing
     weight file, by default the system's temporary one; memory holds the tensors of one call.
     """
 
@@ -67,12 +69,13 @@ class OpenVinoBuilder:
     # ---- the vocabulary
 
     def embed(self, table: Tensor) -> Any:
-        self._table = self._matrix(table)
+        self._table = self._matrix(table, exact=True)
         return ops.gather(self._table, self._ids, _i64(0))
 
     def linear(self, x: Any, parts: Sequence[Linear], name: str) -> Any:
         parts = self._in_pair_order(parts, name)
-        products = [self._product(x, tensor) for tensor in concat_rows([weight for weight, _ in parts])]
+        exact = name.endswith(".qkv")
+        products = [self._product(x, tensor, exact) for tensor in concat_rows([weight for weight, _ in parts])]
         y = products[0] if len(products) == 1 else ops.concat(products, -1)
         if any(bias is not None for _, bias in parts):
             biases = [np.zeros(w.shape[0], np.float32) if bias is None else bias for w, bias in parts]
@@ -109,7 +112,8 @@ class OpenVinoBuilder:
         return x  # the paged decoder puts its Gather before the head itself; a stateful graph returns every token
 
     def lm_head(self, x: Any, table: Tensor | None, scale: float, softcap: float | None) -> None:
-        logits = ops.matmul(x, self._table, False, True) if table is None else self._product(x, table)
+        # exact: int8 activations in this one product would cost 2 % of the top-1 tokens
+        logits = ops.matmul(x, self._table if table is None else self._matrix(table, exact=True), False, True)
         if scale != 1.0:
             logits = self.scale(logits, scale)
         if softcap is not None:
@@ -148,39 +152,29 @@ class OpenVinoBuilder:
 
     # ---- linear layers
 
-    def _matrix(self, tensor: Tensor) -> Any:
-        """A float32 view (rows, cols); fractional zero points are kept as they are."""
-        if not (isinstance(tensor, QuantizedTensor) and self._compress):
-            return float_matrix(self._store, dequantize(tensor), self._half)
-        whole, added = offset_columns(tensor)
-        if added:  # only the product with a vector can use the sums; a table lookup cannot
-            return float_matrix(self._store, tensor.dequantize(), True)
-        return compressed_matrix(self._store, whole.codes, whole.scale, whole.zero.astype(np.uint8), whole.bits)
+    def _matrix(self, tensor: Tensor, exact: bool = False) -> Any:
+        """A float32 view (rows, cols)."""
+        if isinstance(tensor, QuantizedTensor) and self._compress:
+            return compressed_matrix(self._store, tensor, exact)
+        return float_matrix(self._store, dequantize(tensor), self._half)
 
-    def _product(self, x: Any, tensor: Tensor) -> Any:
-        if not (isinstance(tensor, QuantizedTensor) and self._compress):
-            return ops.matmul(x, self._matrix(tensor), False, True)
-        whole, added = offset_columns(tensor)
-        if added:
-            x = self._with_sums(x, tensor.group, added)
-        weight = compressed_matrix(self._store, whole.codes, whole.scale, whole.zero.astype(np.uint8), whole.bits)
-        return ops.matmul(x, weight, False, True)
+    def _product(self, x: Any, tensor: Tensor, exact: bool) -> Any:
+        y = ops.matmul(x, self._matrix(tensor, exact), False, True)
+        if exact or not (isinstance(tensor, QuantizedTensor) and self._compress):
+            return y
+        offsets = offset_matrix(tensor)
+        if offsets is None:
+            return y
+        rest = compressed_matrix(self._store, offsets, exact=True)
+        return ops.add(y, ops.matmul(self._group_sums(x, tensor.group), rest, False, True))
 
-    def _with_sums(self, x: Any, group: int, added: int) -> Any:
-        """``x`` with the sums of each ``group`` channels behind it, repeated to ``added`` (their weights are zero)."""
+    def _group_sums(self, x: Any, group: int) -> Any:
+        """Sums of ``x`` over each ``group`` channels, (batch, tokens, channels / group); made once for each ``x``."""
         source = x if isinstance(x, ov.Output) else x.output(0)
         key = (source.get_node().get_name(), source.get_index(), group)
         if key not in self._sums:
-            width = source.get_partial_shape()[2].get_length()
-            groups = width // group
-            sums = ops.reduce_sum(ops.reshape(x, _i64([0, 0, groups, group]), True), _i64([-1]), False)
-            parts = [x, sums]
-            left = added - groups
-            while left > 0:
-                take = min(left, groups)
-                parts.append(sums if take == groups else ops.slice(sums, _i64([0]), _i64([take]), _i64([1]), _i64([2])))
-                left -= take
-            self._sums[key] = ops.concat(parts, -1)
+            groups = source.get_partial_shape()[2].get_length() // group
+            self._sums[key] = ops.reduce_sum(ops.reshape(x, _i64([0, 0, groups, group]), True), _i64([-1]), False)
         return self._sums[key]
 
     # ---- rotary embedding

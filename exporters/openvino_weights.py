@@ -110,69 +110,57 @@ def to_half(values: NDArray[np.float32]) -> NDArray[np.float16]:
     return values.astype(np.float16)
 
 
-def compressed_matrix(store: WeightFile, codes: NDArray[np.uint8], scale: NDArray[np.float32],
-                      zero: NDArray[np.uint8], bits: int) -> Any:
-    """A float32 view (rows, cols) of ``scale · (codes − zero)`` with integer zero points.
+def compressed_matrix(store: WeightFile, tensor: QuantizedTensor, exact: bool = False) -> Any:
+    """A float32 view (rows, cols) that OpenVINO's plugins keep compressed and decompress inside the product.
 
-    ``Constant → Convert → [Subtract] → Multiply → Reshape → Convert`` is the form that OpenVINO's plugins keep
-    compressed. Signed types without a zero point where all zeros are the middle.
+    ``Constant → Convert → [Subtract] → Multiply → Reshape → Convert``. Zero points are rounded to integers (see
+    :func:`offset_matrix` for the rest) and the activations may be quantized to int8 on the way; signed types where
+    every zero point is the middle. ``exact`` keeps fractional zero points and, their constant being float16, the
+    activations too.
     """
-    rows, cols = codes.shape
-    groups = scale.shape[1]
-    shape = (rows, groups, cols // groups)
-    middle = 2 ** (bits - 1)
-    symmetric = bool(np.all(zero == middle))
-    if symmetric:
-        codes = codes ^ middle  # two's complement of code − middle, within its bits
-    name = f"{'i' if symmetric else 'u'}{bits}"
-    value = ops.convert(store.add(_pack(codes, bits, mask=0xF), name, shape), "f16")
-    if not symmetric:
-        zeros = ops.convert(store.add(_pack(zero, bits, mask=0xF), f"u{bits}", (rows, groups, 1)), "f16")
-        value = ops.subtract(value, zeros)
-    value = ops.multiply(value, store.add(to_half(scale), "f16", (rows, groups, 1)))
+    rows, cols = tensor.shape
+    groups = cols // tensor.group
+    codes, middle = tensor.codes, 2 ** (tensor.bits - 1)
+    zero = tensor.zero if exact else tensor.split_zero()[0]
+    central = bool(np.all(zero == middle))
+    signed = central and not exact
+    if signed:
+        codes = codes ^ np.uint8(middle)  # two's complement of code − middle, within its bits
+    name = f"{'i' if signed else 'u'}{tensor.bits}"
+    value = ops.convert(store.add(_pack(codes, tensor.bits), name, (rows, groups, tensor.group)), "f16")
+    if central and exact:
+        value = ops.subtract(value, ops.constant(np.full((1, 1, 1), middle, np.float16)))
+    elif exact:
+        value = ops.subtract(value, store.add(to_half(zero), "f16", (rows, groups, 1)))
+    elif not central:
+        zeros = store.add(_pack(zero.astype(np.uint8), tensor.bits), f"u{tensor.bits}", (rows, groups, 1))
+        value = ops.subtract(value, ops.convert(zeros, "f16"))
+    value = ops.multiply(value, store.add(to_half(tensor.scale), "f16", (rows, groups, 1)))
     target = ops.constant(np.array([rows, cols], np.int64))
     return ops.convert(ops.reshape(value, target, False), "f32")
 
 
-def _pack(codes: NDArray[np.uint8], bits: int, mask: int) -> NDArray[np.uint8]:
+def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return codes
-    flat = codes.reshape(-1) & mask
+    flat = codes.reshape(-1) & np.uint8(0xF)
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
-    return (flat[0::2] | flat[1::2] << 4).astype(np.uint8)
+    return np.asarray(flat[0::2] | flat[1::2] << 4, np.uint8)
 
 
-def offset_columns(tensor: QuantizedTensor) -> tuple[QuantizedTensor, int]:
-    """Make zero points integer and carry what is left over in extra columns.
+def offset_matrix(tensor: QuantizedTensor) -> QuantizedTensor | None:
+    """What integer zero points leave over, as a matrix (rows, groups) for the sums of each group of the input.
 
-    With ``value = scale · (code − zero) + offset[g]`` (:meth:`QuantizedTensor.split_zero`),
-    ``x · value = x · scale·(code − zero) + Σ_g offset[g] · sum(x in g)``: the sums of x over each group become
-    further inputs and the offsets further columns, quantized like the rest. The offset is at most half a step, so
-    rounding it to ``bits`` bits leaves an error 2**bits times smaller than rounding the zero point.
-
-    Returns the tensor with integer zeros, and the number of columns added: groups, rounded up to a full group.
-    0 when all zero points are integers already.
+    With ``value = scale · (code − integer) + offset[g]`` (:meth:`QuantizedTensor.split_zero`), ``x · value`` is
+    ``x · scale·(code − integer) + Σ_g offset[g] · sum(x in g)``. The offsets are at most half a step of the weight and
+    get 8 bits with a scale per row, which leaves 2**-8 of the error of rounding the zero point. None when
+    every zero point is an integer already.
     """
-    zero, offset = tensor.split_zero()
+    _, offset = tensor.split_zero()
     if not np.any(np.abs(offset) > 1e-3 * np.abs(tensor.scale)):
-        return QuantizedTensor(tensor.codes, tensor.scale, zero.astype(np.float32), tensor.bits), 0
-    rows, groups = offset.shape
-    added = -(-groups // tensor.group) * tensor.group
-    padded = np.zeros((rows, added), np.float32)
-    padded[:, :groups] = offset
-    blocks = padded.reshape(rows, -1, tensor.group)
-    low, high = blocks.min(axis=2, keepdims=True), blocks.max(axis=2, keepdims=True)  # both sides of, or at, 0
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
-    top = 2**tensor.bits - 1
-    step = (high - low) / top
-    step = np.where(step > 0, step, 1).astype(np.float16).astype(np.float32)  # as it is stored
-    step = np.maximum(step, np.float32(2**-24))
-    middle = np.clip(np.rint(-low / step), 0, top)
-    codes = np.clip(np.rint(blocks / step) + middle, 0, top).astype(np.uint8)
-    return QuantizedTensor(
-        np.concatenate([tensor.codes, codes.reshape(rows, added)], axis=1),
-        np.concatenate([tensor.scale, step[:, :, 0]], axis=1),
-        np.concatenate([zero.astype(np.float32), middle[:, :, 0]], axis=1),
-        tensor.bits,
-    ), added
+        return None
+    scale = np.abs(offset).max(axis=1, keepdims=True) / 127
+    scale = np.maximum(scale, np.float32(2**-24)).astype(np.float16).astype(np.float32)  # as it is stored
+    codes = np.clip(np.rint(offset / scale) + 128, 0, 255).astype(np.uint8)
+    return QuantizedTensor(codes, scale, np.full_like(scale, 128), 8)
