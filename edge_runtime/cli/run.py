@@ -58,20 +58,21 @@ def _prompt(given: str | None) -> str | None:
     return prompt
 
 
-def _answer(llm: EdgeLLM, prompt: Prompt, params: SamplingParams) -> str:
-    """Print the answer as it is made, and return it. Ctrl-C cancels it and comes through."""
-    text = ""
-    try:
-        with closing(llm.stream(prompt, params)) as chunks:
+def _answer(llm: EdgeLLM, prompt: Prompt, params: SamplingParams) -> None:
+    """Print the answer as it is made. Ctrl-C cancels it and comes through."""
+    with closing(llm.stream(prompt, params)) as chunks:
+        text = ""
+        try:
             for chunk in chunks:
                 text += chunk.text
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
-    finally:
-        if not text.endswith("\n"):
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-    return text
+                _write(chunk.text)
+        finally:
+            _write("" if text.endswith("\n") else "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _chat(llm: EdgeLLM, system: str | None, params: SamplingParams) -> int:
@@ -110,15 +111,13 @@ def _turn(llm: EdgeLLM, messages: list[Message], line: str, params: SamplingPara
         with closing(llm.stream(asked, params)) as chunks:
             for chunk in chunks:
                 text += chunk.text
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
+                _write(chunk.text)
     except KeyboardInterrupt:
         pass
     except RequestError as error:  # such as a history over the context: this turn is refused, the chat goes on
         print(f"edge-glm: {error}", file=sys.stderr)
         return messages
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    _write("\n")
     return [*asked, _message("assistant", text)]
 
 

@@ -212,9 +212,7 @@ def test_chat(home: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert b"Ctrl-C again" in read_until(b">>> ")
     os.write(leader, b"hello\n")  # which is forgiven by going on
-    read_until(b"\x01")
-    process.send_signal(signal.SIGINT)
-    read_until(b">>> ")
+    assert b"edge-glm:" not in read_until(b">>> ")
     os.write(leader, b"\x04")
     assert process.wait(60) == 0
     os.close(leader)
@@ -239,7 +237,7 @@ def test_serve(home: Path) -> None:
     assert process.stderr is not None
     try:
         line = ""
-        while "running on" not in line:
+        while "serving on" not in line:
             line = process.stderr.readline()
             assert line, "the server ended"
         url = next(word for word in line.split() if word.startswith("http://"))
@@ -249,7 +247,7 @@ def test_serve(home: Path) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-    assert process.returncode in (0, 130, -signal.SIGINT)
+    assert process.returncode == 0
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -288,7 +286,7 @@ def test_named_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     Path("other.toml").write_text("threads = 3")
     assert load_settings({}, {"EDGE_GLM_CONFIG": "other.toml"}).threads == 3
-    with pytest.raises(ConfigError, match="cannot read absent.toml"):
+    with pytest.raises(ConfigError, match=r"cannot read absent\.toml"):
         load_settings({}, {"EDGE_GLM_CONFIG": "absent.toml"})
 
 

@@ -126,7 +126,7 @@ def test_prompt_too_long_names_both_counts(llm: EdgeLLM) -> None:
     with pytest.raises(PromptTooLong, match=r"1500 tokens.* 1024") as failure:
         llm.generate([1] * 1500)
     assert failure.value.param == "prompt"
-    with pytest.raises(PromptTooLong, match="1000 tokens and max_tokens asks for 100 more.* 1024") as failure:
+    with pytest.raises(PromptTooLong, match=r"1000 tokens and max_tokens asks for 100 more.* 1024") as failure:
         llm.stream([1] * 1000, SamplingParams(max_tokens=100))
     assert failure.value.param == "max_tokens"
 
