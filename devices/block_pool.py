@@ -98,8 +98,10 @@ class BlockPool:
                 raise AssertionError(f"a block twice in one table: {table.blocks}")
         wrong = [block for block, count in enumerate(self._users) if users[block] != count]
         if wrong:
-            raise AssertionError(f"blocks {wrong} are counted {[self._users[b] for b in wrong]} times, "
-                                 f"used {[users[b] for b in wrong]} times")
+            raise AssertionError(
+                f"blocks {wrong} are counted {[self._users[b] for b in wrong]} times, "
+                f"used {[users[b] for b in wrong]} times"
+            )
         unused = {block for block, count in enumerate(self._users) if count == 0}
         if len(self._free) != len(unused) or set(self._free) != unused:
             raise AssertionError(f"free list {sorted(self._free)} is not the unused blocks {sorted(unused)}")

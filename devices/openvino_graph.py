@@ -37,11 +37,6 @@ def read_model(core: Any, path: Path) -> Any:
         return core.read_model(str(path))
 
 
-def has_fused_attention(model: Any) -> bool:
-    """Whether every attention is the operator that PagedAttention conversion knows (Gemma 2's soft cap is not)."""
-    return any(node.get_type_name() == "ScaledDotProductAttention" for node in model.get_ops())
-
-
 def rope_offset(model: Any, spec: DecoderSpec) -> int:
     """What is added to the positions of sequences on the long factors; 0 when the model has one set."""
     if spec.rope_switch is None:

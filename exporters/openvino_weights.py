@@ -47,12 +47,12 @@ class WeightFile:
         """Write ``values`` (4-bit types already packed, low nibble first) and return the node that stands for them."""
         node = ops.parameter(list(shape), getattr(ov.Type, element_type))
         node.set_friendly_name(f"weight_{len(self.placeholders)}")
-        offset = self._append(memoryview(np.ascontiguousarray(values)).cast("B"))
+        offset = self._append(np.ascontiguousarray(values).tobytes())
         self._stored[node.get_friendly_name()] = _Stored(offset, values.nbytes)
         self.placeholders.append(node)
         return node
 
-    def _append(self, data: memoryview | bytes) -> int:
+    def _append(self, data: bytes) -> int:
         try:
             self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
             offset = self._file.tell()
@@ -121,7 +121,7 @@ def compressed_matrix(store: WeightFile, tensor: QuantizedTensor, exact: bool = 
     rows, cols = tensor.shape
     groups = cols // tensor.group
     codes, middle = tensor.codes, 2 ** (tensor.bits - 1)
-    zero = tensor.zero if exact else tensor.split_zero()[0]
+    zero = tensor.zero if exact else tensor.split_zero()[0].astype(np.float32)
     central = bool(np.all(zero == middle))
     signed = central and not exact
     if signed:
