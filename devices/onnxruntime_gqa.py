@@ -44,11 +44,12 @@ class OnnxRuntimeSequence:
 
     @property
     def length(self) -> int:
+        self._check_open()
         return self._length
 
     @property
     def nbytes(self) -> int:
-        return self._length * self._decoder.limits.kv_bytes_per_token
+        return self.length * self._decoder.limits.kv_bytes_per_token
 
     def crop(self, length: int) -> int:
         self._check_open()
