@@ -26,6 +26,11 @@ from exporters.onnx_weights import PackedMatrix, pack
 from exporters.weights import QuantizedTensor, Tensor, concat_rows, dequantize
 
 WeightFormat = Literal["fp32", "fp16", "int8", "int4"]
+_FLOAT_INPUT = ".qkv."
+"""Products whose 4-bit matrix meets float activations. Of all layers' these pay best: a third of the remaining loss
+(SmolLM2 against fp32: KL 0.0019 → 0.0012) for no measurable time at one sequence."""
+_TINY = 1e-30
+"""Keeps a block of zeros from dividing by zero; far below any activation."""
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
@@ -56,7 +61,7 @@ class OnnxBuilder:
         switch = architecture.rope_switch is not None
         self._positions = graph.input("position_ids", np.int64, ["batch", "sequence"]) if switch else ""
         self._ropes: dict[Rope, tuple[str, str]] = {}
-        self._with_sums: dict[tuple[str, int], str] = {}
+        self._with_sums: dict[tuple[str, int, int], str] = {}
         self._embedding: str | _Matrix | None = None
         self._rows_selected = False
         self._residuals = 0
@@ -72,8 +77,9 @@ class OnnxBuilder:
 
     def _embed_packed(self, matrix: _Matrix) -> str:
         graph, packed = self._graph, matrix.packed
-        rows, blocks, blob = packed.codes.shape
-        flat = graph.alias("embed.codes.rows", matrix.codes, [rows, blocks * blob])
+        rows, all_blocks, blob = packed.codes.shape
+        flat_columns = all_blocks * packed.group
+        flat = graph.alias("embed.codes.rows", matrix.codes, [rows, all_blocks * blob])
         x = graph.one(
             "GatherBlockQuantized",
             [flat, self._ids, matrix.scale, matrix.zero],
@@ -86,14 +92,14 @@ class OnnxBuilder:
         if not packed.offset_columns:
             return x
         # The columns after the matrix are the constants of its blocks: put each back on its block.
-        hidden = self._arch.hidden_size
-        main = graph.one("Slice", [x, graph.ints(0), graph.ints(hidden), graph.ints(-1)])
-        offsets = graph.one(
-            "Slice", [x, graph.ints(hidden), graph.ints(hidden + packed.offset_columns), graph.ints(-1)]
-        )
-        main = graph.one("Reshape", [main, graph.ints(0, 0, packed.offset_columns, packed.group)])
-        offsets = graph.one("Unsqueeze", [offsets, graph.ints(-1)])
-        return graph.one("Reshape", [graph.one("Add", [main, offsets]), graph.ints(0, 0, hidden)])
+        hidden, blocks = self._arch.hidden_size, packed.columns // packed.group
+        sizes = [hidden] + [blocks] * packed.digits + [flat_columns - hidden - packed.offset_columns]
+        main, *digits = graph.node("Split", [x, graph.ints(*sizes)], len(sizes), axis=-1)[: 1 + packed.digits]
+        main = graph.one("Reshape", [main, graph.ints(0, 0, blocks, packed.group)])
+        for power, digit in enumerate(digits):
+            worth = digit if power == 0 else self.scale(digit, packed.digit_base**-power)
+            main = graph.one("Add", [main, graph.one("Unsqueeze", [worth, graph.ints(-1)])])
+        return graph.one("Reshape", [main, graph.ints(0, 0, hidden)])
 
     def linear(self, x: str, parts: Sequence[Linear], name: str) -> str:
         weights = [weight for weight, _ in parts]
@@ -116,12 +122,14 @@ class OnnxBuilder:
         graph = self._graph
         bias_name = "" if bias is None else graph.weight(f"{name}.bias", bias)
         if isinstance(weight, QuantizedTensor):
-            return self._packed_product(x, self._matrix(weight, name), bias_name)
+            return self._packed_product(x, self._matrix(weight, name), bias_name, _FLOAT_INPUT in name)
         stored = graph.weight(f"{name}.weight", self._stored(weight.T))
         y = graph.one("MatMul", [x, self._float(stored)])
         return graph.one("Add", [y, bias_name]) if bias_name else y
 
-    def _packed_product(self, x: str, matrix: _Matrix, bias: str) -> str:
+    def _packed_product(self, x: str, matrix: _Matrix, bias: str, float_input: bool = False) -> str:
+        """With int8 activations, one scale per block. ``float_input``: with float ones if the codes have 4 bits
+        (with 8 ONNX Runtime would dequantize the matrix at every call)."""
         packed = matrix.packed
         if packed.offset_columns:
             x = self._append_block_sums(x, packed)
@@ -133,18 +141,19 @@ class OnnxBuilder:
             N=packed.codes.shape[0],
             bits=packed.bits,
             block_size=packed.group,
-            accuracy_level=4,  # int8 activations, one scale per block
+            accuracy_level=1 if float_input and packed.bits == 4 else 4,
         )
 
     def _append_block_sums(self, x: str, packed: PackedMatrix) -> str:
-        """(x, sums of x over each block): what a matrix with offset columns is fed with. Made once per ``x``."""
-        key = (x, packed.group)
+        """(x, sums of x over each block, sums / base): what a matrix with offset columns takes. Once per ``x``."""
+        key = (x, packed.group, packed.digits)
         if key not in self._with_sums:
             graph = self._graph
             leading = (0,) if self._rows_selected else (0, 0)
             blocks = graph.one("Reshape", [x, graph.ints(*leading, packed.columns // packed.group, packed.group)])
-            sums = graph.one("ReduceSum", [blocks, graph.ints(-1)], keepdims=0)
-            self._with_sums[key] = graph.one("Concat", [x, sums], axis=-1)
+            sums = [graph.one("ReduceSum", [blocks, graph.ints(-1)], keepdims=0)]
+            sums += [self.scale(sums[0], packed.digit_base**-power) for power in range(1, packed.digits)]
+            self._with_sums[key] = graph.one("Concat", [x, *sums], axis=-1)
         return self._with_sums[key]
 
     def _matrix(self, tensor: QuantizedTensor, name: str) -> _Matrix:
@@ -275,9 +284,12 @@ class OnnxBuilder:
     def lm_head(self, x: str, table: Tensor | None, scale: float, softcap: float | None) -> None:
         graph = self._graph
         if table is not None:
-            y = self.linear(x, [(table, None)], "head")
+            if isinstance(table, QuantizedTensor) and self._weights in ("int8", "int4"):
+                y = self._packed_head(x, self._matrix(table, "head"))
+            else:
+                y = self.linear(x, [(table, None)], "head")
         elif isinstance(self._embedding, _Matrix):
-            y = self._packed_product(x, self._embedding, "")
+            y = self._packed_head(x, self._embedding)
         elif self._embedding is not None:
             y = graph.one("Gemm", [x, self._float(self._embedding)], transB=1)
         else:
@@ -288,6 +300,25 @@ class OnnxBuilder:
             y = self.scale(graph.one("Tanh", [self.scale(y, 1 / softcap)]), softcap)
         graph.node("Identity", [y], ["logits"])
         graph.output("logits", np.float32, ["rows", self._arch.vocab_size])
+
+    def _packed_head(self, x: str, matrix: _Matrix) -> str:
+        """Logits without the error of int8 activations, which turns more first choices than any layer's.
+
+        An 8-bit matrix sees each row twice: as int8 holds it exactly, and what that leaves over, whose own int8
+        error is 254 times smaller. Both go through one product, so the matrix is read once.
+        """
+        graph, packed = self._graph, matrix.packed
+        if packed.bits == 4:
+            return self._packed_product(x, matrix, "", float_input=True)
+        blocks = graph.one("Reshape", [x, graph.ints(-1, packed.columns // packed.group, packed.group)])
+        largest = graph.one("ReduceMax", [graph.one("Abs", [blocks]), graph.ints(-1)], keepdims=1)
+        step = graph.one("Max", [self.scale(largest, 1 / 127), graph.scalar(_TINY)])
+        high = graph.one("Mul", [graph.one("Round", [graph.one("Div", [blocks, step])]), step])
+        low = graph.one("Sub", [blocks, high])
+        both = graph.one("Concat", [high, low], axis=0)
+        both = graph.one("Reshape", [both, graph.ints(-1, packed.columns)])
+        y = self._packed_product(both, matrix, "")
+        return graph.one("Add", graph.node("Split", [y], 2, axis=0, num_outputs=2))
 
     def save(self, folder: Path) -> None:
         """Write ``model.onnx`` and ``model.onnx.data``. StorageError if ``folder`` cannot be written."""
