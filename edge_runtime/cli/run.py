@@ -86,21 +86,20 @@ def _chat(llm: EdgeLLM, system: str | None, params: SamplingParams) -> int:
     while True:
         try:
             line = input(">>> ")
+            if line.strip() == "/bye":
+                return 0
+            if line.strip():
+                messages = _turn(llm, messages, line, params)
+            interrupted = False
         except EOFError:
             print(file=sys.stderr)
             return 0
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # at the prompt
             print(file=sys.stderr)
             if interrupted:
                 return 0
             interrupted = True
             print("Ctrl-C again or Ctrl-D leaves", file=sys.stderr)
-            continue
-        interrupted = False
-        if line.strip() == "/bye":
-            return 0
-        if line.strip():
-            messages = _turn(llm, messages, line, params)
 
 
 def _turn(llm: EdgeLLM, messages: list[Message], line: str, params: SamplingParams) -> list[Message]:

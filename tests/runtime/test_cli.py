@@ -204,19 +204,23 @@ def test_chat(home: Path) -> None:
         screen += seen
         return seen
 
-    read_until(b">>> ")
-    os.write(leader, b"hi\n")
-    read_until(b"hi\r\n")
-    os.read(leader, 1)  # the answer has begun
-    process.send_signal(signal.SIGINT)
-    assert b"Ctrl-C again" not in read_until(b">>> ")  # it met the answer, not the prompt
-    process.send_signal(signal.SIGINT)
-    assert b"Ctrl-C again" in read_until(b">>> ")
-    os.write(leader, b"hello\n")  # which is forgiven by going on
-    read_until(b">>> ")
-    os.write(leader, b"\x04")
-    assert process.wait(60) == 0
-    os.close(leader)
+    try:
+        read_until(b">>> ")
+        os.write(leader, b"hi\n")
+        read_until(b"hi\r\n")
+        read_until(b"\xef")  # the answer, mostly U+FFFD, has begun
+        process.send_signal(signal.SIGINT)
+        assert b"Ctrl-C again" not in read_until(b">>> ")  # it met the answer, not the prompt
+        process.send_signal(signal.SIGINT)
+        assert b"Ctrl-C again" in read_until(b">>> ")
+        os.write(leader, b"hello\n")  # which is forgiven by going on
+        read_until(b">>> ")
+        os.write(leader, b"\x04")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
