@@ -169,7 +169,8 @@ class OnnxBuilder:
     def _stored(self, weight: NDArray[np.float32]) -> NDArray[np.float32] | NDArray[np.float16]:
         if self._weights != "fp16":
             return weight
-        half = weight.astype(np.float16)
+        with np.errstate(over="ignore"):  # refused below, by name
+            half = weight.astype(np.float16)
         if not np.isfinite(half).all():
             raise UnsupportedModel("a weight is beyond the range of fp16 (65504); export it as fp32 or int8")
         return half
