@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from exporters.architecture import Activation, Architecture, Rope
 from exporters.builder import AttentionSpec, Linear
-from exporters.openvino_weights import WeightFile, compressed_matrix, float_matrix, offset_matrix, ops, ov
+from exporters.openvino_weights import View, WeightFile, compressed_matrix, float_matrix, offset_matrix, ops, ov
 from exporters.weights import QuantizedTensor, Tensor, concat_rows, dequantize
 
 opset6 = __import__("openvino.opset6", fromlist=["opset6"])
@@ -51,7 +51,7 @@ class OpenVinoBuilder:
         self._attention_mask = self._input("attention_mask", [-1, -1], ov.Type.i64)
         self._position_ids = self._input("position_ids", [-1, -1], ov.Type.i64)
         self._beam_idx = self._input("beam_idx", [-1], ov.Type.i32)
-        self._table: Any = None
+        self._table: View | None = None
         self._results: list[Any] = []
         self._sinks: list[Any] = []
         self._sums: dict[tuple[str, int, int], Any] = {}
@@ -70,7 +70,7 @@ class OpenVinoBuilder:
 
     def embed(self, table: Tensor) -> Any:
         self._table = self._matrix(table, exact=True)
-        return ops.gather(self._table, self._ids, _i64(0))
+        return ops.gather(self._table(), self._ids, _i64(0))
 
     def linear(self, x: Any, parts: Sequence[Linear], name: str) -> Any:
         parts = self._in_pair_order(parts, name)
@@ -113,7 +113,10 @@ class OpenVinoBuilder:
 
     def lm_head(self, x: Any, table: Tensor | None, scale: float, softcap: float | None) -> None:
         # exact: int8 activations in this one product would cost 2 % of the top-1 tokens
-        logits = ops.matmul(x, self._table if table is None else self._matrix(table, exact=True), False, True)
+        view = self._table if table is None else self._matrix(table, exact=True)
+        if view is None:
+            raise ValueError("a tied head needs the embedding first")
+        logits = ops.matmul(x, view(), False, True)
         if scale != 1.0:
             logits = self.scale(logits, scale)
         if softcap is not None:
@@ -152,20 +155,19 @@ class OpenVinoBuilder:
 
     # ---- linear layers
 
-    def _matrix(self, tensor: Tensor, exact: bool = False) -> Any:
-        """A float32 view (rows, cols)."""
+    def _matrix(self, tensor: Tensor, exact: bool = False) -> View:
         if isinstance(tensor, QuantizedTensor) and self._compress:
             return compressed_matrix(self._store, tensor, exact)
         return float_matrix(self._store, dequantize(tensor), self._half)
 
     def _product(self, x: Any, tensor: Tensor, exact: bool) -> Any:
-        y = ops.matmul(x, self._matrix(tensor, exact), False, True)
+        y = ops.matmul(x, self._matrix(tensor, exact)(), False, True)
         if exact or not (isinstance(tensor, QuantizedTensor) and self._compress):
             return y
         offsets = offset_matrix(tensor)
         if offsets is None:
             return y
-        rest = compressed_matrix(self._store, offsets, exact=True)
+        rest = compressed_matrix(self._store, offsets, exact=True)()
         return ops.add(y, ops.matmul(self._group_sums(x, tensor.group), rest, False, True))
 
     def _group_sums(self, x: Any, group: int) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,11 @@ from exporters.weights import QuantizedTensor
 
 ov = import_openvino()
 ops = __import__("openvino.opset13", fromlist=["opset13"])
+
+View = Callable[[], Any]
+"""Adds the operators that turn a stored matrix into float32 (rows, cols), and returns the last.
+
+Each reader has operators of its own, as the NPU plugin cuts the graph between the embedding and a tied head."""
 
 ALIGNMENT = 64
 """Bytes; lets a memory-mapped file feed vector loads."""
@@ -72,7 +78,7 @@ class WeightFile:
             self._file.seek(0)
             with weights.open("wb") as target:
                 shutil.copyfileobj(self._file, target, 1 << 20)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # OpenVINO's serializer raises the latter
             raise StorageError(f"cannot write the OpenVINO model to {folder}: {error}") from error
         finally:
             self._file.close()
@@ -95,11 +101,13 @@ class WeightFile:
         tree.write(xml, encoding="utf-8", xml_declaration=True)
 
 
-def float_matrix(store: WeightFile, values: NDArray[np.float32], half: bool) -> Any:
-    """A float32 view of ``values``, stored in half precision if asked for."""
+def float_matrix(store: WeightFile, values: NDArray[np.float32], half: bool) -> View:
+    """``values``, stored in half precision if asked for."""
     if not half:
-        return store.add(np.asarray(values, np.float32), "f32", values.shape)
-    return ops.convert(store.add(to_half(values), "f16", values.shape), "f32")
+        node = store.add(np.asarray(values, np.float32), "f32", values.shape)
+        return lambda: node
+    node = store.add(to_half(values), "f16", values.shape)
+    return lambda: ops.convert(node, "f32")
 
 
 def to_half(values: NDArray[np.float32]) -> NDArray[np.float16]:
@@ -110,8 +118,8 @@ def to_half(values: NDArray[np.float32]) -> NDArray[np.float16]:
     return values.astype(np.float16)
 
 
-def compressed_matrix(store: WeightFile, tensor: QuantizedTensor, exact: bool = False) -> Any:
-    """A float32 view (rows, cols) that OpenVINO's plugins keep compressed and decompress inside the product.
+def compressed_matrix(store: WeightFile, tensor: QuantizedTensor, exact: bool = False) -> View:
+    """``tensor`` in a form that OpenVINO's plugins keep compressed and decompress inside the product.
 
     ``Constant → Convert → [Subtract] → Multiply → Reshape → Convert``. Zero points are rounded to integers (see
     :func:`offset_matrix` for the rest) and the activations may be quantized to int8 on the way; signed types where
@@ -127,17 +135,23 @@ def compressed_matrix(store: WeightFile, tensor: QuantizedTensor, exact: bool = 
     if signed:
         codes = codes ^ np.uint8(middle)  # two's complement of code − middle, within its bits
     name = f"{'i' if signed else 'u'}{tensor.bits}"
-    value = ops.convert(store.add(_pack(codes, tensor.bits), name, (rows, groups, tensor.group)), "f16")
-    if central and exact:
-        value = ops.subtract(value, ops.constant(np.full((1, 1, 1), middle, np.float16)))
+    stored = store.add(_pack(codes, tensor.bits), name, (rows, groups, tensor.group))
+    scale = store.add(to_half(tensor.scale), "f16", (rows, groups, 1))
+    if central:
+        zeros = ops.constant(np.full((1, 1, 1), middle, np.float16))
     elif exact:
-        value = ops.subtract(value, store.add(to_half(zero), "f16", (rows, groups, 1)))
-    elif not central:
+        zeros = store.add(to_half(zero), "f16", (rows, groups, 1))
+    else:
         zeros = store.add(_pack(zero.astype(np.uint8), tensor.bits), f"u{tensor.bits}", (rows, groups, 1))
-        value = ops.subtract(value, ops.convert(zeros, "f16"))
-    value = ops.multiply(value, store.add(to_half(tensor.scale), "f16", (rows, groups, 1)))
-    target = ops.constant(np.array([rows, cols], np.int64))
-    return ops.convert(ops.reshape(value, target, False), "f32")
+
+    def view() -> Any:
+        value = ops.convert(stored, "f16")
+        if not signed:
+            value = ops.subtract(value, zeros if central or exact else ops.convert(zeros, "f16"))
+        target = ops.constant(np.array([rows, cols], np.int64))
+        return ops.convert(ops.reshape(ops.multiply(value, scale), target, False), "f32")
+
+    return view
 
 
 def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
