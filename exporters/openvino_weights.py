@@ -53,12 +53,12 @@ class WeightFile:
         """Write ``values`` (4-bit types already packed, low nibble first) and return the node that stands for them."""
         node = ops.parameter(list(shape), getattr(ov.Type, element_type))
         node.set_friendly_name(f"weight_{len(self.placeholders)}")
-        offset = self._append(np.ascontiguousarray(values).tobytes())
+        offset = self._append(np.ascontiguousarray(values).data.cast("B"))
         self._stored[node.get_friendly_name()] = _Stored(offset, values.nbytes)
         self.placeholders.append(node)
         return node
 
-    def _append(self, data: bytes) -> int:
+    def _append(self, data: bytes | memoryview) -> int:
         try:
             self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
             offset = self._file.tell()
