@@ -36,8 +36,9 @@ class OpenVinoBuilder:
 
     ``weights`` says how matrices that come as floats are stored (int8 and int4: as fp16, they were left alone on
     purpose) and whether quantized ones keep their codes (int8, int4). Of those, the head and the query-key-value
-    projection multiply unrounded activations, the others may take the engine's int8 path: rounding the former costs
-    the most agreement with the unquantized model for the least time. ``scratch`` is the folder for the growing
+    projection multiply unrounded activations, the others may take the engine's int8 path. The head clearly matters;
+    which projection to spare is within the noise of what was measured, so the one with the least arithmetic but o's
+    is spared, where no block sums are needed then. ``scratch`` is the folder for the growing
     weight file, by default the system's temporary one; memory holds the tensors of one call.
     """
 
