@@ -112,9 +112,9 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
     """Open ``spec`` on ``device``. UnknownDevice, DeviceUnavailable, EngineError."""
     chosen = choose_device(device, {spec.engine})
     if chosen.engine == "openvino":
-        from devices.openvino_paged import OpenVinoDecoder
+        from devices.openvino_open import open_openvino
 
-        return OpenVinoDecoder(spec, options, device=_KNOWN[chosen.name][1])
+        return open_openvino(spec, options, device=_KNOWN[chosen.name][1])
     from devices.onnxruntime_gqa import OnnxRuntimeDecoder
 
     return OnnxRuntimeDecoder(spec, options)
