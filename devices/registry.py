@@ -136,9 +136,9 @@ def _probe(name: str) -> Device:
 
 def _openvino_devices() -> dict[str, str]:
     """OpenVINO's name → product name; ``GPU.0`` counts as ``GPU``."""
-    import openvino
+    from devices.openvino_import import import_openvino
 
-    core = openvino.Core()
+    core = import_openvino().Core()
     found: dict[str, str] = {}
     for device in core.available_devices:
         found.setdefault(device.split(".")[0], str(core.get_property(device, "FULL_DEVICE_NAME")))
