@@ -50,6 +50,10 @@ class DecoderOptions:
     kv_tokens: int | None = None
     """Tokens of KV cache over all sequences. None: one full context, at least."""
     threads: int | None = None
+    batch_invariant: bool = False
+    """A sequence's logits do not depend, to the last bit, on what else is in the batch. Engines multiply a single
+    token by another kernel than several, which rounds differently, and int8 activations amplify that; so a token
+    that is alone runs beside an idle one, at a cost (about a third more time for a single stream)."""
     cache_dir: Path | None = None
     """Where an engine may keep compiled models. None: it keeps none."""
     properties: dict[str, str] = field(default_factory=dict)
@@ -71,6 +75,9 @@ class DecoderLimits:
     kv_tokens: int
     """Tokens of KV cache over all sequences."""
     kv_bytes_per_token: int
+    kv_block: int = 1
+    """Cached tokens keep their values only in whole blocks of so many: where keys are quantized together over
+    several tokens, a partly filled block holds other values than the same tokens in a full one."""
     rope_switch: int | None = None
     """See :attr:`DecoderSpec.rope_switch`. A sequence about to pass it must be prefilled anew with a
     larger ``expected``."""

@@ -108,13 +108,15 @@ class OnnxRuntimeDecoder:
         try:
             # a padded step reaches past the last token that counts
             tokens = max_context + _PADDED_STEP
-            self._kv = KVRows(options.max_sequences, spec.num_layers, spec.num_kv_heads, tokens, spec.head_dim)
+            rows = options.max_sequences + options.batch_invariant
+            self._kv = KVRows(rows, spec.num_layers, spec.num_kv_heads, tokens, spec.head_dim)
         except (OSError, MemoryError, ValueError) as error:
             raise EngineError(
                 f"no address space for the KV cache of {options.max_sequences} sequences of {max_context} tokens "
                 f"({error}); lower max_sequences or kv_tokens"
             ) from error
         self._pool = RowPool(options.max_sequences)
+        self._batch_invariant = options.batch_invariant
         self._sequences: dict[int, OnnxRuntimeSequence] = {}
         self._keys = itertools.count()
         self._bindings: dict[tuple[int, int], Any] = {}
@@ -145,7 +147,7 @@ class OnnxRuntimeDecoder:
     def forward(self, batch: Sequence[Step]) -> list[NDArray[np.float32]]:
         sequences = self._check(batch)
         results: list[NDArray[np.float32] | None] = [None] * len(batch)
-        for group in _group([len(step.tokens) for step in batch]):
+        for group in _group([len(step.tokens) for step in batch], pad=not self._batch_invariant):
             outputs = self._run([sequences[i] for i in group], [batch[i] for i in group])
             for i, output in zip(group, outputs, strict=True):
                 results[i] = output
@@ -179,6 +181,8 @@ class OnnxRuntimeDecoder:
         """One call of the engine over steps of (nearly) equal length."""
         width = max(len(step.tokens) for step in steps)
         first, count = self._arrange(sequences, idle=max(1, len(steps) // 4) if width == 1 else 0)
+        if self._batch_invariant and count * width == 1:
+            count = 2  # an idle row beside it
 
         ids = np.zeros((count, width), np.int64)
         positions = np.zeros((count, width), np.int64)
@@ -195,6 +199,8 @@ class OnnxRuntimeDecoder:
             total = max(total, sequence.length + n)
             rows.append(np.arange(place * width + n - step.rows, place * width + n))
 
+        if self._batch_invariant and sum(map(len, rows)) == 1:
+            rows.append(np.zeros(1, np.int64))  # the vocabulary projection, too, has a kernel of its own for one
         row_index = np.concatenate(rows)
         logits = np.empty((len(row_index), self._spec.vocab_size), np.float32)
         inputs: dict[str, NDArray[np.generic]] = {
@@ -298,12 +304,15 @@ class OnnxRuntimeDecoder:
         self._kv.close()
 
 
-def _group(lengths: list[int]) -> Iterator[list[int]]:
-    """Indices of steps that run as one call: equal lengths, or short ones that waste little when padded."""
+def _group(lengths: list[int], pad: bool) -> Iterator[list[int]]:
+    """Indices of steps that run as one call: equal lengths, or short ones that waste little when padded.
+
+    ``pad`` False: equal ones only. Attention of a single token has a kernel of its own, which padding avoids.
+    """
     short = [i for i, n in enumerate(lengths) if n <= _PADDED_STEP]
     if short:
         widest, tokens = max(lengths[i] for i in short), sum(lengths[i] for i in short)
-        if len({lengths[i] for i in short}) > 1 and widest * len(short) > 2 * tokens:
+        if len({lengths[i] for i in short}) > 1 and (not pad or widest * len(short) > 2 * tokens):
             for n in sorted({lengths[i] for i in short}):
                 yield [i for i in short if lengths[i] == n]
         else:

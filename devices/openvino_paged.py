@@ -7,7 +7,7 @@ block-table work (:mod:`devices.block_pool`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,18 @@ from devices.steps import check_batch, check_rope_switch
 
 _STORAGE = {"u8": np.uint8, "i8": np.int8, "f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 """Element type of a cache → the numpy type of equal width that holds it."""
+
+
+class _Part(NamedTuple):
+    """A sequence's part in an inference."""
+
+    tokens: NDArray[np.int64]
+    past: int
+    """Tokens held before."""
+    position: int
+    """Of the first token, for the rotary tables."""
+    blocks: list[int]
+    rows: int
 
 
 class OpenVinoSequence:
@@ -112,6 +124,7 @@ class OpenVinoDecoder:
         if tokens < 1:
             raise ValueError(f"kv_tokens must be at least 1, not {tokens}")
         self.pool = BlockPool(-(-tokens // block_size), block_size)
+        self._batch_invariant = options.batch_invariant
         self.caches: list[NDArray[np.generic]] = []
         """Keys and values, layer by layer: (blocks, kv_heads, …) in the layout the engine chose."""
         for name in names:
@@ -121,12 +134,13 @@ class OpenVinoDecoder:
                 raise EngineError(f"a KV cache of type {kind} is not supported; set KV_CACHE_PRECISION to u8 or f16")
             dims = [dim.get_length() for dim in list(port.get_partial_shape())[1:]]
             # zeros are committed on first touch
-            cache: NDArray[np.generic] = np.zeros((self.pool.num_blocks, *dims), _STORAGE[kind])
+            cache: NDArray[np.generic] = np.zeros((self.pool.num_blocks + 1, *dims), _STORAGE[kind])  # 1: idle token
             self.caches.append(cache)
             tensor = self._ov.Tensor(cache, self._ov.Shape(list(cache.shape)), port.get_element_type())
             with engine_errors(f"binding {name}"):
                 self._request.set_tensor(name, tensor)
-        self.block_bytes = sum(cache.nbytes for cache in self.caches) // self.pool.num_blocks
+        self.block_bytes = sum(int(cache[0].nbytes) for cache in self.caches)
+        quantized = any(cache.dtype.itemsize == 1 for cache in self.caches)
         self._limits = DecoderLimits(
             max_context=spec.max_context,
             max_prompt=spec.max_context,
@@ -134,6 +148,7 @@ class OpenVinoDecoder:
             prefill_chunk=options.prefill_chunk,
             kv_tokens=self.pool.num_blocks * block_size,
             kv_bytes_per_token=-(-self.block_bytes // block_size),
+            kv_block=block_size if quantized else 1,  # keys share a scale over the tokens of a block, on x86
             rope_switch=spec.rope_switch,
         )
 
@@ -216,25 +231,36 @@ class OpenVinoDecoder:
     def _infer(
         self, batch: Sequence[Step], sequences: Sequence[OpenVinoSequence], past: Sequence[int]
     ) -> list[NDArray[np.float32]]:
-        counts = [step.tokens.size for step in batch]
-        ends = np.cumsum(counts)
-        starts = [
-            start + (self._rope_offset if sequence.on_long else 0)
-            for start, sequence in zip(past, sequences, strict=True)
+        parts = [
+            _Part(
+                step.tokens,
+                length,
+                length + (self._rope_offset if sequence.on_long else 0),
+                sequence.table.blocks,
+                step.rows,
+            )
+            for step, sequence, length in zip(batch, sequences, past, strict=True)
         ]
-        tables = [sequence.table.blocks for sequence in sequences]
+        tokens, wanted = sum(len(part.tokens) for part in parts), sum(step.rows for step in batch)
+        if self._batch_invariant and (tokens == 1 or wanted == 1):
+            parts.append(_Part(np.zeros(1, np.int64), 0, 0, [self.pool.num_blocks], rows=1))
+        counts = [len(part.tokens) for part in parts]
+        ends = np.cumsum(counts)
         inputs: dict[str, NDArray[np.generic]] = {
-            "input_ids": np.concatenate([step.tokens for step in batch], dtype=np.int64),
+            "input_ids": np.concatenate([part.tokens for part in parts], dtype=np.int64),
             "position_ids": np.concatenate(
-                [np.arange(start, start + count, dtype=np.int64) for start, count in zip(starts, counts, strict=True)]
+                [
+                    np.arange(part.position, part.position + n, dtype=np.int64)
+                    for part, n in zip(parts, counts, strict=True)
+                ]
             ),
-            "past_lens": np.array(past, np.int32),
+            "past_lens": np.array([part.past for part in parts], np.int32),
             "subsequence_begins": np.array([0, *ends], np.int32),
-            "block_indices": np.array([block for table in tables for block in table], np.int32),
-            "block_indices_begins": np.cumsum([0, *map(len, tables)], dtype=np.int32),
-            "max_context_len": np.array(max(s + c for s, c in zip(past, counts, strict=True)), np.int32),
+            "block_indices": np.array([block for part in parts for block in part.blocks], np.int32),
+            "block_indices_begins": np.cumsum([0, *(len(part.blocks) for part in parts)], dtype=np.int32),
+            "max_context_len": np.array(max(part.past + n for part, n in zip(parts, counts, strict=True)), np.int32),
             ROWS: np.concatenate(
-                [np.arange(end - step.rows, end, dtype=np.int64) for end, step in zip(ends, batch, strict=True)]
+                [np.arange(end - part.rows, end, dtype=np.int64) for end, part in zip(ends, parts, strict=True)]
             ),
         }
         with engine_errors("running a batch"):

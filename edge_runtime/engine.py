@@ -73,7 +73,7 @@ class Engine:
         allowance = limits.kv_tokens
         if prefix_cache_bytes is not None:
             allowance = min(allowance, prefix_cache_bytes // max(limits.kv_bytes_per_token, 1))
-        self._cache = PrefixCache(allowance)
+        self._cache = PrefixCache(allowance, kv_block=limits.kv_block)
         self._scheduler = Scheduler(decoder, self._cache)
         self._ids = itertools.count()
         self._generated = 0

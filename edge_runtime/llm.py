@@ -56,8 +56,8 @@ class EdgeLLM:
     ``ref`` is a model reference (``smollm2:135m``, ``hf:org/name``, a path, …); a model that is not on this machine
     is pulled first. ``device`` is ``auto``, ``cpu``, … or ``engine:device``. ``memory_budget`` (``"1GiB"``) bounds what
     loading may use; the KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``, ``int8`` or
-    ``int4``; None takes what a present package has, int4 for a new one. ``threads`` and ``max_sequences``: see
-    :class:`devices.DecoderOptions`. ``progress`` hears of downloads and exports.
+    ``int4``; None takes what a present package has, int4 for a new one. ``threads``, ``max_sequences`` and
+    ``batch_invariant``: see :class:`devices.DecoderOptions`. ``progress`` hears of downloads and exports.
 
     **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
     chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an
@@ -76,6 +76,7 @@ class EdgeLLM:
         weights: Weights | None = None,
         threads: int | None = None,
         max_sequences: int = DecoderOptions.max_sequences,
+        batch_invariant: bool = False,
         prefix_cache_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -93,6 +94,7 @@ class EdgeLLM:
             max_sequences=max_sequences,
             kv_tokens=None if budget is None else kv_tokens_within(budget, self._package, self._variant, chunk),
             threads=threads,
+            batch_invariant=batch_invariant,
             cache_dir=store.home.compiled,
         )
         decoder = open_decoder(self._package.spec(self._variant), chosen.name, options)

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from devices.base import DecoderSequence
 from edge_runtime.errors import OutOfKVCache, OutOfSequences
 
+RUN_AT_LEAST = 2
+"""Tokens of a prompt that are run even if all of it is known: the last for its logits, and one beside it."""
+
 
 @dataclass(eq=False)
 class _Entry:
@@ -26,12 +29,13 @@ class PrefixCache:
     There are never more entries than the decoder has sequences, so a search compares them one by one.
     """
 
-    def __init__(self, max_tokens: int, min_tokens: int = 16) -> None:
+    def __init__(self, max_tokens: int, min_tokens: int = 16, kv_block: int = 1) -> None:
         """``max_tokens``: allowance over all entries; 0 keeps nothing. ``min_tokens``: shorter prefixes are not worth
-        a fork, which copies on some devices.
+        a fork, which copies on some devices. ``kv_block``: see :class:`devices.base.DecoderLimits`.
         """
         self._max_tokens = max_tokens
-        self.min_tokens = min_tokens
+        self._min_tokens = max(min_tokens, 1)
+        self._kv_block = kv_block
         self._entries: list[_Entry] = []  # least recently used first
 
     def __len__(self) -> int:
@@ -43,8 +47,19 @@ class PrefixCache:
         return sum(len(entry.tokens) for entry in self._entries)
 
     def match(self, tokens: Sequence[int], long_rope: bool = False) -> int:
-        """How many first tokens an entry could give; always fewer than ``len(tokens)``: the last must be run."""
+        """How many first tokens an entry could give; see :meth:`usable`."""
         return self._find(tokens, long_rope)[1]
+
+    def usable(self, held: NDArray[np.int64], tokens: Sequence[int]) -> int:
+        """How many first ones of ``tokens`` a sequence that holds ``held`` can give; 0: too few to be worth it.
+
+        Whole KV blocks, and never the last two tokens, so that a prompt is computed bit for bit as without the
+        cache: engines multiply one token by another kernel than several, and int8 activations make a difference
+        in the last bit a visible one.
+        """
+        common = min(common_prefix(held, np.asarray(tokens, np.int64)), len(tokens) - RUN_AT_LEAST)
+        common -= common % self._kv_block
+        return common if common >= self._min_tokens else 0
 
     def acquire(self, tokens: Sequence[int], room: bool, long_rope: bool = False) -> DecoderSequence | None:
         """A sequence that holds the longest known prefix of ``tokens``; the caller owns it. None: nothing known.
@@ -64,7 +79,7 @@ class PrefixCache:
                 return self._hand_out(entry, length)
         if entry is None or length == 0:
             return None
-        if length == len(entry.tokens):
+        if len(entry.tokens) <= len(tokens) and common_prefix(entry.tokens, np.asarray(tokens)) == len(entry.tokens):
             return self._hand_out(entry, length)
         try:
             fork = entry.sequence.fork(length)
@@ -118,13 +133,12 @@ class PrefixCache:
 
     def _find(self, tokens: Sequence[int], long_rope: bool) -> tuple[_Entry | None, int]:
         """The entry with the longest common prefix; of equal ones the most recently used."""
-        wanted = np.asarray(tokens[:-1], np.int64)
         best: tuple[_Entry | None, int] = (None, 0)
         for entry in self._entries:
             if entry.long_rope == long_rope:
-                common = common_prefix(entry.tokens, wanted)
-                if common >= max(best[1], self.min_tokens, 1):
-                    best = (entry, common)
+                length = self.usable(entry.tokens, tokens)
+                if length >= max(best[1], 1):
+                    best = (entry, length)
         return best
 
     def _hand_out(self, entry: _Entry, length: int) -> DecoderSequence:

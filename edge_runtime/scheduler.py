@@ -10,7 +10,7 @@ import numpy as np
 from devices.base import Decoder, DecoderSequence, Step
 from edge_runtime.completion import Completion, Request
 from edge_runtime.errors import DeviceError, OutOfKVCache, OutOfSequences
-from edge_runtime.prefix_cache import PrefixCache, common_prefix
+from edge_runtime.prefix_cache import PrefixCache
 
 
 class Work(NamedTuple):
@@ -147,12 +147,11 @@ class Scheduler:
 
     def _fork_running(self, request: Request) -> DecoderSequence | None:
         """A fork of a running sequence, if one begins like ``request``, and longer than anything in the cache."""
-        wanted = np.asarray(request.tokens[:-1], np.int64)
         best: tuple[DecoderSequence | None, int] = (None, self._cache.match(request.tokens, request.long_rope))
         for other in self.running:
             if other.sequence is not None and other.long_rope == request.long_rope:
-                common = common_prefix(np.asarray(other.tokens[: other.fed], np.int64), wanted)
-                if common > best[1] and common >= self._cache.min_tokens:
+                common = self._cache.usable(np.asarray(other.tokens[: other.fed], np.int64), request.tokens)
+                if common > best[1]:
                     best = (other.sequence, common)
         if best[0] is None:
             return None

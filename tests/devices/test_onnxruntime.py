@@ -144,7 +144,11 @@ def test_a_short_step_is_padded_even_at_the_end_of_the_context(opening: Open) ->
     ],
 )
 def test_which_steps_share_a_call(lengths: list[int], groups: list[list[int]]) -> None:
-    assert list(_group(lengths)) == groups
+    assert list(_group(lengths, pad=True)) == groups
+
+
+def test_batch_invariance_pads_nothing() -> None:
+    assert list(_group([3, 5, 3], pad=False)) == [[0, 2], [1]]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back by madvise")

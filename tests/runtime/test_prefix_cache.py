@@ -18,8 +18,8 @@ from tests.fake_decoder import FakeDecoder
 class NaivePrefixCache:
     """What is kept, as plain lists in the order of last use; no device."""
 
-    def __init__(self, max_tokens: int, min_tokens: int) -> None:
-        self.max_tokens, self.min_tokens = max_tokens, min_tokens
+    def __init__(self, max_tokens: int, min_tokens: int, kv_block: int) -> None:
+        self.max_tokens, self.min_tokens, self.kv_block = max_tokens, min_tokens, kv_block
         self.kept: list[tuple[list[int], bool]] = []
 
     def match(self, tokens: Sequence[int], long_rope: bool) -> int:
@@ -37,7 +37,7 @@ class NaivePrefixCache:
         if best is None:
             return []
         self.kept.remove(best)
-        if length < len(best[0]):
+        if tokens[: len(best[0])] != best[0]:
             self.kept.append(best)
         return best[0][:length]
 
@@ -59,8 +59,10 @@ class NaivePrefixCache:
         for entry in self.kept:
             if entry[1] == long_rope:
                 common = 0
-                while common < min(len(tokens) - 1, len(entry[0])) and entry[0][common] == tokens[common]:
+                while common < min(len(tokens) - 2, len(entry[0])) and entry[0][common] == tokens[common]:
                     common += 1
+                while common % self.kv_block:
+                    common -= 1
                 if common >= max(best[1], self.min_tokens):
                     best = (entry, common)
         return best
@@ -85,12 +87,18 @@ Action = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
-@given(actions=st.lists(Action, max_size=25), max_tokens=st.integers(0, 40), min_tokens=st.integers(1, 3))
+@given(
+    actions=st.lists(Action, max_size=25),
+    max_tokens=st.integers(0, 40),
+    min_tokens=st.integers(1, 3),
+    kv_block=st.integers(1, 3),
+)
 def test_agrees_with_the_naive_twin(
-    actions: list[tuple[str, list[int], bool]], max_tokens: int, min_tokens: int
+    actions: list[tuple[str, list[int], bool]], max_tokens: int, min_tokens: int, kv_block: int
 ) -> None:
     decoder = FakeDecoder(max_sequences=4, kv_tokens=4096)
-    cache, naive = PrefixCache(max_tokens, min_tokens), NaivePrefixCache(max_tokens, min_tokens)
+    limits = max_tokens, min_tokens, kv_block
+    cache, naive = PrefixCache(*limits), NaivePrefixCache(*limits)
     for action, tokens, long_rope in actions:
         room = len(decoder.sequences) < decoder.limits.max_sequences
         if action == "evict":
@@ -121,23 +129,32 @@ def test_a_fork_leaves_the_entry_for_others() -> None:
     decoder = FakeDecoder()
     cache = PrefixCache(100, 1)
     cache.put([1, 2, 3, 4, 5], filled(decoder, [1, 2, 3, 4, 5]))
-    forks = [cache.acquire([1, 2, 3, 9], True) for _ in range(2)]
+    forks = [cache.acquire([1, 2, 3, 9, 9], True) for _ in range(2)]
     assert [held(fork) for fork in forks] == [[1, 2, 3]] * 2
-    assert cache.match([1, 2, 3, 4, 5, 6]) == 5
+    assert cache.match([1, 2, 3, 4, 5, 6, 7]) == 5
 
 
-def test_the_last_token_is_never_taken_from_the_cache() -> None:
+def test_the_last_two_tokens_are_never_taken_from_the_cache() -> None:
     decoder = FakeDecoder()
     cache = PrefixCache(100, 1)
-    cache.put([1, 2, 3], filled(decoder, [1, 2, 3]))
-    assert held(cache.acquire([1, 2, 3], True)) == [1, 2]
+    cache.put([1, 2, 3, 4], filled(decoder, [1, 2, 3, 4]))
+    assert held(cache.acquire([1, 2, 3, 4], True)) == [1, 2]
+
+
+def test_only_whole_blocks_are_taken() -> None:
+    decoder = FakeDecoder()
+    cache = PrefixCache(100, 1, kv_block=4)
+    cache.put(list(range(11)), filled(decoder, list(range(11))))
+    assert cache.match([0, 1, 2, 9, 9, 9, 9]) == 0
+    assert held(cache.acquire(list(range(30)), True)) == list(range(8))
+    assert len(cache) == 0  # the entry itself, for it was a prefix as a whole
 
 
 def test_without_kv_cache_for_a_fork_the_entry_itself_is_given() -> None:
     decoder = FakeDecoder(max_sequences=1)
     cache = PrefixCache(100, 1)
     cache.put([1, 2, 3], filled(decoder, [1, 2, 3]))
-    assert held(cache.acquire([1, 2, 9], True)) == [1, 2]  # room was promised wrongly; fork refuses
+    assert held(cache.acquire([1, 2, 9, 9], True)) == [1, 2]  # room was promised wrongly; fork refuses
     assert len(cache) == 0
 
 

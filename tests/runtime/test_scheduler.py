@@ -150,7 +150,7 @@ def test_a_running_prefix_is_shared() -> None:
     decoder = FakeDecoder(prefill_chunk=64)
     cache = PrefixCache(0)
     scheduler = Scheduler(decoder, cache)
-    first, second = (Endless(0, [1] * 32 + [2]), Endless(1, [1] * 32 + [3]))
+    first, second = (Endless(0, [1] * 32 + [2, 2]), Endless(1, [1] * 32 + [3, 3]))
     scheduler.add(first)
     step(scheduler, decoder)
     shared = scheduler._fork_running(second)

@@ -1,17 +1,17 @@
-"""Make tests/fixtures/smollm2/reference.npz: Transformers in fp32 on the dequantized weights of the real GGUF.
+"""Make tests/fixtures/smollm2/TEXT.npz from TEXT.txt: Transformers in fp32 on the real GGUF's dequantized weights.
 
-Run by hand in an environment with torch and transformers:
+Run by hand in an environment with torch, transformers and llama-cpp-python:
 
-    python tests/tools/make_smollm2_reference.py SmolLM2-135M-Instruct.Q4_1.gguf
+    python tests/tools/make_smollm2_reference.py SmolLM2-135M-Instruct.Q4_1.gguf text heldout
 
-The weights are dequantized with gguf-py and the token ids come from ``ids.json`` if given by ``--ids`` (llama.cpp's
-ids), so that nothing of the project takes part.
+The weights are dequantized with gguf-py and the token ids are llama.cpp's, so that nothing of the project takes part.
+``text`` is prose written for the project, on which encodings were chosen; ``heldout`` is "Execution model" of the
+Python 3.11 reference (PSF licence), first used when they had been.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import gguf
@@ -50,10 +50,16 @@ def state_dict(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def token_ids(path: Path, text: str) -> list[int]:
+    from llama_cpp import Llama
+
+    return list(Llama(str(path), vocab_only=True, verbose=False).tokenize(text.encode(), add_bos=False, special=False))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("--ids", type=Path, required=True, help="JSON list of token ids of text.txt, from llama.cpp")
+    parser.add_argument("texts", nargs="+", help="names of texts in tests/fixtures/smollm2, without .txt")
     args = parser.parse_args()
     config = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -62,19 +68,19 @@ def main() -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict(state_dict(args.gguf))
-    ids = json.loads(args.ids.read_text())
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].double()
-    logp = torch.log_softmax(logits, -1)
-    score = logp[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy()
-    print(f"{len(ids)} tokens, mean NLL {-score.mean():.5f}")
-    np.savez_compressed(
-        FOLDER / "reference.npz",
-        ids=np.array(ids, np.int32),
-        score=score.astype(np.float32),
-        top1=logits.argmax(-1).numpy().astype(np.int32),
-        last_logits=logits[-1].numpy().astype(np.float32)[::16],
-    )
+    for name in args.texts:
+        ids = token_ids(args.gguf, (FOLDER / f"{name}.txt").read_text(encoding="utf-8"))
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double()
+        logp = torch.log_softmax(logits, -1)
+        score = logp[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy()
+        print(f"{name}: {len(ids)} tokens, mean NLL {-score.mean():.5f}")
+        np.savez_compressed(
+            FOLDER / f"{name}.npz",
+            ids=np.array(ids, np.int32),
+            score=score.astype(np.float32),
+            top1=logits.argmax(-1).numpy().astype(np.int32),
+        )
 
 
 if __name__ == "__main__":
