@@ -153,6 +153,10 @@ class Decoder(Protocol):
     def device(self) -> str:
         """``engine:device`` as really opened, e.g. ``openvino:cpu``."""
 
+    @property
+    def engine_seconds(self) -> float:
+        """Time spent inside the engine's inference calls so far; the rest of :meth:`forward` is our own."""
+
     def new_sequence(self, expected: int = 0) -> DecoderSequence:
         """An empty sequence, expected to grow to ``expected`` tokens (only longrope models care).
 

@@ -27,6 +27,7 @@ from devices.errors import (
 from devices.kv_rows import KVRows
 from devices.row_pool import RowPool
 from devices.steps import check_batch, check_rope_switch
+from devices.stopwatch import Stopwatch
 
 _PADDED_STEP = 16
 """Steps up to this length (drafts being verified) may be padded to each other's length and run as one call."""
@@ -115,6 +116,7 @@ class OnnxRuntimeDecoder:
                 f"no address space for the KV cache of {options.max_sequences} sequences of {max_context} tokens "
                 f"({error}); lower max_sequences or kv_tokens"
             ) from error
+        self._stopwatch = Stopwatch()
         self._pool = RowPool(options.max_sequences)
         self._batch_invariant = options.batch_invariant
         self._sequences: dict[int, OnnxRuntimeSequence] = {}
@@ -128,6 +130,10 @@ class OnnxRuntimeDecoder:
     @property
     def device(self) -> str:
         return "onnxruntime:cpu"
+
+    @property
+    def engine_seconds(self) -> float:
+        return self._stopwatch.seconds
 
     def new_sequence(self, expected: int = 0) -> OnnxRuntimeSequence:
         switch = self._limits.rope_switch
@@ -217,7 +223,8 @@ class OnnxRuntimeDecoder:
             for name, array in inputs.items():
                 binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
             binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-            self._session.run_with_iobinding(binding)
+            with self._stopwatch:
+                self._session.run_with_iobinding(binding)
 
         for sequence, step in zip(sequences, steps, strict=True):
             sequence._length += len(step.tokens)

@@ -26,6 +26,7 @@ from devices.openvino_graph import (
     rope_offset,
 )
 from devices.steps import check_batch, check_rope_switch
+from devices.stopwatch import Stopwatch
 
 
 class DenseSequence:
@@ -129,6 +130,7 @@ class OpenVinoDenseDecoder:
         defaults = {"INFERENCE_PRECISION_HINT": precision_defaults(model)["INFERENCE_PRECISION_HINT"]}
         self._compiled: Any = compile_model(core, model, device, options, defaults)
         self._spare: list[Any] = []
+        self._stopwatch = Stopwatch()
         self._sequences: set[DenseSequence] = set()
         self._limits = DecoderLimits(
             max_context=spec.max_context,
@@ -147,6 +149,10 @@ class OpenVinoDenseDecoder:
     @property
     def device(self) -> str:
         return f"openvino:{self._device.lower()}"
+
+    @property
+    def engine_seconds(self) -> float:
+        return self._stopwatch.seconds
 
     def check_open(self) -> None:
         if self._compiled is None:
@@ -251,7 +257,8 @@ class OpenVinoDenseDecoder:
         with engine_errors("running a step"):
             for name, values in inputs.items():
                 request.set_tensor(name, self._ov.Tensor(values))
-            request.infer()
+            with self._stopwatch:
+                request.infer()
             logits = np.array(request.get_output_tensor(0).data, np.float32)
         sequence.grow(count)
         return logits.reshape(step.rows, self._spec.vocab_size)

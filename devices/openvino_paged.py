@@ -27,6 +27,7 @@ from devices.openvino_graph import (
     to_paged_attention,
 )
 from devices.steps import check_batch, check_rope_switch
+from devices.stopwatch import Stopwatch
 
 _STORAGE = {"u8": np.uint8, "i8": np.int8, "f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 """Element type of a cache → the numpy type of equal width that holds it."""
@@ -114,6 +115,7 @@ class OpenVinoDecoder:
         with engine_errors("creating an inference request"):
             self._request: Any = self._compiled.create_infer_request()
         self._sequences: set[OpenVinoSequence] = set()
+        self._stopwatch = Stopwatch()
         self._allocate(spec, options)
 
     def _allocate(self, spec: DecoderSpec, options: DecoderOptions) -> None:
@@ -159,6 +161,10 @@ class OpenVinoDecoder:
     @property
     def device(self) -> str:
         return f"openvino:{self._device.lower()}"
+
+    @property
+    def engine_seconds(self) -> float:
+        return self._stopwatch.seconds
 
     def check_open(self) -> None:
         if self._request is None:
@@ -266,7 +272,8 @@ class OpenVinoDecoder:
         with engine_errors("running a batch"):
             for name, values in inputs.items():
                 self._request.set_tensor(name, self._ov.Tensor(values))
-            self._request.infer()
+            with self._stopwatch:
+                self._request.infer()
             logits = self._request.get_output_tensor(0).data
         bounds = np.cumsum([step.rows for step in batch])
         logits = logits.reshape(-1, self._vocab_size)

@@ -115,6 +115,7 @@ class FakeDecoder:
     """Deterministic logits from token histories, with limits and failures to order."""
 
     device = "fake:cpu"
+    engine_seconds = 0.0
 
     def __init__(
         self,
