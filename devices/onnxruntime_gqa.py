@@ -7,7 +7,6 @@ says how many tokens of each row are real, so rows of a range may be idle and sh
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,12 +18,12 @@ from devices.base import DecoderLimits, DecoderOptions, DecoderSequence, Decoder
 from devices.errors import (
     ContextOverflow,
     DeviceError,
-    DeviceUnavailable,
     EngineError,
     OutOfKVCache,
     OutOfSequences,
 )
 from devices.kv_rows import KVRows
+from devices.onnxruntime_session import engine_errors, open_session
 from devices.row_pool import RowPool
 from devices.steps import check_batch, check_rope_switch
 from devices.stopwatch import Stopwatch
@@ -105,7 +104,7 @@ class OnnxRuntimeDecoder:
             rope_switch=spec.rope_switch,
         )
         self._spec = spec
-        self._session = _open_session(spec, options, provider)
+        self._session = open_session(spec, options, provider)
         try:
             # a padded step reaches past the last token that counts
             tokens = max_context + _PADDED_STEP
@@ -218,7 +217,7 @@ class OnnxRuntimeDecoder:
         }
         if self._limits.rope_switch is not None:
             inputs["position_ids"] = positions
-        with _translated("running the model"):
+        with engine_errors("running the model"):
             binding = self._binding(first, count)
             for name, array in inputs.items():
                 binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
@@ -327,33 +326,3 @@ def _group(lengths: list[int], pad: bool) -> Iterator[list[int]]:
     for i, n in enumerate(lengths):  # a long step fills the machine by itself
         if n > _PADDED_STEP:
             yield [i]
-
-
-def _open_session(spec: DecoderSpec, options: DecoderOptions, provider: str) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise DeviceUnavailable(f"onnxruntime does not load ({error}); pip install onnxruntime") from error
-    if provider != "CPUExecutionProvider" or provider not in onnxruntime.get_available_providers():
-        raise DeviceUnavailable(f"{provider} cannot run this: the KV cache is in host memory; use CPUExecutionProvider")
-    with _translated(f"loading {spec.model}"):
-        session_options = onnxruntime.SessionOptions()
-        session_options.log_severity_level = 3  # errors; they also come as exceptions
-        session_options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        session_options.inter_op_num_threads = 1
-        session_options.intra_op_num_threads = options.threads or 0
-        session_options.enable_mem_pattern = False  # it plans per input shape, and every chunk has its own
-        # weights outside the arena: it would round them up to powers of two and never shrink
-        session_options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        for key, value in options.properties.items():
-            session_options.add_session_config_entry(key, value)
-        return onnxruntime.InferenceSession(str(spec.model), session_options, providers=[provider])
-
-
-@contextlib.contextmanager
-def _translated(doing: str) -> Iterator[None]:
-    """ONNX Runtime's exceptions share no base class but Exception."""
-    try:
-        yield
-    except Exception as error:
-        raise EngineError(f"{doing} failed in ONNX Runtime: {error}") from error

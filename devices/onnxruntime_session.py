@@ -1,0 +1,41 @@
+"""Opening an ONNX Runtime session, and its exceptions as ours."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from devices.base import DecoderOptions, DecoderSpec
+from devices.errors import DeviceUnavailable, EngineError
+
+
+def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str) -> Any:
+    """An InferenceSession. DeviceUnavailable when the provider cannot be used, EngineError when the model is refused."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DeviceUnavailable(f"onnxruntime does not load ({error}); pip install onnxruntime") from error
+    if provider != "CPUExecutionProvider" or provider not in onnxruntime.get_available_providers():
+        raise DeviceUnavailable(f"{provider} cannot run this: the KV cache is in host memory; use CPUExecutionProvider")
+    with engine_errors(f"loading {spec.model}"):
+        session_options = onnxruntime.SessionOptions()
+        session_options.log_severity_level = 3  # errors; they also come as exceptions
+        session_options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        session_options.inter_op_num_threads = 1
+        session_options.intra_op_num_threads = options.threads or 0
+        session_options.enable_mem_pattern = False  # it plans per input shape, and every chunk has its own
+        # weights outside the arena: it would round them up to powers of two and never shrink
+        session_options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        for key, value in options.properties.items():
+            session_options.add_session_config_entry(key, value)
+        return onnxruntime.InferenceSession(str(spec.model), session_options, providers=[provider])
+
+
+@contextlib.contextmanager
+def engine_errors(doing: str) -> Iterator[None]:
+    """ONNX Runtime's exceptions share no base class but Exception."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineError(f"{doing} failed in ONNX Runtime: {error}") from error
