@@ -11,7 +11,7 @@ from devices.errors import DeviceUnavailable, EngineError
 
 
 def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str) -> Any:
-    """An InferenceSession. DeviceUnavailable when the provider cannot be used, EngineError when the model is refused."""
+    """An InferenceSession. DeviceUnavailable if the provider cannot be used, EngineError if the model is refused."""
     try:
         import onnxruntime
     except ImportError as error:
