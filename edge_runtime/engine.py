@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import Decoder, DecoderLimits, Step
+from devices.stopwatch import Stopwatch
 from edge_runtime.completion import Completion, Reading, Request
 from edge_runtime.detokenizer import StopStrings, StreamDecoder, TokenDecoder
 from edge_runtime.errors import (
@@ -45,6 +46,10 @@ class EngineStats:
     prompt_tokens: int
     """Prompt tokens computed, not counting cached ones."""
     preemptions: int
+    forward_seconds: float
+    """Time the decoder has taken so far, failed steps included."""
+    inference_seconds: float
+    """Of it, time inside the inference engine's own calls."""
 
 
 class Engine:
@@ -78,6 +83,7 @@ class Engine:
         self._ids = itertools.count()
         self._generated = 0
         self._prefilled = 0
+        self._forwarding = Stopwatch()
 
         self._changed = threading.Condition()  # guards the five below
         self._inbox: list[Request] = []
@@ -114,6 +120,8 @@ class Engine:
             generated_tokens=self._generated,
             prompt_tokens=self._prefilled,
             preemptions=self._scheduler.preemptions,
+            forward_seconds=self._forwarding.seconds,
+            inference_seconds=self._decoder.engine_seconds,
         )
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, eos_ids: Sequence[int] = ()) -> Generation:
@@ -254,7 +262,8 @@ class Engine:
     def _forward(self, batch: list[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
         while batch:
             try:
-                return batch, self._decoder.forward([work.step() for work in batch])
+                with self._forwarding:
+                    return batch, self._decoder.forward([work.step() for work in batch])
             except OutOfKVCache as error:
                 batch = self._scheduler.make_room(batch, error)
             except DeviceError as error:  # the batch's sequences are undefined now, the others are sound
