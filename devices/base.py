@@ -46,7 +46,9 @@ class DecoderOptions:
     """How to open a model. ``None`` lets the device choose."""
 
     max_sequences: int = 16
-    prefill_chunk: int = 512
+    prefill_chunk: int = 256
+    """Tokens of a prompt run at once. 512 are no faster and take 19 MB more, 128 are 3 % slower (tests/bench/NOTES.md);
+    others' tokens wait for one chunk."""
     kv_tokens: int | None = None
     """Tokens of KV cache over all sequences. None: one full context, at least."""
     threads: int | None = None

@@ -221,7 +221,7 @@ def _tight(home: Path) -> int:
     assert variant is not None
     for total in range(90 << 20, 200 << 20, 1 << 16):
         try:
-            tokens = kv_tokens_within(total, package, variant, 512)
+            tokens = kv_tokens_within(total, package, variant, DecoderOptions.prefill_chunk)
         except BudgetError:
             continue
         if tokens >= 600:
