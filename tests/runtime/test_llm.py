@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import edge_runtime
+from devices.base import DecoderOptions
 from edge_runtime import Chunk, Completion, EdgeLLM, SamplingParams
 from edge_runtime.errors import (
     BudgetError,
