@@ -72,6 +72,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         "run": ("run", "run"),
         "serve": ("serve", "serve"),
         "devices": ("devices", "devices"),
+        "bench": ("bench", "bench"),
     }[name]
     command: Callable[[argparse.Namespace], int] = getattr(import_module(f"edge_runtime.cli.{module}"), function)
     return command
@@ -145,10 +146,41 @@ def _parser() -> argparse.ArgumentParser:
 
     devices = add("devices", "list devices, and why one cannot be used")
     devices.add_argument("--json", action="store_true", help="print JSON")
+
+    bench = add("bench", "measure a model here, or a server")
+    _add_bench(bench)
     return parser
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("ref", metavar="REF", nargs="?", help=f"{REFERENCE_HELP}; none with --url")
+    bench.add_argument("--prompt-tokens", type=int, metavar="N", help="default: 512")
+    bench.add_argument("--new-tokens", type=int, metavar="N", help="default: 64")
+    bench.add_argument("--concurrency", type=int, metavar="N", help="streams at once (default: 1)")
+    bench.add_argument("--seed", type=int, metavar="N", help="of prompts and arrivals (default: 0)")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.add_argument("--output", metavar="FILE", help="write the JSON to a file too")
+    bench.add_argument("--html", metavar="FILE", help="write a report with plots")
+    bench.add_argument("--compare", metavar="FILE", help="ratios to an earlier measurement's JSON")
+    here = bench.add_argument_group("a model here")
+    for add in (_add_device, _add_weights, _add_loading):
+        add(here)
+    here.add_argument("--repeats", type=int, metavar="N", help="measured rounds, after one to warm up (default: 5)")
+    here.add_argument("--shared-prefix", type=int, metavar="N", help="also: first token after N tokens known already")
+    here.add_argument("--no-nll", dest="nll", action="store_false", default=None, help="do not score the bundled text")
+    server = bench.add_argument_group("a server")
+    server.add_argument("--url", help="any OpenAI-compatible server, as http://127.0.0.1:8000")
+    server.add_argument("--model", metavar="NAME", help="default: the only one it has")
+    server.add_argument(
+        "--chat", action="store_true", default=None, help="ask /v1/chat/completions, not /v1/completions"
+    )
+    server.add_argument("--api-key", metavar="KEY", help="the server's")
+    server.add_argument("--requests", type=int, metavar="N", help="default: 20, or 5 for each of --concurrency")
+    server.add_argument("--rate", type=float, metavar="R", help="Poisson arrivals, R requests a second on average")
+    server.add_argument("--goodput", nargs="+", metavar="LIMIT", help="count requests within ttft:MS and tpot:MS")
+
+
+def _add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device", metavar="DEVICE", help="auto, cpu, gpu, npu, cuda, coreml, or engine:device as in openvino:cpu"
     )
@@ -158,11 +190,11 @@ def _add_engine(parser: argparse.ArgumentParser, default: str | None, help: str)
     parser.add_argument("--engine", choices=("onnx", "openvino", "all"), default=default, help=help)
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
+def _add_weights(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--weights", choices=("fp32", "fp16", "int8", "int4"), help="weight format (default: int4)")
 
 
-def _add_loading(parser: argparse.ArgumentParser) -> None:
+def _add_loading(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--memory-budget", metavar="SIZE", help="most memory to use, e.g. 1GiB")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the engine's choice)")
     parser.add_argument(

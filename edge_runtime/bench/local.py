@@ -1,0 +1,163 @@
+"""The scenarios that run in a process with the model. To add one: a function here, and its figures in ``Result``."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from devices.base import DecoderLimits, DecoderOptions
+from edge_runtime.bench.job import TAIL_TOKENS, Job
+from edge_runtime.bench.result import SharedPrefix, Shares
+from edge_runtime.bench.timing import StreamTimes, steady
+from edge_runtime.bench.workload import bundled_text, random_tokens
+from edge_runtime.engine import EngineStats
+from edge_runtime.errors import ConfigError
+from edge_runtime.generation import Generation
+from edge_runtime.llm import EdgeLLM
+from edge_runtime.sampling import SamplingParams
+from edge_runtime.store import Progress
+
+START_TOKENS = 16
+"""The short prompt after which the first token is awaited."""
+
+
+class MeasuredLLM(EdgeLLM):
+    """An :class:`EdgeLLM` whose engine can be looked into."""
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._engine.stats
+
+    @property
+    def limits(self) -> DecoderLimits:
+        return self._engine.limits
+
+    @property
+    def vocab_size(self) -> int:
+        return self._engine.vocab_size
+
+
+def open_model(job: Job, *, prefix_cache: bool, progress: Progress | None = None) -> MeasuredLLM:
+    """Open the job's model; ConfigError if it cannot hold what is to be measured."""
+    llm = MeasuredLLM(
+        job.ref,
+        job.device,
+        job.memory_budget,
+        weights=job.weights,
+        threads=job.threads,
+        max_sequences=max(job.concurrency, DecoderOptions.max_sequences),
+        batch_invariant=job.batch_invariant,
+        prefix_cache_bytes=None if prefix_cache else 0,
+        progress=progress,
+    )
+    try:
+        job.check_room(llm.max_context, llm.limits.kv_tokens)
+    except ConfigError:
+        llm.close()
+        raise
+    return llm
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One answer, with the engine's clocks at its first and last piece."""
+
+    times: StreamTimes
+    at_first: EngineStats
+    at_last: EngineStats
+    cached_tokens: int
+
+
+def first_token(llm: MeasuredLLM, job: Job) -> None:
+    """Come to the first token after a short prompt."""
+    rng = np.random.default_rng((job.seed, 1))
+    _run(llm, [random_tokens(rng, min(START_TOKENS, job.prompt_tokens), llm.vocab_size)], 1)
+
+
+def speed(llm: MeasuredLLM, job: Job) -> list[list[Stream]]:
+    """The streams of each round: random prompts, all submitted at once, greedy answers of full length."""
+    rng = np.random.default_rng(job.seed)
+    rounds = []
+    for _ in range(1 + job.repeats):
+        prompts = [random_tokens(rng, job.prompt_tokens, llm.vocab_size) for _ in range(job.concurrency)]
+        rounds.append(_run(llm, prompts, job.new_tokens))
+    return rounds[1:]
+
+
+def shares(rounds: Sequence[Sequence[Stream]]) -> Shares | None:
+    """Of the time in which all streams decode; None when there is none."""
+    wall = forward = inference = 0.0
+    for streams in rounds:
+        by_times = {id(stream.times): stream for stream in streams}
+        window = steady([stream.times for stream in streams])
+        if window is not None:
+            start, end = (by_times[id(times)] for times in window)
+            wall += end.times.last - start.times.first
+            forward += end.at_last.forward_seconds - start.at_first.forward_seconds
+            inference += end.at_last.inference_seconds - start.at_first.inference_seconds
+    if wall == 0:
+        return None
+    return Shares(inference / wall, (forward - inference) / wall, 1 - forward / wall)
+
+
+def shared_prefix(llm: MeasuredLLM, job: Job, tokens: int) -> SharedPrefix:
+    """Pairs of prompts with the same first ``tokens`` and other tails: the first pays for them, the second does not."""
+    rng = np.random.default_rng((job.seed, 2))
+    pairs = []
+    for _ in range(1 + job.repeats):
+        prefix = random_tokens(rng, tokens, llm.vocab_size)
+        tails = [random_tokens(rng, TAIL_TOKENS, llm.vocab_size) for _ in range(2)]
+        pairs.append([_run(llm, [prefix + tail], 1)[0] for tail in tails])
+    del pairs[0]
+    if not any(warm.cached_tokens for _, warm in pairs):
+        raise ConfigError(
+            f"--shared-prefix {tokens} is too long to be kept: prefix and new prompt must fit the KV cache of "
+            f"{llm.limits.kv_tokens} tokens together"
+        )
+    return SharedPrefix(
+        tokens=tokens,
+        cached_tokens=min(warm.cached_tokens for _, warm in pairs),
+        cold_ttft_ms=statistics.median(cold.times.ttft for cold, _ in pairs) * 1e3,
+        warm_ttft_ms=statistics.median(warm.times.ttft for _, warm in pairs) * 1e3,
+        speedup=statistics.median(cold.times.ttft / warm.times.ttft for cold, warm in pairs),
+    )
+
+
+def loss(llm: MeasuredLLM) -> tuple[float, int]:
+    """Mean negative log-likelihood of the bundled text, and over how many tokens: as many as the context takes."""
+    ids = llm.tokenizer.encode(bundled_text())[: min(llm.max_context, llm.limits.max_prompt)]
+    scores = llm.score(ids)
+    return float(-scores.mean(dtype=np.float64)), len(scores)
+
+
+def _run(llm: MeasuredLLM, prompts: Sequence[list[int]], new_tokens: int) -> list[Stream]:
+    """Submit all ``prompts`` at once, each from a thread of its own that reads the answer, as callers do."""
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    ready = threading.Barrier(len(prompts))  # starting a thread takes its time while the engine's is running
+
+    def ask(prompt: list[int]) -> Stream:
+        ready.wait()
+        submitted = time.perf_counter()
+        return _read(llm, llm.start_completion(prompt, params), submitted)
+
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        return list(threads.map(ask, prompts))
+
+
+def _read(llm: MeasuredLLM, generation: Generation, submitted: float) -> Stream:
+    arrivals: list[tuple[float, int]] = []
+    stats: list[EngineStats] = []
+    with generation:
+        for chunk in generation:
+            tokens = len(chunk.checked().token_ids)
+            if tokens:
+                arrivals.append((time.perf_counter(), tokens))
+                stats[1:] = [llm.stats]
+        usage = generation.usage
+    return Stream(StreamTimes(submitted, tuple(arrivals)), stats[0], stats[-1], usage.cached_tokens)

@@ -1,0 +1,83 @@
+"""``edge-glm bench``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_runtime.bench.compare import compare, read_baseline
+from edge_runtime.bench.html import report
+from edge_runtime.bench.job import Goodput, Job, LoadJob
+from edge_runtime.bench.result import Result
+from edge_runtime.bench.table import table
+from edge_runtime.errors import ConfigError, StorageError
+from edge_runtime.settings import load_settings
+
+_LOADING = ("device", "weights", "memory_budget", "threads", "batch_invariant")
+_LOCAL = ("repeats", "shared_prefix", "nll")
+_SERVER = ("model", "chat", "rate", "requests", "goodput", "api_key")
+_SHAPE = ("prompt_tokens", "new_tokens", "concurrency", "seed")
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    baseline = None if arguments.compare is None else read_baseline(Path(arguments.compare))
+    for target in filter(None, (arguments.output, arguments.html)):
+        if not Path(target).absolute().parent.is_dir():  # told now, not after minutes of measuring
+            raise ConfigError(f"cannot write {target}: there is no folder {Path(target).absolute().parent}")
+    result = _local(arguments) if arguments.url is None else _server(arguments)
+    comparison = None if baseline is None else compare(result, baseline, arguments.compare)
+    data = msgspec.json.format(msgspec.json.encode(result))
+    if arguments.output is not None:
+        _write(arguments.output, data + b"\n")
+    if arguments.html is not None:
+        _write(arguments.html, report(result, comparison).encode())
+    print(data.decode() if arguments.json else table(result, comparison))
+    return 0
+
+
+def _local(arguments: argparse.Namespace) -> Result:
+    _refuse(arguments, _SERVER, "--{} needs --url")
+    if arguments.ref is None:
+        raise ConfigError("bench needs a model reference to measure here, or --url for a server")
+    settings = load_settings({name: getattr(arguments, name) for name in _LOADING})
+    loading = {name: getattr(settings, name) for name in _LOADING}
+    job = Job(ref=arguments.ref, **loading, **_given(arguments, *_LOCAL, *_SHAPE))
+
+    from edge_runtime.bench.process import run
+
+    return run(job)
+
+
+def _server(arguments: argparse.Namespace) -> Result:
+    _refuse(arguments, (*_LOADING, *_LOCAL), "--{} is for a model in this process; leave it out with --url")
+    if arguments.ref is not None:
+        raise ConfigError(f"with --url the server's model is named by --model, not {arguments.ref!r}")
+    options = _given(arguments, *_SERVER, *_SHAPE)
+    if options.pop("chat", False):
+        options["endpoint"] = "chat"
+    if "goodput" in options:
+        options["goodput"] = Goodput.parse(options["goodput"])
+    job = LoadJob(url=arguments.url, **options)
+
+    from edge_runtime.bench.load import run
+
+    return run(job)
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], message: str) -> None:
+    for name in _given(arguments, *names):
+        raise ConfigError(message.format("no-nll" if name == "nll" else name.replace("_", "-")))
+
+
+def _write(path: str, data: bytes) -> None:
+    try:
+        Path(path).write_bytes(data)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
