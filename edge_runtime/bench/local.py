@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -41,6 +42,13 @@ class MeasuredLLM(EdgeLLM):
     @property
     def vocab_size(self) -> int:
         return self._engine.vocab_size
+
+    @cached_property
+    def plain_token(self) -> int:
+        """A token that is text by itself, wherever it stands: the first such of the bundled text."""
+        decode = self.tokenizer.decode
+        ids = self.tokenizer.encode(bundled_text())
+        return next((token for token in ids if 0 < len(decode([token])) < len(decode([token, token]))), ids[0])
 
 
 def open_model(job: Job, *, prefix_cache: bool, progress: Progress | None = None) -> MeasuredLLM:
@@ -81,7 +89,7 @@ def first_token(llm: MeasuredLLM, job: Job) -> None:
 
 
 def speed(llm: MeasuredLLM, job: Job) -> list[list[Stream]]:
-    """The streams of each round: random prompts, all submitted at once, greedy answers of full length."""
+    """The streams of each round: random prompts, all submitted at once, answers of full length."""
     rng = np.random.default_rng(job.seed)
     rounds = []
     for _ in range(1 + job.repeats):
@@ -138,7 +146,10 @@ def loss(llm: MeasuredLLM) -> tuple[float, int]:
 
 def _run(llm: MeasuredLLM, prompts: Sequence[list[int]], new_tokens: int) -> list[Stream]:
     """Submit all ``prompts`` at once, each from a thread of its own that reads the answer, as callers do."""
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    # always the same word: answers to random tokens are full of pieces that are no text until others have come, and
+    # a reader would see several tokens at once
+    bias = {llm.plain_token: 100.0}
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, logit_bias=bias)
     ready = threading.Barrier(len(prompts))  # starting a thread takes its time while the engine's is running
 
     def ask(prompt: list[int]) -> Stream:
