@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import DecoderLimits, DecoderOptions, DecoderSpec, Snapshot, Step
-from devices.errors import DeviceError, EngineError, OutOfKVCache, OutOfSequences
+from devices.errors import DeviceError, EngineError, OutOfKVCache
+from devices.openvino_decoder import CompiledDecoder
 from devices.openvino_graph import (
     ROWS,
     compile_model,
@@ -26,7 +27,6 @@ from devices.openvino_graph import (
     rope_offset,
 )
 from devices.steps import check_batch, check_rope_switch
-from devices.stopwatch import Stopwatch
 
 
 class DenseSequence:
@@ -110,7 +110,7 @@ class DenseSequence:
         self._length = length
 
 
-class OpenVinoDenseDecoder:
+class OpenVinoDenseDecoder(CompiledDecoder[DenseSequence]):
     """Implements :class:`devices.base.Decoder` on OpenVINO's ``device``, one step at a time.
 
     Caches are float32 and grow with their sequences; ``kv_tokens`` bounds their sum.
@@ -124,14 +124,11 @@ class OpenVinoDenseDecoder:
         model = read_model(core, spec.model)
         self._ov = ov
         self._spec = spec
-        self._device = device
         self._rope_offset = rope_offset(model, spec)
         gather_rows(model, axis=1)
         defaults = {"INFERENCE_PRECISION_HINT": precision_defaults(model)["INFERENCE_PRECISION_HINT"]}
-        self._compiled: Any = compile_model(core, model, device, options, defaults)
+        super().__init__(compile_model(core, model, device, options, defaults), device)
         self._spare: list[Any] = []
-        self._stopwatch = Stopwatch()
-        self._sequences: set[DenseSequence] = set()
         self._limits = DecoderLimits(
             max_context=spec.max_context,
             max_prompt=spec.max_context,
@@ -142,27 +139,10 @@ class OpenVinoDenseDecoder:
             rope_switch=spec.rope_switch,
         )
 
-    @property
-    def limits(self) -> DecoderLimits:
-        return self._limits
-
-    @property
-    def device(self) -> str:
-        return f"openvino:{self._device.lower()}"
-
-    @property
-    def engine_seconds(self) -> float:
-        return self._stopwatch.seconds
-
-    def check_open(self) -> None:
-        if self._compiled is None:
-            raise DeviceError("the decoder is closed; open the device again")
-
     # ---- sequences
 
     def new_sequence(self, expected: int = 0) -> DenseSequence:
-        switch = self._limits.rope_switch
-        return self._open_sequence(on_long=switch is not None and expected > switch)
+        return self._open_sequence(self._starts_on_long(expected))
 
     def new_fork(self, on_long: bool, length: int) -> DenseSequence:
         """An empty sequence that will be given ``length`` tokens of another."""
@@ -177,13 +157,6 @@ class OpenVinoDenseDecoder:
         sequence = DenseSequence(self, request, on_long)
         self._sequences.add(sequence)
         return sequence
-
-    def _check_place(self) -> None:
-        self.check_open()
-        if len(self._sequences) >= self._limits.max_sequences:
-            raise OutOfSequences(
-                f"{self._limits.max_sequences} sequences are open, as many as max_sequences allows; close one"
-            )
 
     def _check_room(self, tokens: int) -> None:
         held = sum(sequence.length for sequence in self._sequences)
@@ -238,11 +211,6 @@ class OpenVinoDenseDecoder:
         self._check_room(sum(step.tokens.size for step in batch))
         return [self._run(sequence, step) for sequence, step in zip(sequences, batch, strict=True)]
 
-    def _own(self, step: Step) -> DenseSequence:
-        if not isinstance(step.sequence, DenseSequence) or step.sequence not in self._sequences:
-            raise ValueError("the sequence is not an open sequence of this decoder")
-        return step.sequence
-
     def _run(self, sequence: DenseSequence, step: Step) -> NDArray[np.float32]:
         count, start = step.tokens.size, sequence.length
         first = start + (self._rope_offset if sequence.on_long else 0)
@@ -275,10 +243,5 @@ class OpenVinoDenseDecoder:
                     raise AssertionError(f"{state.name} holds {state.state.shape[2]} tokens, not {sequence.length}")
 
     def close(self) -> None:
-        if self._compiled is None:
-            return
-        compiled, self._compiled = self._compiled, None
-        self._sequences.clear()
         self._spare.clear()
-        with engine_errors("releasing memory"):
-            compiled.release_memory()
+        super().close()

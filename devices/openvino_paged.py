@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderLimits, DecoderOptions, DecoderSpec, Snapshot, Step
 from devices.block_pool import BlockPool, BlockTable
-from devices.errors import DeviceError, EngineError, OutOfSequences
+from devices.errors import DeviceError, EngineError
+from devices.openvino_decoder import CompiledDecoder
 from devices.openvino_graph import (
     ROWS,
     compile_model,
@@ -27,7 +28,6 @@ from devices.openvino_graph import (
     to_paged_attention,
 )
 from devices.steps import check_batch, check_rope_switch
-from devices.stopwatch import Stopwatch
 
 _STORAGE = {"u8": np.uint8, "i8": np.int8, "f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 """Element type of a cache → the numpy type of equal width that holds it."""
@@ -91,7 +91,7 @@ class OpenVinoSequence:
             self._decoder.forget(self, table)
 
 
-class OpenVinoDecoder:
+class OpenVinoDecoder(CompiledDecoder[OpenVinoSequence]):
     """Implements :class:`devices.base.Decoder` on OpenVINO's ``device`` ("CPU", "GPU").
 
     The KV cache is allocated once, for ``options.kv_tokens`` rounded up to whole blocks; the operating system
@@ -105,17 +105,14 @@ class OpenVinoDecoder:
         ov, core = new_core()
         model = read_model(core, spec.model)
         self._ov = ov
-        self._device = device
         self._vocab_size = spec.vocab_size
         self._rope_offset = rope_offset(model, spec)
         defaults = precision_defaults(model)
         to_paged_attention(ov, model, spec)
         gather_rows(model, axis=0)
-        self._compiled: Any = compile_model(core, model, device, options, defaults)
+        super().__init__(compile_model(core, model, device, options, defaults), device)
         with engine_errors("creating an inference request"):
             self._request: Any = self._compiled.create_infer_request()
-        self._sequences: set[OpenVinoSequence] = set()
-        self._stopwatch = Stopwatch()
         self._allocate(spec, options)
 
     def _allocate(self, spec: DecoderSpec, options: DecoderOptions) -> None:
@@ -154,27 +151,10 @@ class OpenVinoDecoder:
             rope_switch=spec.rope_switch,
         )
 
-    @property
-    def limits(self) -> DecoderLimits:
-        return self._limits
-
-    @property
-    def device(self) -> str:
-        return f"openvino:{self._device.lower()}"
-
-    @property
-    def engine_seconds(self) -> float:
-        return self._stopwatch.seconds
-
-    def check_open(self) -> None:
-        if self._request is None:
-            raise DeviceError("the decoder is closed; open the device again")
-
     # ---- sequences
 
     def new_sequence(self, expected: int = 0) -> OpenVinoSequence:
-        switch = self._limits.rope_switch
-        return self._register(BlockTable(), on_long=switch is not None and expected > switch)
+        return self._register(BlockTable(), self._starts_on_long(expected))
 
     def fork(self, sequence: OpenVinoSequence, length: int) -> OpenVinoSequence:
         self._check_place()
@@ -185,13 +165,6 @@ class OpenVinoDecoder:
         sequence = OpenVinoSequence(self, table, on_long)
         self._sequences.add(sequence)
         return sequence
-
-    def _check_place(self) -> None:
-        self.check_open()
-        if len(self._sequences) >= self._limits.max_sequences:
-            raise OutOfSequences(
-                f"{self._limits.max_sequences} sequences are open, as many as max_sequences allows; close one"
-            )
 
     def forget(self, sequence: OpenVinoSequence, table: BlockTable) -> None:
         """Take back a closing sequence's blocks."""
@@ -228,11 +201,6 @@ class OpenVinoDecoder:
             for cache in self.caches:
                 cache[target] = cache[source]
         return self._infer(batch, sequences, past)
-
-    def _own(self, step: Step) -> OpenVinoSequence:
-        if not isinstance(step.sequence, OpenVinoSequence) or step.sequence not in self._sequences:
-            raise ValueError("the sequence is not an open sequence of this decoder")
-        return step.sequence
 
     def _infer(
         self, batch: Sequence[Step], sequences: Sequence[OpenVinoSequence], past: Sequence[int]
@@ -287,11 +255,6 @@ class OpenVinoDecoder:
             raise AssertionError(f"{len(self._sequences)} sequences are open, of {self._limits.max_sequences}")
 
     def close(self) -> None:
-        if self._request is None:
-            return
         self._request = None
-        compiled, self._compiled = self._compiled, None
-        with engine_errors("releasing memory"):
-            compiled.release_memory()
-        self._sequences.clear()
         self.caches.clear()
+        super().close()
