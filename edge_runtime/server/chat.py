@@ -13,7 +13,7 @@ from edge_runtime.errors import PromptTooLong
 from edge_runtime.generation import Generation
 from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.server.context import GONE, ServerContext, json_response, new_id, now, read_body, usage_body
+from edge_runtime.server.context import GONE, ServerContext, head, json_response, read_body, usage_body
 from edge_runtime.server.logprobs import chat_logprobs, shown
 from edge_runtime.server.running import Running, while_connected
 from edge_runtime.server.schema import ChatRequest, parse
@@ -80,10 +80,7 @@ class _Answer:
             for index in range(self._params.n)
         ]
         return {
-            "id": new_id("chatcmpl"),
-            "object": "chat.completion",
-            "created": now(),
-            "model": self._model.model_id,
+            **head("chatcmpl", "chat.completion", self._model.model_id),
             "choices": choices,
             "usage": usage_body(running.usage()),
         }
@@ -111,12 +108,7 @@ class _Events:
     def __init__(self, model: ServedModel, params: SamplingParams, include_usage: bool) -> None:
         self._model = model
         self._params = params
-        self._head: dict[str, Any] = {
-            "id": new_id("chatcmpl"),
-            "object": "chat.completion.chunk",
-            "created": now(),
-            "model": model.model_id,
-        }
+        self._head = head("chatcmpl", "chat.completion.chunk", model.model_id)
         self._last = {"usage": None} if include_usage else {}  # OpenAI: null in all but the last event
         self._plain = [self._split_around_text(index) for index in range(params.n)]
 

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 
 from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.server.context import GONE, ServerContext, json_response, new_id, now, read_body, usage_body
+from edge_runtime.server.context import GONE, ServerContext, head, json_response, read_body, usage_body
 from edge_runtime.server.logprobs import TextLogprobs, shown
 from edge_runtime.server.running import Running, while_connected
 from edge_runtime.server.schema import CompletionRequest, parse
@@ -70,10 +70,7 @@ class _Answer:
             for index, texts in enumerate(self._texts)
         ]
         return {
-            "id": new_id("cmpl"),
-            "object": "text_completion",
-            "created": now(),
-            "model": self._model.model_id,
+            **head("cmpl", "text_completion", self._model.model_id),
             "choices": choices,
             "usage": usage_body(running.usage()),
         }
@@ -96,12 +93,7 @@ class _Events:
     def __init__(self, model: ServedModel, params: SamplingParams, choices: int, include_usage: bool) -> None:
         self._model = model
         self._params = params
-        self._head: dict[str, Any] = {
-            "id": new_id("cmpl"),
-            "object": "text_completion",
-            "created": now(),
-            "model": model.model_id,
-        }
+        self._head = head("cmpl", "text_completion", model.model_id)
         self._last = {"usage": None} if include_usage else {}  # OpenAI: null in all but the last event
         self._plain = [self._split_around_text(index) for index in range(choices)]
         self._logprobs = [TextLogprobs(model) for _ in range(choices)]

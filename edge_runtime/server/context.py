@@ -1,4 +1,4 @@
-"""What the endpoint modules share: the models being served, and how a request's body is read."""
+"""What the endpoint modules share: the models being served, how a body is read, what answers are made of."""
 
 from __future__ import annotations
 
@@ -76,12 +76,9 @@ def json_response(payload: Any) -> Response:
     return Response(msgspec.json.encode(payload), media_type="application/json")
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def now() -> int:
-    return int(time.time())
+def head(prefix: str, kind: str, model_id: str) -> dict[str, Any]:
+    """What every answer, and every event of a stream, begins with."""
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model_id}
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
