@@ -28,6 +28,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
 
 
 def sized(model_type: str, **fields: Any) -> dict[str, Any]:
@@ -120,12 +121,11 @@ def test_llama3_rope_keeps_short_waves_and_slows_long_ones() -> None:
 
 
 def test_longrope_scale_from_the_ratio_of_contexts() -> None:
-    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     config = sized(
         "phi3",
         max_position_embeddings=131072,
         original_max_position_embeddings=4096,
-        rope_scaling={"type": "su", **factors},
+        rope_scaling={**LONGROPE, "type": "su"},
     )
     rope = rope_of(config)
     assert rope.scale == rope.long_scale == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
@@ -189,6 +189,7 @@ def test_what_is_not_run_is_refused_by_name(config: dict[str, Any], names: str) 
         (sized("llama", rope_scaling=[1]), "rope_scaling"),
         (sized("llama", tie_word_embeddings="yes"), "tie_word_embeddings"),
         (sized("phi3", rope_scaling={"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}), "short_factor"),
+        (sized("phi3", rope_scaling=LONGROPE, original_max_position_embeddings=1), "original_max_position_embeddings"),
         (sized("qwen2", layer_types=["full_attention"]), "layer_types"),
         (sized("qwen2", layer_types=["sliding_attention"] * 6), "sliding_window"),
         (sized("glm", partial_rotary_factor=1.5), "partial_rotary_factor"),
