@@ -10,22 +10,20 @@ and ``present.N.key``/``.value``, which must share the past's memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import UnsupportedModel
-from exporters.architecture import Activation, Architecture, Rope
-from exporters.builder import AttentionSpec, Linear
-from exporters.onnx_graph import MICROSOFT, OnnxGraph
+from exporters.architecture import Architecture
+from exporters.builder import AttentionSpec
+from exporters.onnx_graph import MICROSOFT
+from exporters.onnx_operators import OnnxOperators, WeightFormat
 from exporters.onnx_weights import PackedMatrix, pack
-from exporters.weights import QuantizedTensor, Tensor, concat_rows, dequantize
+from exporters.weights import QuantizedTensor, Tensor, dequantize
 
-WeightFormat = Literal["fp32", "fp16", "int8", "int4"]
 _FLOAT_INPUT = ".qkv."
 """Products whose 4-bit matrix meets float activations. Of all layers' these pay best: a third of the remaining loss
 (SmolLM2 against fp32: KL 0.0019 → 0.0012) for no measurable time at one sequence."""
@@ -44,15 +42,14 @@ class _Matrix:
     zero: str
 
 
-class OnnxBuilder:
+class OnnxBuilder(OnnxOperators):
     """Emits GroupQueryAttention, MatMulNBits, GatherBlockQuantized and the fused norms (com.microsoft)."""
 
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None = None) -> None:
         """``weights``: how matrices are stored. fp32 and fp16 also dequantize what comes quantized; with int8 and
         int4 quantized matrices are stored as they come and float ones as fp32. ``scratch``: see OnnxGraph."""
-        self._arch = architecture
-        self._weights = weights
-        self._graph = graph = OnnxGraph(architecture.family, scratch)
+        super().__init__(architecture, weights, scratch, np.float32)
+        graph = self._graph
         self._ids = graph.input("input_ids", np.int64, ["batch", "sequence"])
         self._seqlens = graph.input("seqlens_k", np.int32, ["batch"])
         self._query_seqlens = graph.input("query_seqlens", np.int32, ["batch"])
@@ -60,11 +57,9 @@ class OnnxBuilder:
         self._row_index = graph.input("row_index", np.int64, ["rows"])
         switch = architecture.rope_switch is not None
         self._positions = graph.input("position_ids", np.int64, ["batch", "sequence"]) if switch else ""
-        self._ropes: dict[Rope, tuple[str, str]] = {}
         self._with_sums: dict[tuple[str, int, int], str] = {}
         self._embedding: str | _Matrix | None = None
         self._rows_selected = False
-        self._residuals = 0
 
     def embed(self, table: Tensor) -> str:
         graph = self._graph
@@ -100,23 +95,6 @@ class OnnxBuilder:
             worth = digit if power == 0 else self.scale(digit, packed.digit_base**-power)
             main = graph.one("Add", [main, graph.one("Unsqueeze", [worth, graph.ints(-1)])])
         return graph.one("Reshape", [main, graph.ints(0, 0, hidden)])
-
-    def linear(self, x: str, parts: Sequence[Linear], name: str) -> str:
-        weights = [weight for weight, _ in parts]
-        biases = [bias for _, bias in parts]
-        bias = None
-        if any(b is not None for b in biases):
-            zeros = (np.zeros(w.shape[0], np.float32) for w in weights)
-            bias = np.concatenate([zero if b is None else b for zero, b in zip(zeros, biases, strict=True)])
-        if self._weights in ("fp32", "fp16"):
-            weights = [dequantize(weight) for weight in weights]
-
-        outputs, start = [], 0
-        for index, weight in enumerate(concat_rows(weights)):
-            own = None if bias is None else bias[start : start + weight.shape[0]]
-            outputs.append(self._product(x, weight, own, f"{name}.{index}"))
-            start += weight.shape[0]
-        return outputs[0] if len(outputs) == 1 else self._graph.one("Concat", outputs, axis=-1)
 
     def _product(self, x: str, weight: Tensor, bias: NDArray[np.float32] | None, name: str) -> str:
         graph = self._graph
@@ -179,31 +157,10 @@ class OnnxBuilder:
         """Everything is computed in float32; ONNX Runtime widens constants once, when it loads them."""
         return self._graph.one("Cast", [value], to=_FLOAT) if self._weights == "fp16" else value
 
-    def rms_norm(self, x: str, weight: NDArray[np.float32], eps: float) -> str:
-        gamma = self._graph.constant(weight)
-        return self._graph.one("SimplifiedLayerNormalization", [x, gamma], axis=-1, epsilon=eps, stash_type=1)
-
-    def add_rms_norm(self, x: str, y: str, weight: NDArray[np.float32], eps: float) -> tuple[str, str]:
-        name = f"residual_{self._residuals}"
-        self._residuals += 1
-        normed, total = f"{name}.norm", f"{name}.sum"
-        inputs = [x, y, self._graph.constant(weight)]
-        outputs = [normed, "", "", total]  # the two in between are statistics for training
-        self._graph.node("SkipSimplifiedLayerNormalization", inputs, outputs, MICROSOFT, epsilon=eps)
-        return total, normed
-
-    def add(self, x: str, y: str) -> str:
-        return self._graph.one("Add", [x, y])
-
-    def scale(self, x: str, factor: float) -> str:
-        return self._graph.one("Mul", [x, self._graph.scalar(factor)])
-
     def attention(self, qkv: str, spec: AttentionSpec) -> str:
         """GroupQueryAttention; it rotates, appends to the cache and masks.
 
-        The CPU kernel has no head norms, so those are operators of their own before it. A model with a rope switch
-        has its short table's rows first and the long table's after them: the caller adds ``max_context`` to the
-        positions of a long sequence.
+        The CPU kernel has no head norms, so those are operators of their own before it.
         """
         graph, rope = self._graph, spec.layer.rope
         query, key, value = qkv, "", ""
@@ -249,33 +206,6 @@ class OnnxBuilder:
     def _cache_dims(self, spec: AttentionSpec) -> list[int | str]:
         return ["batch", spec.num_kv_heads, "capacity", spec.head_dim]
 
-    def _rope_tables(self, rope: Rope) -> tuple[str, str]:
-        """(rows, rotary_dim / 2) cosines and sines, one pair for each distinct rope."""
-        if rope not in self._ropes:
-            tables = [(rope.inv_freq, rope.scale)]
-            if self._positions:
-                tables.append(
-                    (rope.long_inv_freq or rope.inv_freq, rope.long_scale if rope.long_inv_freq else rope.scale)
-                )
-            positions = np.arange(self._arch.max_context, dtype=np.float64)
-            angles = [np.outer(positions, np.array(frequencies)) for frequencies, _ in tables]
-            scales = [scale for _, scale in tables]
-            name = f"rope.{len(self._ropes)}"
-            cos = np.concatenate([np.cos(a) * s for a, s in zip(angles, scales, strict=True)]).astype(np.float32)
-            sin = np.concatenate([np.sin(a) * s for a, s in zip(angles, scales, strict=True)]).astype(np.float32)
-            self._ropes[rope] = self._graph.weight(f"{name}.cos", cos), self._graph.weight(f"{name}.sin", sin)
-        return self._ropes[rope]
-
-    def glu(self, gate_up: str, activation: Activation) -> str:
-        graph = self._graph
-        half = self._arch.intermediate_size
-        gate, up = graph.node("Split", [gate_up, graph.ints(half, half)], 2, axis=-1)
-        if activation == "silu":
-            gate = graph.one("QuickGelu", [gate], MICROSOFT, alpha=1.0)  # x · sigmoid(alpha · x)
-        else:
-            gate = graph.one("Gelu", [gate], approximate="tanh" if activation == "gelu_tanh" else "none")
-        return graph.one("Mul", [gate, up])
-
     def select_rows(self, x: str) -> str:
         graph = self._graph
         self._rows_selected = True
@@ -298,7 +228,7 @@ class OnnxBuilder:
         if scale != 1.0:
             y = self.scale(y, scale)
         if softcap is not None:
-            y = self.scale(graph.one("Tanh", [self.scale(y, 1 / softcap)]), softcap)
+            y = self._softcap(y, softcap, np.float32)
         graph.node("Identity", [y], ["logits"])
         graph.output("logits", np.float32, ["rows", self._arch.vocab_size])
 
@@ -320,7 +250,3 @@ class OnnxBuilder:
         both = graph.one("Reshape", [both, graph.ints(-1, packed.columns)])
         y = self._packed_product(both, matrix, "")
         return graph.one("Add", graph.node("Split", [y], 2, axis=0, num_outputs=2))
-
-    def save(self, folder: Path) -> None:
-        """Write ``model.onnx`` and ``model.onnx.data``. StorageError if ``folder`` cannot be written."""
-        self._graph.save(folder, "edge-glm", {"family": self._arch.family, "weights": self._weights})
