@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Engine = Literal["onnxruntime", "openvino"]
+Engine = Literal["onnxruntime", "onnxruntime-cuda", "openvino"]
+"""What a graph is made for. ONNX Runtime's CUDA provider takes another graph than its CPU provider."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ _KNOWN: dict[str, tuple[Engine, str]] = {
     "openvino:gpu": ("openvino", "GPU"),
     "openvino:npu": ("openvino", "NPU"),
     "onnxruntime:cpu": ("onnxruntime", "CPUExecutionProvider"),
-    "onnxruntime:cuda": ("onnxruntime", "CUDAExecutionProvider"),
+    "onnxruntime:cuda": ("onnxruntime-cuda", "CUDAExecutionProvider"),
     "onnxruntime:coreml": ("onnxruntime", "CoreMLExecutionProvider"),
 }
 
@@ -51,7 +51,7 @@ _HOW_TO: dict[str, str] = {
     "onnxruntime:coreml": "CoreML needs macOS and its onnxruntime wheel; use --device cpu",
 }
 
-_RUNNABLE = frozenset(PREFERENCE)
+_RUNNABLE = frozenset((*PREFERENCE, "onnxruntime:cuda"))
 """Devices that have a decoder in this version."""
 
 
@@ -117,6 +117,10 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
         from devices.openvino_open import open_openvino
 
         return open_openvino(spec, options, device=_KNOWN[chosen.name][1])
+    if chosen.engine == "onnxruntime-cuda":
+        from devices.onnxruntime_cuda import OnnxRuntimeCudaDecoder
+
+        return OnnxRuntimeCudaDecoder(spec, options)
     from devices.onnxruntime_gqa import OnnxRuntimeDecoder
 
     return OnnxRuntimeDecoder(spec, options)
@@ -124,16 +128,31 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
 
 def _probe(name: str) -> Device:
     engine, own_name = _KNOWN[name]
+    library = name.split(":")[0]
     try:
-        hardware = (_openvino_devices if engine == "openvino" else _onnxruntime_devices)()
+        hardware = (_openvino_devices if library == "openvino" else _onnxruntime_devices)()
     except ImportError as error:
-        return Device(name, engine, own_name, f"{engine} does not load ({error}); pip install {engine}")
+        return Device(name, engine, own_name, f"{library} does not load ({error}); pip install {library}")
     if own_name not in hardware:
-        return Device(name, engine, own_name, f"{engine} finds no {own_name} here; {_HOW_TO.get(name, 'reinstall it')}")
+        return Device(
+            name, engine, own_name, f"{library} finds no {own_name} here; {_HOW_TO.get(name, 'reinstall it')}"
+        )
     if name not in _RUNNABLE:
         problem = f"it is present, but this version runs {' and '.join(sorted(_RUNNABLE))} only; use --device cpu"
         return Device(name, engine, hardware[own_name], problem)
+    if name == "onnxruntime:cuda":
+        return _probe_cuda(name, engine, own_name)
     return Device(name, engine, hardware[own_name])
+
+
+def _probe_cuda(name: str, engine: Engine, own_name: str) -> Device:
+    """The provider is listed wherever it is compiled in; whether there is a GPU only CUDA knows."""
+    from devices.cuda_memory import CudaRuntime
+
+    try:
+        return Device(name, engine, CudaRuntime().product)
+    except DeviceUnavailable as error:
+        return Device(name, engine, own_name, str(error))
 
 
 def _openvino_devices() -> dict[str, str]:

@@ -38,7 +38,11 @@ Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: bytes for ``"download"``, layers for a variant's name."""
 
 DOWNLOAD = "download"
-_EXPORT_NAMES: dict[Engine, Literal["onnx", "openvino"]] = {"onnxruntime": "onnx", "openvino": "openvino"}
+_EXPORT_NAMES: dict[Engine, Literal["onnx", "onnx-cuda", "openvino"]] = {
+    "onnxruntime": "onnx",
+    "onnxruntime-cuda": "onnx-cuda",
+    "openvino": "openvino",
+}
 _WEIGHT_PREFERENCE: tuple[Weights, ...] = ("int4", "int8", "fp16", "fp32")
 
 

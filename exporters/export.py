@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -15,11 +15,11 @@ from edge_runtime.package import ArchitectureSummary, Weights
 from edge_runtime.package_writer import PackageContents, PackageWriter, write_package
 from exporters.architecture import Architecture
 from exporters.checkpoint import Checkpoint, TextFiles
+from exporters.graphs import Engine, write_graph
 from exporters.hf_names import tensor_shape
-from exporters.network import build, tensor_names
+from exporters.network import tensor_names
 from exporters.quantize import QuantizedCheckpoint
 
-Engine = Literal["onnx", "openvino"]
 Progress = Callable[[str, int, int], None]
 """``progress(variant, done, total)`` in layers."""
 
@@ -47,6 +47,7 @@ def export(
         missing = {variant: engine for variant, engine in names.items() if not writer.has_variant(variant)}
         if not missing:
             return
+        _check_vocabulary(source)
         checkpoint = QuantizedCheckpoint(source, weights)
         for variant, engine in missing.items():
             report = None if progress is None else _named(progress, variant)
@@ -71,24 +72,10 @@ def _write_variant(
     scratch = writer.folder / "scratch"
     scratch.mkdir()
     try:
-        if engine == "onnx":
-            from exporters.onnx_builder import OnnxBuilder
-
-            onnx = OnnxBuilder(checkpoint.architecture, weights, scratch)
-            build(checkpoint, onnx, progress)
-            onnx.save(target)
-        else:
-            from exporters.openvino_builder import OpenVinoBuilder
-
-            openvino = OpenVinoBuilder(checkpoint.architecture, weights, scratch)
-            build(checkpoint, openvino, progress)
-            openvino.save(target)
+        runs_on, file = write_graph(checkpoint, engine, weights, target, scratch, progress)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if engine == "onnx":
-        writer.add_variant(variant, "onnxruntime", weights, "model.onnx")
-    else:
-        writer.add_variant(variant, "openvino", weights, "openvino_model.xml")
+    writer.add_variant(variant, runs_on, weights, file)
 
 
 def _check_same(existing: Mapping[str, Any], fresh: Mapping[str, Any], folder: Path) -> None:
@@ -98,6 +85,22 @@ def _check_same(existing: Mapping[str, Any], fresh: Mapping[str, Any], folder: P
         raise StorageError(
             f"{folder} is a package of another model (its {key} is {existing.get(key)!r}, this one's is "
             f"{fresh.get(key)!r}); choose another folder or remove it"
+        )
+
+
+def _check_vocabulary(source: Checkpoint) -> None:
+    """The tokenizer of another model must not slip in; a vocabulary larger than the tokenizer's is padding.
+
+    Added tokens are let off: Gemma 3's text models share one, for images, with those that have an embedding for it.
+    A prompt that holds such a token is refused when it comes.
+    """
+    tokenizer = Tokenizer.from_str(source.text.tokenizer_json)
+    ids = set(tokenizer.get_vocab(with_added_tokens=False).values()) - tokenizer.get_added_tokens_decoder().keys()
+    highest, size = max(ids, default=-1), source.architecture.vocab_size
+    if highest >= size:
+        raise CorruptModel(
+            f"the tokenizer makes ids up to {highest}, but the model's vocabulary has {size} tokens; "
+            "put the tokenizer beside the weights that they were trained with"
         )
 
 

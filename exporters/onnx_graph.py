@@ -107,7 +107,7 @@ class OnnxGraph:
         padding = -self._offset % ALIGNMENT
         try:
             self._data.write(bytes(padding))
-            self._data.write(np.ascontiguousarray(value).data)
+            self._data.write(np.ascontiguousarray(value).view(np.uint8).data)  # bfloat16 is no buffer
         except OSError as error:
             raise StorageError(
                 f"writing {value.nbytes} bytes of {name} failed: {error}; free space where the model goes"

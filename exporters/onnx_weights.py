@@ -48,10 +48,11 @@ class PackedMatrix:
         return 2.0**self.bits - 1
 
 
-def pack(tensor: QuantizedTensor) -> PackedMatrix:
+def pack(tensor: QuantizedTensor, digits_together: bool = False) -> PackedMatrix:
     """Lay out ``tensor`` with the offsets of its zero points.
 
-    ValueError if the group is not a power of two from 16 to 256.
+    Offset columns come digit by digit, with ``digits_together`` block by block. ValueError if the group is not a power
+    of two from 16 to 256.
     """
     group, columns = tensor.group, tensor.shape[1]
     if group & (group - 1) or not 16 <= group <= 256:
@@ -60,15 +61,15 @@ def pack(tensor: QuantizedTensor) -> PackedMatrix:
     codes, scale, digits = tensor.codes, tensor.scale, 0
     if offset.any():
         digits = 2 if tensor.bits == 4 else 1
-        extra = _digits(offset, digits, group, tensor.bits)
+        extra = _digits(offset, digits, group, tensor.bits, digits_together)
         codes = np.concatenate([codes, extra.codes], axis=1)
         scale = np.concatenate([scale, extra.scale], axis=1)
         zero = np.concatenate([zero, extra.zero.astype(np.uint8)], axis=1)
     symmetric = bool((zero == 2 ** (tensor.bits - 1)).all())
     return PackedMatrix(
-        codes=_pack_bits(codes, tensor.bits).reshape(*scale.shape, group * tensor.bits // 8),
+        codes=pack_bits(codes, tensor.bits).reshape(*scale.shape, group * tensor.bits // 8),
         scale=np.ascontiguousarray(scale, np.float32),
-        zero=None if symmetric else _pack_bits(zero, tensor.bits),
+        zero=None if symmetric else pack_bits(zero, tensor.bits),
         bits=tensor.bits,
         group=group,
         columns=columns,
@@ -76,7 +77,7 @@ def pack(tensor: QuantizedTensor) -> PackedMatrix:
     )
 
 
-def _digits(offset: NDArray[np.float32], digits: int, group: int, bits: int) -> QuantizedTensor:
+def _digits(offset: NDArray[np.float32], digits: int, group: int, bits: int, together: bool) -> QuantizedTensor:
     """Write ``offset`` (rows, n) as (rows, digits · n) codes, padded with zeros to whole blocks of ``group``.
 
     ``offset = Σ_i digit[i] / base**i`` with the remainder of one digit as the next.
@@ -90,7 +91,7 @@ def _digits(offset: NDArray[np.float32], digits: int, group: int, bits: int) -> 
     codes = np.full((rows, blocks * group), middle, np.uint8)
     rest = offset
     for digit in range(digits):
-        place = slice(digit * n, (digit + 1) * n)
+        place = slice(digit, digits * n, digits) if together else slice(digit * n, (digit + 1) * n)
         whole = np.clip(np.rint(rest / step), -middle, middle - 1)
         codes[:, place] = whole + middle
         rest = (rest - whole * step) * base
@@ -98,7 +99,7 @@ def _digits(offset: NDArray[np.float32], digits: int, group: int, bits: int) -> 
     return QuantizedTensor(codes, scale, np.full_like(scale, middle), bits)
 
 
-def _pack_bits(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+def pack_bits(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """(rows, n) codes → (rows, ⌈n · bits / 8⌉) bytes."""
     if bits == 8:
         return codes

@@ -187,7 +187,7 @@ def _add_device(parser: argparse._ActionsContainer) -> None:
 
 
 def _add_engine(parser: argparse.ArgumentParser, default: str | None, help: str) -> None:
-    parser.add_argument("--engine", choices=("onnx", "openvino", "all"), default=default, help=help)
+    parser.add_argument("--engine", choices=("onnx", "onnx-cuda", "openvino", "all"), default=default, help=help)
 
 
 def _add_weights(parser: argparse._ActionsContainer) -> None:

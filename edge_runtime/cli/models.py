@@ -19,6 +19,7 @@ from edge_runtime.store import Store, StoredModel, export_package
 
 _ENGINES: dict[str, tuple[Engine, ...]] = {
     "onnx": ("onnxruntime",),
+    "onnx-cuda": ("onnxruntime-cuda",),
     "openvino": ("openvino",),
     "all": ("openvino", "onnxruntime"),
 }

@@ -1,0 +1,53 @@
+"""A checkpoint as the graph of one engine. The engines' builders are imported only when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import devices.base
+from edge_runtime.errors import ConfigError
+from exporters.builder import Builder
+from exporters.checkpoint import Checkpoint
+from exporters.network import build
+from exporters.onnx_operators import WeightFormat
+
+Engine = Literal["onnx", "onnx-cuda", "openvino"]
+
+
+class _NewBuilder(Protocol):
+    def __call__(self, architecture: Any, weights: WeightFormat, scratch: Path | None) -> Builder[Any]: ...
+
+
+def write_graph(
+    checkpoint: Checkpoint,
+    engine: Engine,
+    weights: WeightFormat,
+    folder: Path,
+    scratch: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[devices.base.Engine, str]:
+    """Write ``checkpoint`` into ``folder``; weight files grow in ``scratch``. Returns the runtime's engine and the
+    name of the graph's file."""
+    runs_on, file, builder = _builder(engine)
+    graph = builder(checkpoint.architecture, weights, scratch)
+    build(checkpoint, graph, progress)
+    graph.save(folder)
+    return runs_on, file
+
+
+def _builder(engine: Engine) -> tuple[devices.base.Engine, str, _NewBuilder]:
+    if engine == "onnx":
+        from exporters.onnx_builder import OnnxBuilder
+
+        return "onnxruntime", "model.onnx", OnnxBuilder
+    if engine == "onnx-cuda":
+        from exporters.onnx_cuda_builder import OnnxCudaBuilder
+
+        return "onnxruntime-cuda", "model.onnx", OnnxCudaBuilder
+    if engine == "openvino":
+        from exporters.openvino_builder import OpenVinoBuilder
+
+        return "openvino", "openvino_model.xml", OpenVinoBuilder
+    raise ConfigError(f"unknown engine {engine!r}; known: {', '.join(get_args(Engine))}")
