@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderLimits, DecoderOptions, DecoderSpec, Snapshot, Step
 from devices.block_pool import BlockPool, BlockTable
-from devices.errors import DeviceError, EngineError
+from devices.errors import EngineError
 from devices.openvino_decoder import CompiledDecoder
 from devices.openvino_graph import (
     ROWS,
@@ -27,6 +27,7 @@ from devices.openvino_graph import (
     rope_offset,
     to_paged_attention,
 )
+from devices.paged_sequence import PagedSequence
 from devices.steps import check_batch, check_rope_switch
 
 _STORAGE = {"u8": np.uint8, "i8": np.int8, "f16": np.float16, "bf16": np.uint16, "f32": np.float32}
@@ -45,53 +46,7 @@ class _Part(NamedTuple):
     rows: int
 
 
-class OpenVinoSequence:
-    """A block table in the pool of its decoder. See :class:`devices.base.DecoderSequence`."""
-
-    def __init__(self, decoder: OpenVinoDecoder, table: BlockTable, on_long: bool) -> None:
-        self._decoder = decoder
-        self._open_table: BlockTable | None = table
-        self.on_long = on_long
-        """On the long rotary factors (longrope)."""
-
-    @property
-    def table(self) -> BlockTable:
-        """DeviceError when the sequence or its decoder is closed."""
-        if self._open_table is None:
-            raise DeviceError("the sequence is closed; open a new one")
-        self._decoder.check_open()
-        return self._open_table
-
-    @property
-    def length(self) -> int:
-        return self.table.length
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.table.blocks) * self._decoder.block_bytes
-
-    def crop(self, length: int) -> int:
-        self._decoder.pool.crop(self.table, length)
-        return length
-
-    def fork(self, length: int) -> OpenVinoSequence:
-        return self._decoder.fork(self, length)
-
-    def snapshot(self) -> Snapshot:
-        table = self.table
-        arrays = tuple(cache[table.blocks] for cache in self._decoder.caches)  # indexing by a list copies
-        return Snapshot(table.length, arrays)
-
-    def restore(self, snapshot: Snapshot) -> None:
-        self._decoder.restore(self, snapshot)
-
-    def close(self) -> None:
-        table, self._open_table = self._open_table, None
-        if table is not None:
-            self._decoder.forget(self, table)
-
-
-class OpenVinoDecoder(CompiledDecoder[OpenVinoSequence]):
+class OpenVinoDecoder(CompiledDecoder[PagedSequence]):
     """Implements :class:`devices.base.Decoder` on OpenVINO's ``device`` ("CPU", "GPU").
 
     The KV cache is allocated once, for ``options.kv_tokens`` rounded up to whole blocks; the operating system
@@ -153,25 +108,27 @@ class OpenVinoDecoder(CompiledDecoder[OpenVinoSequence]):
 
     # ---- sequences
 
-    def new_sequence(self, expected: int = 0) -> OpenVinoSequence:
+    def new_sequence(self, expected: int = 0) -> PagedSequence:
         return self._register(BlockTable(), self._starts_on_long(expected))
 
-    def fork(self, sequence: OpenVinoSequence, length: int) -> OpenVinoSequence:
+    def fork(self, sequence: PagedSequence, length: int) -> PagedSequence:
         self._check_place()
         return self._register(self.pool.fork(sequence.table, length), sequence.on_long)
 
-    def _register(self, table: BlockTable, on_long: bool) -> OpenVinoSequence:
+    def _register(self, table: BlockTable, on_long: bool) -> PagedSequence:
         self._check_place()
-        sequence = OpenVinoSequence(self, table, on_long)
+        sequence = PagedSequence(self, table, on_long)
         self._sequences.add(sequence)
         return sequence
 
-    def forget(self, sequence: OpenVinoSequence, table: BlockTable) -> None:
-        """Take back a closing sequence's blocks."""
+    def forget(self, sequence: PagedSequence, table: BlockTable) -> None:
         self._sequences.discard(sequence)
         self.pool.crop(table, 0)
 
-    def restore(self, sequence: OpenVinoSequence, snapshot: Snapshot) -> None:
+    def read(self, table: BlockTable) -> Snapshot:
+        return Snapshot(table.length, tuple(cache[table.blocks] for cache in self.caches))  # indexing by a list copies
+
+    def restore(self, sequence: PagedSequence, snapshot: Snapshot) -> None:
         table = sequence.table
         if table.length:
             raise EngineError(f"a snapshot goes into an empty sequence; this one holds {table.length} tokens")
@@ -203,7 +160,7 @@ class OpenVinoDecoder(CompiledDecoder[OpenVinoSequence]):
         return self._infer(batch, sequences, past)
 
     def _infer(
-        self, batch: Sequence[Step], sequences: Sequence[OpenVinoSequence], past: Sequence[int]
+        self, batch: Sequence[Step], sequences: Sequence[PagedSequence], past: Sequence[int]
     ) -> list[NDArray[np.float32]]:
         parts = [
             _Part(
