@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from devices.base import DecoderSequence
 from edge_runtime.detokenizer import StopStrings, StreamDecoder
 from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Outlet
+from edge_runtime.prompt_lookup import PromptLookup
 from edge_runtime.request import Chunk, FinishReason
 from edge_runtime.sampling import Sampler, TokenLogprob, log_sum_exp
 
@@ -21,7 +23,7 @@ READING_CHUNK = 64
 
 
 @dataclass(eq=False)
-class Request:
+class Request(ABC):
     """Tokens that have to go through the decoder. Only the engine's thread touches one, once it is submitted."""
 
     id: int
@@ -49,8 +51,9 @@ class Request:
         return len(self.tokens) - self.fed
 
     @property
+    @abstractmethod
     def cancelled(self) -> bool:
-        raise NotImplementedError
+        """Whoever waited has left."""
 
     def chunk(self, limit: int) -> int:
         """How many tokens to feed next, at most ``limit``."""
@@ -60,13 +63,20 @@ class Request:
         """Logits wanted from a step that feeds ``count`` tokens."""
         return 1 if count == self.pending else 0
 
-    def take(self, logits: NDArray[np.float32]) -> None:
-        """Use the logits (rows, vocab) of the step that has just been run. EngineError if they are broken."""
-        raise NotImplementedError
+    def draft(self, limit: int) -> list[int]:
+        """At most ``limit`` tokens that may come after those there are, to be checked along with the next step."""
+        return []
 
+    @abstractmethod
+    def take(self, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
+        """Use the logits (rows, vocab) of the step that has just been run, whose last tokens were ``draft``.
+
+        EngineError if they are broken.
+        """
+
+    @abstractmethod
     def finish(self, reason: FinishReason, error: EdgeError | None = None) -> None:
         """End it, once; tells whoever waits."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)
@@ -81,6 +91,8 @@ class Completion(Request):
     max_length: int = field(kw_only=True)
     """Prompt and output tokens at which it ends with "length"."""
     index: int = field(kw_only=True)
+    lookup: PromptLookup | None = field(default=None, kw_only=True)
+    """Where drafts come from. None: nothing is drafted."""
     siblings: list[Completion] = field(default_factory=list, kw_only=True)
     """Completions of the same prompt that start from this one's prefill."""
     _tokens: list[int] = field(default_factory=list, init=False)
@@ -90,10 +102,25 @@ class Completion(Request):
     def cancelled(self) -> bool:
         return self.outlet.cancelled
 
-    def take(self, logits: NDArray[np.float32]) -> None:
-        if not len(logits):
-            return
-        token, logprob = self.sampler(logits[-1], self.tokens, self.prompt_length)
+    def draft(self, limit: int) -> list[int]:
+        if self.lookup is None or self.siblings:
+            return []
+        left = self.max_length - len(self.tokens) - 1  # the step brings one token without any draft
+        return self.lookup.draft(self.tokens, min(limit, left)) if min(limit, left) > 0 else []
+
+    def take(self, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
+        """One row: the next token. With a draft a row for each place: they count as far as the draft holds."""
+        accepted = -1
+        for row, drafted in zip(logits, [*draft, None], strict=False):
+            self._add(row)
+            accepted += 1
+            if self.finished or self.tokens[-1] != drafted:
+                break
+        if draft and self.lookup is not None:
+            self.lookup.report(len(draft), accepted)
+
+    def _add(self, logits: NDArray[np.float32]) -> None:
+        token, logprob = self.sampler(logits, self.tokens, self.prompt_length)
         self.tokens.append(token)
         self.outlet.count_token()
         self._tokens.append(token)
@@ -157,7 +184,7 @@ class Reading(Request):
     def rows(self, count: int) -> int:
         return count if self.score else super().rows(count)
 
-    def take(self, logits: NDArray[np.float32]) -> None:
+    def take(self, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
         if self.score:
             first = self.fed - len(logits)
             for row, (position, following) in zip(logits, self._following(first), strict=False):

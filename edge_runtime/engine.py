@@ -30,6 +30,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.generation import EngineGeneration, Generation, Outlet
 from edge_runtime.prefix_cache import PrefixCache
+from edge_runtime.prompt_lookup import PromptLookup
 from edge_runtime.sampling import SamplingParams, make_sampler
 from edge_runtime.scheduler import Scheduler, Work
 
@@ -46,6 +47,9 @@ class EngineStats:
     prompt_tokens: int
     """Prompt tokens computed, not counting cached ones."""
     preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
+    """Of the drafted ones, those that held."""
     forward_seconds: float
     """Time the decoder has taken so far, failed steps included."""
     inference_seconds: float
@@ -57,7 +61,8 @@ class Engine:
 
     ``vocab_size`` None: learned by running one token, which also makes the device pack its weights before the first
     request. ``max_queue``: requests that may wait for a place. ``prefix_cache_bytes``: KV cache that finished
-    sequences may go on holding; None: whatever running requests do not need; 0: none.
+    sequences may go on holding; None: whatever running requests do not need; 0: none. ``prompt_lookup``: draft tokens
+    from what prompt and answer have said before.
     """
 
     def __init__(
@@ -68,11 +73,13 @@ class Engine:
         vocab_size: int | None = None,
         max_queue: int = 256,
         prefix_cache_bytes: int | None = None,
+        prompt_lookup: bool = False,
     ) -> None:
         self._decoder = decoder
         self._tokenizer = tokenizer
         self._vocab_size = _learn_vocab_size(decoder) if vocab_size is None else vocab_size
         self._max_queue = max_queue
+        self._prompt_lookup = prompt_lookup
         limits = decoder.limits
         self._capacity = min(limits.max_context, limits.kv_tokens)
         allowance = limits.kv_tokens
@@ -82,6 +89,8 @@ class Engine:
         self._scheduler = Scheduler(decoder, self._cache)
         self._ids = itertools.count()
         self._generated = 0
+        self._drafted = 0
+        self._accepted = 0
         self._prefilled = 0
         self._forwarding = Stopwatch()
 
@@ -120,6 +129,8 @@ class Engine:
             generated_tokens=self._generated,
             prompt_tokens=self._prefilled,
             preemptions=self._scheduler.preemptions,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             forward_seconds=self._forwarding.seconds,
             inference_seconds=self._decoder.engine_seconds,
         )
@@ -146,6 +157,7 @@ class Engine:
                 | (frozenset() if params.ignore_eos else frozenset(eos_ids)),
                 max_length=len(prompt) + new,
                 index=index,
+                lookup=PromptLookup() if self._prompt_lookup else None,
             )
             for index in range(params.n)
         ]
@@ -273,9 +285,10 @@ class Engine:
         return [], []
 
     def _postprocess(self, batch: list[Work], results: list[NDArray[np.float32]]) -> None:
-        for (request, length), logits in zip(batch, results, strict=True):
-            self._prefilled += max(0, min(request.fed, request.prompt_length) - request.fed + length)
-            self._take(request, logits)
+        for (request, length, draft), logits in zip(batch, results, strict=True):
+            fed = request.fed - len(draft)
+            self._prefilled += max(0, min(fed, request.prompt_length) - fed + length)
+            self._take(request, logits, draft)
             if isinstance(request, Completion) and len(logits) and request.siblings:
                 siblings, request.siblings = request.siblings, []
                 for sibling in siblings:
@@ -283,13 +296,20 @@ class Engine:
                         self._take(sibling, logits)
         self._release_finished()
 
-    def _take(self, request: Request, logits: NDArray[np.float32]) -> None:
+    def _take(self, request: Request, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
+        before = len(request.tokens)
         try:
-            request.take(logits)
+            request.take(logits, draft)
         except EngineError as error:
             self._fail(request, error)
-        else:
-            self._generated += isinstance(request, Completion) and len(logits) > 0
+            return
+        new = len(request.tokens) - before
+        self._generated += new
+        if draft:
+            self._drafted += len(draft)
+            self._accepted += new - 1
+            if request.sequence is not None:
+                request.sequence.crop(len(request.tokens) - 1)  # a device may keep less: it is fed again
 
     def _fail(self, request: Request, error: EdgeError) -> None:
         request.finish("error", error)

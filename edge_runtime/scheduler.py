@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,18 +13,23 @@ from edge_runtime.completion import Completion, Request
 from edge_runtime.errors import DeviceError, OutOfKVCache, OutOfSequences
 from edge_runtime.prefix_cache import PrefixCache
 
+DRAFTED_STEP = 16
+"""Tokens of all decoding requests in one step, drafts included; beyond, checking drafts costs what it gains."""
+
 
 class Work(NamedTuple):
     """One request's part in a batch: its next ``length`` tokens."""
 
     request: Request
     length: int
+    draft: Sequence[int] = ()
+    """Tokens that may come after those, checked in the same step."""
 
     def step(self) -> Step:
         assert self.request.sequence is not None
         start = self.request.fed
-        tokens = np.asarray(self.request.tokens[start : start + self.length], np.int64)
-        return Step(self.request.sequence, tokens, self.request.rows(self.length))
+        tokens = np.asarray([*self.request.tokens[start : start + self.length], *self.draft], np.int64)
+        return Step(self.request.sequence, tokens, self.request.rows(self.length) + len(self.draft))
 
 
 class Scheduler:
@@ -53,7 +59,9 @@ class Scheduler:
         while self.waiting and not any(request.pending > 1 for request in self.running):
             if not self._admit(self.waiting[0]):
                 break
-        batch = [Work(request, 1) for request in self.running if request.pending == 1]
+        decoding = [request for request in self.running if request.pending == 1]
+        spare = DRAFTED_STEP // max(len(decoding), 1) - 1
+        batch = [Work(request, 1, request.draft(spare)) for request in decoding]
         prefill = next((request for request in self.running if request.pending > 1), None)
         if prefill is not None:
             batch.append(Work(prefill, prefill.chunk(self._limits.prefill_chunk)))
@@ -78,6 +86,8 @@ class Scheduler:
 
     def make_room(self, batch: list[Work], error: OutOfKVCache) -> list[Work]:
         """After OutOfKVCache: free some KV cache and return what is left of ``batch``."""
+        if any(work.draft for work in batch):
+            return [work._replace(draft=()) for work in batch]
         if self._cache.evict():
             return batch
         youngest = max(self.running, key=lambda request: request.id)
