@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import tokenizers
 from starlette.applications import Starlette
 from tokenizers import decoders, models, pre_tokenizers
@@ -26,6 +28,9 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPEECH = "abcdefghijklmnopqrstuvwxyz ,.é"
+CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+TEXT: dict[str, Any] = {"model": "fake", "prompt": "Hi", "max_tokens": 3}
+"""Small requests to :class:`FakeModel`."""
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -95,3 +100,21 @@ def running(app: Starlette) -> Iterator[str]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The OpenAI error body, checked for its form."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    assert error["message"]
+    assert "Traceback" not in error["message"]
+    return error

@@ -1,0 +1,116 @@
+"""Clients that leave, and a server that stops: nothing goes on that nobody waits for, nothing is cut off."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from devices.base import Step
+from edge_runtime.sampling import SamplingParams
+from edge_runtime.server.app import create_app
+from tests.server.served import CHAT, TEXT, FakeModel, running, wait_until
+
+
+@contextmanager
+def sent(url: str, path: str, request: dict[str, Any]) -> Iterator[socket.socket]:
+    """A raw connection with the request on its way."""
+    parts = urlsplit(url)
+    body = json.dumps(request).encode()
+    with socket.create_connection((parts.hostname, parts.port)) as connection:
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        connection.sendall(head.encode() + body)
+        yield connection
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_leaving_ends_the_generation(path: str, stream: bool, n: int) -> None:
+    steps = 0
+
+    def slow(batch: Sequence[Step]) -> None:
+        nonlocal steps
+        steps += 1
+        time.sleep(0.01)
+
+    model = FakeModel(before_forward=slow, prefix_cache_bytes=0)
+    base = CHAT if path.endswith("chat/completions") else TEXT
+    request = base | {"stream": stream, "max_tokens": 450, "ignore_eos": True, "n": n}
+    with running(create_app(model)) as url:
+        with sent(url, path, request) as connection:
+            wait_until(lambda: model.engine.stats.running)
+            if stream:
+                received = b""
+                while received.count(b"data: ") < 4:
+                    received += connection.recv(4096)
+        wait_until(lambda: model.engine.stats.running == 0)
+        assert steps < 440  # not because it came to its end
+        wait_until(lambda: not model.decoder.sequences)
+        model.decoder.check_integrity()
+        assert httpx.post(f"{url}{path}", json=base).status_code == 200
+    model.engine.close()
+
+
+def test_leaving_while_queued_frees_the_place() -> None:
+    gate = threading.Event()
+    model = FakeModel(before_forward=lambda batch: bool(gate.wait()) and None)
+    with running(create_app(model)) as url:
+        blocker = model.start_completion("a", SamplingParams(max_tokens=1))
+        wait_until(lambda: model.engine.stats.running)
+        with sent(url, "/v1/chat/completions", CHAT | {"stream": True}):
+            wait_until(lambda: model.engine.stats.waiting)
+        gate.set()
+        wait_until(lambda: model.engine.stats.running == model.engine.stats.waiting == 0)
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 200
+    blocker.close()
+    model.engine.close()
+
+
+def test_interrupt_ends_serve() -> None:
+    program = (
+        "from edge_runtime.server.app import create_app\n"
+        "from edge_runtime.server.run import serve\n"
+        "from tests.server.served import FakeModel\n"
+        "model = FakeModel()\n"
+        "serve(create_app(model), port=0)\n"
+        "model.engine.close()\n"
+        "print('closed')\n"
+    )
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        while "serving on http://127.0.0.1:" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "closed\n"), err
+
+
+def test_shutdown_lets_answers_finish() -> None:
+    model = FakeModel(before_forward=lambda batch: time.sleep(0.01))
+    request = CHAT | {"max_tokens": 30, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+    with running(create_app(model)) as url:
+        asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/chat/completions", json=request)))
+        asking.start()
+        wait_until(lambda: model.engine.stats.running)
+    asking.join()
+    assert answers[0].json()["usage"]["completion_tokens"] == 30
+    model.engine.close()
