@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from devices.base import Step
 from edge_runtime.engine import Engine
 from edge_runtime.generation import Generation
 from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams
 from tests.fake_decoder import FakeDecoder
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
 class LetterTokenizer:
@@ -66,3 +73,40 @@ def start(decoder: FakeDecoder, **options: int | None) -> Engine:
 def ask(engine: Engine, prompt: Sequence[int], params: SamplingParams, eos: Sequence[int] = ()) -> Answer:
     generation: Generation = engine.submit(prompt, params, eos)
     return collect(generation, params.n)[0]
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """Random tokens, always the same for a seed."""
+    return [int(token) for token in np.random.default_rng(seed).integers(0, 64, length)]
+
+
+@contextlib.contextmanager
+def serving(decoder: FakeDecoder, **options: int | None) -> Iterator[Engine]:
+    """An engine that must leave nothing behind but what its prefix cache holds."""
+    engine = start(decoder, **options)
+    try:
+        yield engine
+        settle(engine)
+        decoder.check_integrity()
+        assert len(decoder.sequences) == engine.stats.cached_sequences
+    finally:
+        engine.close()
+    assert not decoder.sequences
+
+
+def settle(engine: Engine) -> None:
+    """Wait until the engine has nothing to do: what is submitted last is served last."""
+    engine.logits([0])
+    engine.logits([0])
+
+
+class Gate:
+    """Holds forwards back until told."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.open = threading.Event()
+
+    def __call__(self, batch: Sequence[Step]) -> None:
+        self.reached.set()
+        assert self.open.wait(60)
