@@ -1,0 +1,95 @@
+"""Decoders of a tiny model: the fake one, and one on each device that is here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from devices.base import Decoder, DecoderOptions, DecoderSpec
+from devices.errors import DeviceUnavailable
+from devices.registry import choose_device, open_decoder
+from exporters.graphs import Engine, write_graph
+from exporters.onnx_operators import WeightFormat
+from exporters.synthetic import SyntheticCheckpoint
+from tests.devices.contract import CHUNK, CONTEXT, SEQUENCES, Open
+from tests.fake_decoder import FakeDecoder
+
+EXACT = {"KV_CACHE_PRECISION": "f32", "INFERENCE_PRECISION_HINT": "f32"}
+DEVICES: dict[str, Engine] = {"onnxruntime:cpu": "onnx", "onnxruntime:cuda": "onnx-cuda", "openvino:cpu": "openvino"}
+"""Device → the graph it runs."""
+
+
+def _spec(device: str, folder: Path) -> DecoderSpec:
+    """A tiny model for ``device``."""
+    checkpoint = SyntheticCheckpoint("tiny")
+    arch = checkpoint.architecture
+    weights: WeightFormat = "fp16" if device == "onnxruntime:cuda" else "fp32"
+    engine, file = write_graph(checkpoint, DEVICES[device], weights, folder / "model", folder)
+    return DecoderSpec(
+        engine=engine,
+        model=folder / "model" / file,
+        num_layers=arch.num_layers,
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        vocab_size=arch.vocab_size,
+        max_context=CONTEXT,
+    )
+
+
+@pytest.fixture(scope="module", params=["fake", *DEVICES])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def opener(device: str, tmp_path_factory: pytest.TempPathFactory) -> Open:
+    if device == "fake":
+        return lambda kv_tokens: FakeDecoder(
+            max_context=CONTEXT, max_sequences=SEQUENCES, prefill_chunk=CHUNK, kv_tokens=kv_tokens or 4 * CONTEXT
+        )
+    try:
+        choose_device(device)
+    except DeviceUnavailable as error:
+        pytest.skip(str(error))
+    spec = _spec(device, tmp_path_factory.mktemp("tiny"))
+
+    def opening(kv_tokens: int | None) -> Decoder:
+        options = DecoderOptions(
+            max_sequences=SEQUENCES,
+            prefill_chunk=CHUNK,
+            kv_tokens=kv_tokens or 4 * CONTEXT,
+            threads=2,
+            properties=EXACT if device == "openvino:cpu" else {},
+        )
+        return open_decoder(spec, device, options)
+
+    return opening
+
+
+@pytest.fixture(scope="module")
+def shared(opener: Open) -> Iterator[Decoder]:
+    decoder = opener(None)
+    yield decoder
+    decoder.close()
+
+
+@pytest.fixture
+def decoder(shared: Decoder) -> Iterator[Decoder]:
+    """Shared by the tests, each of which must leave it sound and with every place free."""
+    yield shared
+    shared.check_integrity()
+    sequences = [shared.new_sequence() for _ in range(SEQUENCES)]
+    for sequence in sequences:
+        sequence.close()
+
+
+@pytest.fixture
+def small(opener: Open) -> Iterator[Decoder]:
+    """With 128 tokens of KV cache."""
+    decoder = opener(128)
+    yield decoder
+    decoder.check_integrity()
+    decoder.close()
