@@ -290,23 +290,26 @@ class _Logits:
     def __init__(self, runtime: CudaRuntime, stream: int, rows: int, vocab_size: int) -> None:
         self._runtime = runtime
         self._stream = stream
-        self._shape = (rows, vocab_size)
-        self._host = runtime.pinned(self._shape, np.float32)
-        self._device = runtime.allocate(self._host.nbytes)
+        self._vocab_size = vocab_size
+        self._reserve(rows)
+
+    def _reserve(self, rows: int) -> None:
+        self._host = self._runtime.pinned((rows, self._vocab_size), np.float32)
+        self._device = self._runtime.allocate(self._host.nbytes)
 
     def bind(self, binding: Any, rows: int) -> None:
         """As the output of a run with ``rows`` rows."""
-        if rows > self._shape[0]:
+        if rows > len(self._host):
             self._device.free()
-            self.__init__(self._runtime, self._stream, rows, self._shape[1])  # type: ignore[misc]
-        binding.bind_output("logits", "cuda", 0, np.float32, (rows, self._shape[1]), self._device.address)
+            self._reserve(rows)
+        binding.bind_output("logits", "cuda", 0, np.float32, (rows, self._vocab_size), self._device.address)
 
     def read(self, rows: int) -> NDArray[np.float32]:
         """Wait for the run and copy its first ``rows`` rows."""
-        size = self._host[:rows].nbytes
-        self._runtime.copy(self._host.ctypes.data, self._device.address, size, self._stream)
+        found = self._host[:rows]
+        self._runtime.copy(found.ctypes.data, self._device.address, found.nbytes, self._stream)
         self._runtime.synchronize(self._stream)
-        return self._host[:rows].copy()
+        return found.copy()
 
     def free(self) -> None:
         self._device.free()

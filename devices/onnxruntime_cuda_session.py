@@ -15,7 +15,8 @@ def open_cuda_session(spec: DecoderSpec, options: DecoderOptions, stream: int) -
     """An InferenceSession that runs on ``stream`` and can capture CUDA graphs.
 
     ``options.properties``: names with a dot are session config entries, the others options of the provider, such as
-    ``gpu_mem_limit`` (bytes of its arena; weights and KV cache are outside it). DeviceUnavailable, EngineError.
+    ``gpu_mem_limit`` (bytes of its arena, over 1 MiB; activations are in it, weights and KV cache are not).
+    DeviceUnavailable, EngineError.
     """
     import onnxruntime
 

@@ -44,6 +44,9 @@ _KNOWN: dict[str, tuple[Engine, str]] = {
     "onnxruntime:coreml": ("onnxruntime", "CoreMLExecutionProvider"),
 }
 
+ONNXRUNTIME_CPU = (1, 32)
+"""The first version that runs graphs made for its CPU provider."""
+
 _HOW_TO: dict[str, str] = {
     "openvino:gpu": "install the Intel GPU driver (OpenCL) or use --device cpu",
     "openvino:npu": "install the Intel NPU driver or use --device cpu",
@@ -142,6 +145,8 @@ def _probe(name: str) -> Device:
         return Device(name, engine, hardware[own_name], problem)
     if name == "onnxruntime:cuda":
         return _probe_cuda(name, engine, own_name)
+    if name == "onnxruntime:cpu":
+        return Device(name, engine, hardware[own_name], _too_old())
     return Device(name, engine, hardware[own_name])
 
 
@@ -153,6 +158,19 @@ def _probe_cuda(name: str, engine: Engine, own_name: str) -> Device:
         return Device(name, engine, CudaRuntime().product)
     except DeviceUnavailable as error:
         return Device(name, engine, own_name, str(error))
+
+
+def _too_old() -> str | None:
+    """Why this ONNX Runtime cannot run our CPU graphs; onnxruntime-gpu appears later than onnxruntime."""
+    import onnxruntime
+
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) >= ONNXRUNTIME_CPU:
+        return None
+    needed = ".".join(map(str, ONNXRUNTIME_CPU))
+    return (
+        f"onnxruntime is {onnxruntime.__version__}, its GroupQueryAttention has no query_seqlens before {needed}; "
+        "use --device openvino:cpu or cuda, or install a later one"
+    )
 
 
 def _openvino_devices() -> dict[str, str]:

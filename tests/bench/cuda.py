@@ -1,6 +1,6 @@
 """Correctness and speed of the CUDA decoder on an NVIDIA GPU, as shares of what the GPU was measured to do.
 
-    python -m tests.bench.cuda [--gguf SmolLM2-135M-Instruct.Q4_1.gguf] [--model glm-edge-1.5b] [--weights fp16 int4]
+    python -m tests.bench.cuda [--gguf SmolLM2-135M-Instruct.Q4_1.gguf] [--model glm-edge-1.5b] [--weights fp16 int8 …]
 
 Needs onnxruntime-gpu; PyTorch, if it is there, measures the GPU's own limits (a plain copy, a float16 matrix product).
 Weights are random, which changes no time. ``--gguf``: also the loss against Transformers' fp32 logits.
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices import Decoder, DecoderOptions, DecoderSequence, DecoderSpec, Step, open_decoder
+from devices.cuda_memory import CudaRuntime
 from exporters.architecture import Architecture
 from exporters.checkpoint import Checkpoint, TextFiles
 from exporters.families import architecture
@@ -39,18 +40,22 @@ from tests.bench.fidelity import TEXTS, all_logits, measure_loss
 GROUP = 32
 CONTEXT = 512
 NEW = 96
+CHUNK = 512
+"""Tokens of a prefill step."""
 
 
 class TiledCheckpoint:
     """Real shapes, one small piece of random numbers over and over: made in seconds.
 
-    ``weights`` int4: codes with fractional zero points, as GGUF's Q4_1 has them, and an 8-bit embedding and head.
+    ``weights`` int4: codes with fractional zero points, as GGUF's Q4_1 has them, and an 8-bit embedding and head;
+    with ``whole`` zero points that are codes, as our own quantization gives. int8: 8-bit codes.
     """
 
     provenance: dict[str, Any] = {"source": "random"}  # noqa: RUF012 - the protocol's type
     text = TextFiles("{}")
 
-    def __init__(self, name: str, weights: WeightFormat) -> None:
+    def __init__(self, name: str, weights: WeightFormat, whole: bool = False) -> None:
+        self._whole = whole
         self.architecture: Architecture = architecture(CONFIGS[name])
         self._weights = weights
         self._piece = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
@@ -61,12 +66,12 @@ class TiledCheckpoint:
             return np.full(shape, float(name.endswith("norm")), np.float32)
         if self._weights == "fp16":
             return np.resize(np.roll(self._piece, zlib.crc32(name.encode())) / shape[1] ** 0.5, shape)
-        bits = 8 if name in ("embed", "head") else 4
-        codes = np.resize(np.clip(np.rint(self._piece * 2**bits / 8 + 2 ** (bits - 1)), 0, 2**bits - 1), shape)
-        groups = (shape[0], shape[1] // GROUP)
-        zero = np.resize(2 ** (bits - 1) + (0.3 * self._piece[:997] if bits == 4 else np.zeros(1, np.float32)), groups)
-        scale = np.full(groups, 8 / 2**bits / shape[1] ** 0.5, np.float32)
-        return QuantizedTensor(codes.astype(np.uint8), scale, zero.astype(np.float32), bits)
+        bits = 8 if self._weights == "int8" or name in ("embed", "head") else 4
+        middle, groups = 2 ** (bits - 1), (shape[0], shape[1] // GROUP)
+        codes = np.resize(np.clip(np.rint(self._piece * middle / 4 + middle), 0, 2 * middle - 1), shape)
+        zero = np.resize(middle + 0.3 * self._piece[:997] * (bits == 4), groups).astype(np.float32)
+        scale = np.full(groups, 4 / middle / shape[1] ** 0.5, np.float32)
+        return QuantizedTensor(codes.astype(np.uint8), scale, np.rint(zero) if self._whole else zero, bits)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,9 @@ def prefilled(decoder: Decoder, count: int, length: int) -> list[DecoderSequence
     rng = np.random.default_rng(1)
     sequences = [decoder.new_sequence() for _ in range(count)]
     for sequence in sequences:
-        decoder.forward([Step(sequence, rng.integers(0, 30000, length))])
+        ids, chunk = rng.integers(0, 30000, length), decoder.limits.prefill_chunk
+        for start in range(0, length, chunk):
+            decoder.forward([Step(sequence, ids[start : start + chunk])])
     return sequences
 
 
@@ -154,7 +161,7 @@ def prefill_seconds(decoder: Decoder, length: int) -> float:
 def read_bytes(checkpoint: Checkpoint, weights: WeightFormat) -> float:
     """Of weights and KV cache for one token of one stream; the embedding is only looked up in."""
     arch = checkpoint.architecture
-    per_weight = 2.0 if weights == "fp16" else 0.5 + 2 / GROUP
+    per_weight = {"fp16": 2.0, "int8": 1 + 2 / GROUP, "int4": 0.5 + 2.5 / GROUP}[weights]
     layers = sum(
         float(np.prod(tensor_shape(arch, name))) for name in tensor_names(arch) if name not in ("embed", "head")
     )
@@ -170,20 +177,24 @@ def prefill_operations(checkpoint: Checkpoint, length: int) -> float:
     return 2 * matrices * length + 2 * arch.num_layers * arch.q_size * length**2
 
 
-def measure_speed(name: str, weights: WeightFormat, limits: Limits | None, **options: Any) -> dict[str, Any]:
-    checkpoint = TiledCheckpoint(name, weights)
-    row: dict[str, Any] = {"model": name, "weights": weights}
+def measure_speed(
+    name: str, weights: WeightFormat, limits: Limits | None, whole: bool = False, **options: Any
+) -> dict[str, Any]:
+    checkpoint = TiledCheckpoint(name, weights, whole)
+    row: dict[str, Any] = {"model": name, "weights": weights + ", whole zero points" * whole}
     with tempfile.TemporaryDirectory() as scratch:
-        started = time.perf_counter()
+        runtime, started = CudaRuntime(), time.perf_counter()
+        free = runtime.free_bytes()
         decoder = open_cuda(
             checkpoint,
             weights,
             Path(scratch) / "model",
             max_sequences=16,
-            prefill_chunk=2048,
-            kv_tokens=16 * 2048,
+            prefill_chunk=CHUNK,
+            kv_tokens=16 * 1024,
             **options,
         )
+        row["file_mb"] = sum(file.stat().st_size for file in (Path(scratch) / "model").iterdir()) // 10**6
         row["export_and_load_s"] = round(time.perf_counter() - started, 1)
     for streams in (1, 4, 16):
         step, inside = decode_seconds(decoder, streams)
@@ -198,6 +209,8 @@ def measure_speed(name: str, weights: WeightFormat, limits: Limits | None, **opt
         if limits:
             share = prefill_operations(checkpoint, length) / limits.operations_per_second / seconds
             row[f"prefill_{length}_share_of_matmul"] = round(share, 3)
+    row["kv_mb"] = decoder.limits.kv_tokens * decoder.limits.kv_bytes_per_token // 10**6
+    row["gpu_mb"] = (free - runtime.free_bytes()) // 10**6
     decoder.close()
     return row
 
@@ -207,7 +220,7 @@ def measure_gguf(gguf: Path, weights: WeightFormat) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = QuantizedCheckpoint(open_checkpoint(gguf), weights)
         decoder = open_cuda(
-            checkpoint, weights, Path(scratch) / "model", max_sequences=8, prefill_chunk=512, kv_tokens=8 * 2048
+            checkpoint, weights, Path(scratch) / "model", max_sequences=8, prefill_chunk=CHUNK, kv_tokens=8 * 1024
         )
     for text in TEXTS:
 
@@ -227,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--model", default="glm-edge-1.5b", choices=sorted(CONFIGS))
-    parser.add_argument("--weights", nargs="*", default=["fp16", "int4"])
+    parser.add_argument("--weights", nargs="*", default=["fp16", "int8", "int4"])
     parser.add_argument("--property", action="append", default=[], help="NAME=VALUE for the session or the provider")
     args = parser.parse_args()
     properties = dict(pair.split("=", 1) for pair in args.property)
@@ -240,7 +253,9 @@ def main() -> None:
         for weights in args.weights:
             print(json.dumps(measure_gguf(args.gguf, weights)), flush=True)
     for weights in args.weights:
-        print(json.dumps(measure_speed(args.model, weights, limits, properties=properties)), flush=True)
+        for whole in (False, True) if weights == "int4" else (False,):
+            row = measure_speed(args.model, weights, limits, whole, properties=properties)
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

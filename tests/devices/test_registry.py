@@ -66,3 +66,22 @@ def test_open_checks_the_engine_of_the_variant() -> None:
     spec = DecoderSpec("onnxruntime", Path("/model.onnx"), 1, 1, 1, 16, 32, 64)
     with pytest.raises(DeviceUnavailable, match="no openvino variant"):
         open_decoder(spec, "openvino:cpu", DecoderOptions())
+
+
+def test_an_onnxruntime_too_old_for_cpu_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
+    with pytest.raises(DeviceUnavailable, match=r"onnxruntime is 1\.31\.1, .*before 1\.32; use --device openvino:cpu"):
+        choose_device("onnxruntime:cpu")
+    assert choose_device("auto").name == "openvino:cpu"
+
+
+def test_cuda_is_compiled_in_but_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "cuda_version", "99.0", raising=False)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    with pytest.raises(DeviceUnavailable, match="CUDA 99 is not installed"):
+        choose_device("cuda")
