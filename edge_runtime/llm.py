@@ -16,7 +16,7 @@ from devices.base import DecoderOptions
 from devices.errors import DeviceUnavailable
 from devices.registry import Device, choose_device, open_decoder, parse_device
 from edge_runtime.engine import Engine
-from edge_runtime.errors import InvalidRequest, PromptTooLong
+from edge_runtime.errors import ConfigError, InvalidRequest, PromptTooLong
 from edge_runtime.footprint import kv_tokens_within
 from edge_runtime.generation import Generation
 from edge_runtime.memory import parse_bytes
@@ -57,7 +57,9 @@ class EdgeLLM:
     is pulled first. ``device`` is ``auto``, ``cpu``, … or ``engine:device``. ``memory_budget`` (``"1GiB"``) bounds what
     loading may use; the KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``, ``int8`` or
     ``int4``; None takes what a present package has, int4 for a new one. ``threads``, ``max_sequences`` and
-    ``batch_invariant``: see :class:`devices.DecoderOptions`. ``progress`` hears of downloads and exports.
+    ``batch_invariant``: see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that
+    repeat what was said before come faster (:mod:`edge_runtime.prompt_lookup`). ``progress`` hears of downloads and
+    exports.
 
     **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
     chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an
@@ -77,9 +79,15 @@ class EdgeLLM:
         threads: int | None = None,
         max_sequences: int = DecoderOptions.max_sequences,
         batch_invariant: bool = False,
+        prompt_lookup: bool = False,
         prefix_cache_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> None:
+        if batch_invariant and prompt_lookup:
+            raise ConfigError(
+                "prompt_lookup checks several tokens in one step, which rounds otherwise than one at a time, so it "
+                "cannot be combined with batch_invariant; choose one"
+            )
         store = Store(home())
         budget = None if memory_budget is None else parse_bytes(memory_budget)
         chosen = _choose_device(store, ref, device, weights)
@@ -100,7 +108,9 @@ class EdgeLLM:
         decoder = open_decoder(self._package.spec(self._variant), chosen.name, options)
         self._device = decoder.device
         try:
-            self._engine = Engine(decoder, self.tokenizer, prefix_cache_bytes=prefix_cache_bytes)
+            self._engine = Engine(
+                decoder, self.tokenizer, prefix_cache_bytes=prefix_cache_bytes, prompt_lookup=prompt_lookup
+            )
         except BaseException:
             decoder.close()
             raise

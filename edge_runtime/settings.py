@@ -29,6 +29,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     memory_budget: str | None = None
     threads: int | None = None
     batch_invariant: bool = False
+    prompt_lookup: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None

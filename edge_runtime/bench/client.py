@@ -24,7 +24,7 @@ TIMEOUT_S = 600
 class RequestFailed(EdgeError):
     """A request that was not answered whole. ``kind``: the HTTP status, ``connection`` or ``stream``."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, message: str, kind: str = "connection") -> None:
         super().__init__(message)
         self.kind = kind
 
@@ -94,9 +94,9 @@ class Client:
                 arrivals.append(time.perf_counter())
             usage = event.get("usage") or usage
         if usage is None:
-            raise RequestFailed("stream", "the server's streams come without usage, so tokens cannot be counted")
+            raise RequestFailed("the server's streams come without usage, so tokens cannot be counted", "stream")
         if not arrivals:
-            raise RequestFailed("stream", "the answer has no text")
+            raise RequestFailed("the answer has no text", "stream")
         completion = int(usage["completion_tokens"])
         return Reply(StreamTimes(submitted, _spread(arrivals, completion)), int(usage["prompt_tokens"]), completion)
 
@@ -111,11 +111,11 @@ class Client:
             try:
                 event = json.loads(data)
             except ValueError as error:
-                raise RequestFailed("stream", f"an event of the stream is not JSON: {data[:80]!r}") from error
+                raise RequestFailed(f"an event of the stream is not JSON: {data[:80]!r}", "stream") from error
             if not isinstance(event, dict) or event.get("error"):
-                raise RequestFailed("stream", f"the stream broke off: {_message(data)}")
+                raise RequestFailed(f"the stream broke off: {_message(data)}", "stream")
             yield event
-        raise RequestFailed("stream", "the stream ended without [DONE]")
+        raise RequestFailed("the stream ended without [DONE]", "stream")
 
     def _send(self, method: str, path: str, payload: bytes | None) -> Iterator[bytes]:
         """The lines of the answer, as they come."""
@@ -129,12 +129,12 @@ class Client:
             connection.request(method, self._base + path, payload, self._headers)
             response = connection.getresponse()
             if response.status != 200:
-                raise RequestFailed(str(response.status), f"HTTP {response.status}: {_message(response.read())}")
+                raise RequestFailed(f"HTTP {response.status}: {_message(response.read())}", str(response.status))
             yield from response
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
             text = f"the connection to {self._host} failed ({reason}); is the server running?"
-            raise RequestFailed("connection", text) from error
+            raise RequestFailed(text) from error
         finally:
             connection.close()
 

@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
         {
             name: getattr(arguments, name)
             for name in (
-                *("device", "weights", "memory_budget", "threads", "batch_invariant"),
+                *("device", "weights", "memory_budget", "threads", "batch_invariant", "prompt_lookup"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
         }
@@ -45,6 +45,7 @@ def open_model(ref: str, settings: Settings) -> EdgeLLM:
             weights=settings.weights,
             threads=settings.threads,
             batch_invariant=settings.batch_invariant,
+            prompt_lookup=settings.prompt_lookup,
             progress=bars,
         )
 

@@ -12,7 +12,17 @@ from edge_runtime.store import Store
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    names = ("device", "weights", "memory_budget", "threads", "batch_invariant", "host", "port", "api_key")
+    names = (
+        "device",
+        "weights",
+        "memory_budget",
+        "threads",
+        "batch_invariant",
+        "prompt_lookup",
+        "host",
+        "port",
+        "api_key",
+    )
     settings = load_settings({"model": arguments.ref, **{name: getattr(arguments, name) for name in names}})
     ref = settings.model or _only_model(Store(home()))
     with open_model(ref, settings) as llm:
