@@ -44,17 +44,20 @@ output so far. A sampler belongs to one completion: its penalties count ``tokens
 class SamplingParams:
     """How to choose tokens and when to stop. ``None``: the model's generation default, then the global one.
 
+    The global ones are llama.cpp's. Drawing from the whole distribution (temperature 1, nothing cut), as a hosted
+    API does, leaves a small model's answer as soon as one unlikely token is drawn.
+
     Raises InvalidRequest, with ``param`` set, for a value out of range.
     """
 
     temperature: float | None = None
-    """≥ 0; 0 takes the likeliest token. Global default 1."""
+    """≥ 0; 0 takes the likeliest token. Global default 0.8."""
     top_k: int | None = None
-    """Only the k likeliest tokens; 0 (global default): all."""
+    """Only the k likeliest tokens; 0: all. Global default 40."""
     top_p: float | None = None
-    """Only the smallest set of likeliest tokens with at least this mass (arXiv 1904.09751), 0 < p ≤ 1."""
+    """Only the smallest set of likeliest tokens with at least this mass (arXiv 1904.09751), 0 < p ≤ 1. Global default 0.95."""
     min_p: float | None = None
-    """Only tokens at least this fraction as likely as the likeliest (arXiv 2407.01082), 0 ≤ p ≤ 1."""
+    """Only tokens at least this fraction as likely as the likeliest (arXiv 2407.01082), 0 ≤ p ≤ 1. Global default 0.05."""
     repetition_penalty: float | None = None
     """> 0. Logits of tokens in prompt or output are divided by it if positive, multiplied if negative
     (arXiv 1909.05858, as in Transformers, vLLM and llama.cpp). Global default 1."""
@@ -121,7 +124,7 @@ class SamplingParams:
 
 
 _GLOBAL_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
 )
 
 

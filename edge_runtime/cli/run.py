@@ -14,6 +14,8 @@ from edge_runtime.settings import Settings, load_settings
 
 Message = dict[str, str]
 
+_HELP = "/clear forgets the conversation, /bye or Ctrl-D leaves, Ctrl-C stops an answer"
+
 
 def run(arguments: argparse.Namespace) -> int:
     settings = load_settings(
@@ -82,15 +84,21 @@ def _chat(llm: EdgeLLM, system: str | None, params: SamplingParams) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401  line editing and history in input()
 
-    messages: list[Message] = [] if system is None else [_message("system", system)]
-    print(f"{llm.model_id} on {llm.device}; Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
+    start: list[Message] = [] if system is None else [_message("system", system)]
+    messages = start
+    print(f"{llm.model_id} on {llm.device}; Ctrl-C stops an answer, Ctrl-D leaves, /help lists more", file=sys.stderr)
     interrupted = False
     while True:
         try:
             line = input(">>> ")
-            if line.strip() == "/bye":
+            command = line.strip()
+            if command in ("/bye", "/exit"):
                 return 0
-            if line.strip():
+            if command == "/clear":
+                messages = start
+            elif command == "/help":
+                print(_HELP, file=sys.stderr)
+            elif command:
                 messages = _turn(llm, messages, line, params)
             interrupted = False
         except EOFError:

@@ -16,6 +16,7 @@ from edge_runtime.errors import EngineError, InvalidRequest
 from edge_runtime.sampling import SamplingParams, make_sampler
 
 VOCAB = 300
+UNCUT: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def random_logits(seed: int) -> NDArray[np.float32]:
@@ -69,7 +70,7 @@ def test_frequencies_are_the_probabilities(options: dict[str, Any]) -> None:
     logits = random_logits(1)
     expected = allowed(logits, 0.7, options.get("top_k", 0), options.get("top_p", 1.0), options.get("min_p", 0.0))
     count = 20_000
-    drawn = draws(SamplingParams(temperature=0.7, seed=3, **options), logits, count)
+    drawn = draws(SamplingParams(temperature=0.7, seed=3, **(UNCUT | options)), logits, count)
     for token, p in expected.items():
         assert abs(drawn[token] / count - p) < 5 * math.sqrt(p * (1 - p) / count) + 2e-3
 
@@ -205,8 +206,8 @@ def test_tokens_outside_the_vocabulary_are_refused(options: dict[str, Any]) -> N
 def test_defaults_come_from_request_then_model_then_globally() -> None:
     defaults = {"temperature": 0.6, "top_p": 0.95, "eos_token_id": 2, "top_k": None}
     params = SamplingParams(top_p=0.5).resolved(defaults)
-    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.6, 0, 0.5, 0.0)
-    assert SamplingParams().resolved().temperature == 1.0
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.6, 40, 0.5, 0.05)
+    assert SamplingParams().resolved().temperature == 0.8
     assert SamplingParams().resolved({"do_sample": False, "temperature": 0.6}).temperature == 0
     assert SamplingParams(temperature=1.0).resolved({"do_sample": False}).temperature == 1.0
     assert SamplingParams().resolved(defaults).max_tokens is None
