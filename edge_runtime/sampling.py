@@ -55,9 +55,11 @@ class SamplingParams:
     top_k: int | None = None
     """Only the k likeliest tokens; 0: all. Global default 40."""
     top_p: float | None = None
-    """Only the smallest set of likeliest tokens with at least this mass (arXiv 1904.09751), 0 < p ≤ 1. Global default 0.95."""
+    """Only the smallest set of likeliest tokens with at least this mass (arXiv 1904.09751), 0 < p ≤ 1. Global
+    default 0.95."""
     min_p: float | None = None
-    """Only tokens at least this fraction as likely as the likeliest (arXiv 2407.01082), 0 ≤ p ≤ 1. Global default 0.05."""
+    """Only tokens at least this fraction as likely as the likeliest (arXiv 2407.01082), 0 ≤ p ≤ 1. Global default
+    0.05."""
     repetition_penalty: float | None = None
     """> 0. Logits of tokens in prompt or output are divided by it if positive, multiplied if negative
     (arXiv 1909.05858, as in Transformers, vLLM and llama.cpp). Global default 1."""

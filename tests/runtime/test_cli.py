@@ -10,12 +10,18 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from edge_runtime.cli.run import _chat
 from edge_runtime.errors import ConfigError
+from edge_runtime.llm import EdgeLLM
+from edge_runtime.request import Chunk
+from edge_runtime.sampling import SamplingParams
 from edge_runtime.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -224,6 +230,22 @@ def test_chat(home: Path) -> None:
         process.kill()
         process.wait()
         os.close(leader)
+
+
+def test_chat_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[list[str]] = []
+
+    def stream(messages: list[dict[str, str]], params: SamplingParams) -> Iterator[Chunk]:
+        asked.append([message["content"] for message in messages])
+        yield Chunk("yes")
+
+    llm = SimpleNamespace(model_id="m", device="d", stream=stream)
+    lines = iter(["a", " ", "b", "/help", "/clear", "c", "/bye", "never read"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert _chat(cast(EdgeLLM, llm), "be brief", SamplingParams()) == 0
+    assert asked == [["be brief", "a"], ["be brief", "a", "yes", "b"], ["be brief", "c"]]
+    assert "/clear forgets the conversation" in capsys.readouterr().err
+    assert next(lines) == "never read"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
