@@ -57,9 +57,8 @@ class EdgeLLM:
     is pulled first. ``device`` is ``auto``, ``cpu``, … or ``engine:device``. ``memory_budget`` (``"1GiB"``) bounds what
     loading may use; the KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``, ``int8`` or
     ``int4``; None takes what a present package has, int4 for a new one. ``threads``, ``max_sequences`` and
-    ``batch_invariant``: see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that
-    repeat what was said before come faster (:mod:`edge_runtime.prompt_lookup`). ``progress`` hears of downloads and
-    exports.
+    ``batch_invariant``: see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that repeat what was said
+    before come faster (:mod:`edge_runtime.prompt_lookup`). ``progress`` hears of downloads and exports.
 
     **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
     chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an

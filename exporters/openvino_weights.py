@@ -45,7 +45,7 @@ class WeightFile:
     """The growing ``.bin``, and the placeholders that stand for its pieces in the graph."""
 
     def __init__(self, scratch: Path | None) -> None:
-        self._file: IO[bytes] = tempfile.NamedTemporaryFile(dir=scratch, prefix="openvino-weights-", suffix=".bin")  # noqa: SIM115
+        self._file: IO[bytes] = tempfile.NamedTemporaryFile(dir=scratch, prefix="openvino-weights-", suffix=".bin")  # noqa: SIM115 - lives as long as self
         self._stored: dict[str, _Stored] = {}
         self.placeholders: list[Any] = []
 

@@ -14,7 +14,7 @@ from edge_runtime.settings import Settings, load_settings
 
 Message = dict[str, str]
 
-_HELP = "/clear forgets the conversation, /bye or Ctrl-D leaves, Ctrl-C stops an answer"
+_HELP = "/clear forgets the conversation, /bye, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,7 +80,7 @@ def _write(text: str) -> None:
 
 
 def _chat(llm: EdgeLLM, system: str | None, params: SamplingParams) -> int:
-    """Until Ctrl-D, /bye, or Ctrl-C twice at the prompt; Ctrl-C during an answer ends only the answer."""
+    """Until Ctrl-D, /bye, /exit, or Ctrl-C twice at the prompt; Ctrl-C during an answer ends only the answer."""
     with suppress(ImportError):
         import readline  # noqa: F401  line editing and history in input()
 

@@ -53,6 +53,8 @@ def opener(device: str, tmp_path_factory: pytest.TempPathFactory) -> Open:
     try:
         choose_device(device)
     except DeviceUnavailable as error:
+        if device.endswith(":cpu"):  # every machine has one: a contract that nobody runs is none
+            raise
         pytest.skip(str(error))
     spec = _spec(device, tmp_path_factory.mktemp("tiny"))
 
