@@ -86,16 +86,23 @@ class DecoderLimits:
     larger ``expected``."""
 
 
+SNAPSHOT_STEP = 256
+"""Snapshots begin at a multiple of so many tokens, which the block size of every device divides."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """The KV cache of a sequence outside its device: one key and one value array per layer.
+    """The KV cache of a sequence, or of some of its tokens, outside its device: a key and a value array per layer.
 
     Valid only for a decoder over the same files, engine and KV precision: the caller's fingerprint.
     """
 
     length: int
+    """Tokens."""
     arrays: tuple[NDArray[np.generic], ...]
     """Keys and values, layer by layer (k0, v0, k1, v1, …), in the device's own layout and type."""
+    start: int = 0
+    """Tokens of the sequence before these."""
 
     @property
     def nbytes(self) -> int:
@@ -126,11 +133,16 @@ class DecoderSequence(Protocol):
         ValueError as for ``crop``; OutOfSequences when no place is left; OutOfKVCache.
         """
 
-    def snapshot(self) -> Snapshot | None:
-        """A copy of the cache; None if the device has no such thing."""
+    def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot | None:
+        """A copy of the cache of tokens ``start`` to ``stop`` (None: the length); None if the device has no such thing.
+
+        ValueError unless ``start`` is a multiple of :data:`SNAPSHOT_STEP` and 0 ≤ start ≤ stop ≤ length.
+        """
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Replace the contents of this *empty* sequence. EngineError if the snapshot does not fit this model."""
+        """Append a snapshot. All or nothing: EngineError if it does not follow on the tokens held or is not of this
+        model; ContextOverflow, OutOfKVCache.
+        """
 
     def close(self) -> None:
         """Give the KV cache back. Idempotent."""

@@ -54,13 +54,14 @@ class KVRows:
         self.release(a, b_length, a_length)
         self.release(b, a_length, b_length)
 
-    def read(self, row: int, length: int) -> tuple[NDArray[np.float32], ...]:
-        """Copies of the first ``length`` tokens: (kv_heads, length, head_dim) for each buffer."""
-        return tuple(buffer[row, :, :length].copy() for buffer in self.buffers)
+    def read(self, row: int, start: int, stop: int) -> tuple[NDArray[np.float32], ...]:
+        """Copies of tokens ``start`` to ``stop``: (kv_heads, stop − start, head_dim) for each buffer."""
+        return tuple(buffer[row, :, start:stop].copy() for buffer in self.buffers)
 
-    def write(self, row: int, arrays: tuple[NDArray[np.generic], ...]) -> None:
+    def write(self, row: int, start: int, arrays: tuple[NDArray[np.generic], ...]) -> None:
+        """What :meth:`read` gave, from token ``start`` on."""
         for buffer, array in zip(self.buffers, arrays, strict=True):
-            buffer[row, :, : array.shape[1]] = array
+            buffer[row, :, start : start + array.shape[1]] = array
 
     def release(self, row: int, start: int, end: int) -> None:
         """Give back the memory of tokens ``start .. end − 1``, where the system can and it is worth it."""

@@ -23,7 +23,7 @@ from devices.errors import DeviceError, EngineError, OutOfKVCache, OutOfSequence
 from devices.onnxruntime_cuda_session import open_cuda_session
 from devices.onnxruntime_session import engine_errors
 from devices.paged_sequence import PagedSequence
-from devices.steps import check_batch, check_rope_switch
+from devices.steps import check_batch, check_follows, check_rope_switch
 from devices.stopwatch import Stopwatch
 
 _STORAGE = {"tensor(float16)": (10, np.float16), "tensor(bfloat16)": (16, np.uint16)}
@@ -156,23 +156,21 @@ class OnnxRuntimeCudaDecoder:
         self._sequences.discard(sequence)
         self.pool.crop(table, 0)
 
-    def read(self, table: BlockTable) -> Snapshot:
-        return Snapshot(table.length, self._kv.read(table.blocks, table.length))
+    def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.generic], ...]:
+        return self._kv.read(blocks, tokens)
 
     def restore(self, sequence: PagedSequence, snapshot: Snapshot) -> None:
         table = sequence.table
-        if table.length:
-            raise EngineError(f"a snapshot goes into an empty sequence; this one holds {table.length} tokens")
+        check_follows(snapshot, table.length, self._limits)
         wanted = (self._kv.token_shape(snapshot.length), self._kv.dtype)
         found = [(array.shape, array.dtype) for array in snapshot.arrays]
         if found != [wanted] * (2 * self._spec.num_layers):
             raise EngineError("the snapshot was taken from another model or device; prefill the tokens instead")
-        if snapshot.length > self._limits.max_context:
-            raise EngineError(f"the snapshot's {snapshot.length} tokens pass the context of {self._limits.max_context}")
-        check_rope_switch(snapshot.length, self._limits.rope_switch, sequence.on_long)
+        check_rope_switch(table.length + snapshot.length, self._limits.rope_switch, sequence.on_long)
         self._check_room(snapshot.length)
+        first = table.length // self.pool.block_size
         self.pool.append([(table, snapshot.length)])
-        self._kv.write(table.blocks, snapshot.arrays)
+        self._kv.write(table.blocks[first:], snapshot.arrays)
 
     # ---- running
 

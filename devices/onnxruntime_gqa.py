@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderLimits, DecoderOptions, DecoderSequence, DecoderSpec, Snapshot, Step
 from devices.errors import (
-    ContextOverflow,
     DeviceError,
     EngineError,
     OutOfKVCache,
@@ -25,7 +24,7 @@ from devices.errors import (
 from devices.kv_rows import KVRows
 from devices.onnxruntime_session import engine_errors, open_session
 from devices.row_pool import RowPool
-from devices.steps import check_batch, check_rope_switch
+from devices.steps import check_batch, check_follows, check_rope_switch, snapshot_stop
 from devices.stopwatch import Stopwatch
 
 _PADDED_STEP = 16
@@ -62,14 +61,12 @@ class OnnxRuntimeSequence:
         self._check_length(length)
         return self._decoder._fork(self, length)
 
-    def snapshot(self) -> Snapshot:
-        self._check_open()
-        return self._decoder._snapshot(self)
+    def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
+        stop = snapshot_stop(start, stop, self.length)
+        return Snapshot(stop - start, self._decoder._read(self, start, stop), start)
 
     def restore(self, snapshot: Snapshot) -> None:
         self._check_open()
-        if self._length:
-            raise ValueError(f"only an empty sequence can be restored; this one holds {self._length} tokens")
         self._decoder._restore(self, snapshot)
 
     def close(self) -> None:
@@ -266,10 +263,11 @@ class OnnxRuntimeDecoder:
         fork._length = length
         return fork
 
-    def _snapshot(self, sequence: OnnxRuntimeSequence) -> Snapshot:
-        return Snapshot(sequence.length, self._kv.read(self._pool.row(sequence._key), sequence.length))
+    def _read(self, sequence: OnnxRuntimeSequence, start: int, stop: int) -> tuple[NDArray[np.generic], ...]:
+        return self._kv.read(self._pool.row(sequence._key), start, stop)
 
     def _restore(self, sequence: OnnxRuntimeSequence, snapshot: Snapshot) -> None:
+        check_follows(snapshot, sequence.length, self._limits)
         expected = (self._spec.num_kv_heads, snapshot.length, self._spec.head_dim)
         count = 2 * self._spec.num_layers
         found = {(array.shape, array.dtype) for array in snapshot.arrays}
@@ -279,12 +277,10 @@ class OnnxRuntimeDecoder:
                 f"the snapshot has {len(snapshot.arrays)} arrays {shapes}, the model needs {count} float32 arrays of "
                 f"{expected}: it was made by another model; prefill the tokens instead"
             )
-        if snapshot.length > self._limits.max_context:
-            raise ContextOverflow(f"{snapshot.length} tokens do not fit the context of {self._limits.max_context}")
-        check_rope_switch(snapshot.length, self._limits.rope_switch, sequence._long_rope)
+        check_rope_switch(sequence.length + snapshot.length, self._limits.rope_switch, sequence._long_rope)
         self._check_room(snapshot.length)
-        self._kv.write(self._pool.row(sequence._key), snapshot.arrays)
-        sequence._length = snapshot.length
+        self._kv.write(self._pool.row(sequence._key), sequence.length, snapshot.arrays)
+        sequence._length += snapshot.length
 
     def _close_sequence(self, sequence: OnnxRuntimeSequence) -> None:
         del self._sequences[sequence._key]

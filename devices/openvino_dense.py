@@ -26,7 +26,7 @@ from devices.openvino_graph import (
     read_model,
     rope_offset,
 )
-from devices.steps import check_batch, check_rope_switch
+from devices.steps import check_batch, check_follows, check_rope_switch, snapshot_stop
 
 
 class DenseSequence:
@@ -75,14 +75,16 @@ class DenseSequence:
             raise
         return child
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot(self.length, tuple(self._read()))
+    def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
+        stop = snapshot_stop(start, stop, self.length)
+        return Snapshot(stop - start, tuple(cache[:, :, start:stop].copy() for cache in self._read()), start)
 
     def restore(self, snapshot: Snapshot) -> None:
-        if self.length:
-            raise EngineError(f"a snapshot goes into an empty sequence; this one holds {self._length} tokens")
+        check_follows(snapshot, self.length, self._decoder.limits)
+        check_rope_switch(self._length + snapshot.length, self._decoder.limits.rope_switch, self.on_long)
         self._decoder.check_snapshot(snapshot)
-        self._write(snapshot.length, list(snapshot.arrays))
+        joined = [np.concatenate(pair, axis=2) for pair in zip(self._read(), snapshot.arrays, strict=True)]
+        self._write(self._length + snapshot.length, joined)
 
     def close(self) -> None:
         request, self._request = self._request, None
@@ -180,8 +182,6 @@ class OpenVinoDenseDecoder(CompiledDecoder[DenseSequence]):
             array.dtype != np.float32 for array in snapshot.arrays
         ):
             raise EngineError("the snapshot was taken from another model or with another KV precision; prefill instead")
-        if snapshot.length > self._limits.max_context:
-            raise EngineError(f"the snapshot's {snapshot.length} tokens pass the context of {self._limits.max_context}")
         self._check_room(snapshot.length)
 
     def cache_shapes(self, length: int) -> list[tuple[int, ...]]:

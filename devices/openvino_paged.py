@@ -28,7 +28,7 @@ from devices.openvino_graph import (
     to_paged_attention,
 )
 from devices.paged_sequence import PagedSequence
-from devices.steps import check_batch, check_rope_switch
+from devices.steps import check_batch, check_follows, check_rope_switch
 
 _STORAGE = {"u8": np.uint8, "i8": np.int8, "f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 """Element type of a cache → the numpy type of equal width that holds it."""
@@ -125,22 +125,20 @@ class OpenVinoDecoder(CompiledDecoder[PagedSequence]):
         self._sequences.discard(sequence)
         self.pool.crop(table, 0)
 
-    def read(self, table: BlockTable) -> Snapshot:
-        return Snapshot(table.length, tuple(cache[table.blocks] for cache in self.caches))  # indexing by a list copies
+    def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.generic], ...]:
+        return tuple(cache[blocks] for cache in self.caches)  # indexing by a list copies
 
     def restore(self, sequence: PagedSequence, snapshot: Snapshot) -> None:
         table = sequence.table
-        if table.length:
-            raise EngineError(f"a snapshot goes into an empty sequence; this one holds {table.length} tokens")
+        check_follows(snapshot, table.length, self._limits)
+        check_rope_switch(table.length + snapshot.length, self._limits.rope_switch, sequence.on_long)
         blocks = -(-snapshot.length // self.pool.block_size)
         wanted = [(blocks, *cache.shape[1:], cache.dtype) for cache in self.caches]
         if [(*array.shape, array.dtype) for array in snapshot.arrays] != wanted:
             raise EngineError("the snapshot was taken from another model or with another KV precision; prefill instead")
-        if snapshot.length > self._limits.max_context:
-            raise EngineError(f"the snapshot's {snapshot.length} tokens pass the context of {self._limits.max_context}")
         self.pool.append([(table, snapshot.length)])
         for cache, array in zip(self.caches, snapshot.arrays, strict=True):
-            cache[table.blocks] = array
+            cache[table.blocks[-blocks:]] = array
 
     # ---- running
 

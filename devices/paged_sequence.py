@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from devices.base import Snapshot
 from devices.block_pool import BlockPool, BlockTable
 from devices.errors import DeviceError
+from devices.steps import snapshot_stop
 
 
 class PagedHost(Protocol):
@@ -23,7 +27,8 @@ class PagedHost(Protocol):
 
     def fork(self, sequence: PagedSequence, length: int) -> PagedSequence: ...
 
-    def read(self, table: BlockTable) -> Snapshot: ...
+    def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.generic], ...]:
+        """Copies of what the blocks hold of ``tokens`` tokens, layer by layer."""
 
     def restore(self, sequence: PagedSequence, snapshot: Snapshot) -> None: ...
 
@@ -63,8 +68,10 @@ class PagedSequence:
     def fork(self, length: int) -> PagedSequence:
         return self.decoder.fork(self, length)
 
-    def snapshot(self) -> Snapshot:
-        return self.decoder.read(self.table)
+    def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
+        stop, size = snapshot_stop(start, stop, self.length), self.decoder.pool.block_size
+        blocks = self.table.blocks[start // size : -(-stop // size)]
+        return Snapshot(stop - start, self.decoder.read(blocks, stop - start), start)
 
     def restore(self, snapshot: Snapshot) -> None:
         self.decoder.restore(self, snapshot)

@@ -1,4 +1,4 @@
-"""What every decoder checks of a batch before it runs any of it."""
+"""What every decoder checks before it changes anything."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from devices.base import DecoderLimits, Step
-from devices.errors import ContextOverflow
+from devices.base import SNAPSHOT_STEP, DecoderLimits, Snapshot, Step
+from devices.errors import ContextOverflow, EngineError
 
 
 def check_batch(batch: Sequence[Step], limits: DecoderLimits, vocab_size: int) -> None:
@@ -47,4 +47,24 @@ def check_rope_switch(length: int, switch: int | None, on_long: bool) -> None:
         raise ContextOverflow(
             f"{length} tokens pass the rope switch of {switch}, but the sequence was opened for fewer; "
             f"prefill a new sequence opened with expected={length} or more"
+        )
+
+
+def snapshot_stop(start: int, stop: int | None, length: int) -> int:
+    """Where a snapshot of a sequence of ``length`` tokens ends; ValueError as ``DecoderSequence.snapshot`` says."""
+    stop = length if stop is None else stop
+    if start % SNAPSHOT_STEP or not 0 <= start <= stop <= length:
+        raise ValueError(
+            f"tokens {start} to {stop} are no snapshot of the {length} held: it begins at a multiple of {SNAPSHOT_STEP}"
+        )
+    return stop
+
+
+def check_follows(snapshot: Snapshot, length: int, limits: DecoderLimits) -> None:
+    """EngineError or ContextOverflow unless ``snapshot`` can follow on ``length`` tokens."""
+    if snapshot.start != length:
+        raise EngineError(f"a snapshot from token {snapshot.start} on does not follow on the {length} tokens held")
+    if length + snapshot.length > limits.max_context:
+        raise ContextOverflow(
+            f"{length} + {snapshot.length} tokens of a snapshot pass the context of {limits.max_context}"
         )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderLimits, Snapshot, Step
 from devices.errors import DeviceError, EngineError, OutOfKVCache, OutOfSequences
-from devices.steps import check_batch, check_rope_switch
+from devices.steps import check_batch, check_follows, check_rope_switch, snapshot_stop
 
 BLOCK = 4
 """Tokens per block."""
@@ -60,17 +60,18 @@ class FakeSequence:
         twin._length = length
         return twin
 
-    def snapshot(self) -> Snapshot | None:
+    def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot | None:
         self._require_open()
-        return Snapshot(self._length, (self.tokens(),))
+        stop = snapshot_stop(start, stop, self._length)
+        return Snapshot(stop - start, (self.tokens()[start:stop],), start)
 
     def restore(self, snapshot: Snapshot) -> None:
         self._require_open()
-        if self._length:
-            raise ValueError(f"restore needs an empty sequence, this one holds {self._length} tokens")
+        check_follows(snapshot, self._length, self.decoder.limits)
+        check_rope_switch(self._length + snapshot.length, self.decoder.limits.rope_switch, self.long_rope)
         if len(snapshot.arrays) != 1 or snapshot.arrays[0].shape != (snapshot.length,):
             raise EngineError(f"the snapshot of {len(snapshot.arrays)} arrays is not of this model")
-        self.decoder.require_blocks(-(-snapshot.length // BLOCK))
+        self.decoder.require_blocks(self.new_blocks(snapshot.length))
         self.append(snapshot.arrays[0].astype(np.int64))
 
     def close(self) -> None:

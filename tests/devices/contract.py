@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from devices.base import Decoder, DecoderSequence, Step
 
-CONTEXT = 256
+CONTEXT = 320  # more than SNAPSHOT_STEP
 CHUNK = 48
 SEQUENCES = 5
 TOLERANCE = {"onnxruntime:cuda": 0.05}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from devices.base import Decoder, Snapshot, Step
+from devices.base import SNAPSHOT_STEP, Decoder, Snapshot, Step
 from devices.errors import ContextOverflow, DeviceError, EngineError, OutOfKVCache, OutOfSequences
 from tests.devices.contract import CHUNK, CONTEXT, SEQUENCES, Open, alone, feed, ids, same
 
@@ -168,12 +168,34 @@ class TestContract:
         same(decoder, feed(decoder, copy, tokens[length:], [4]), alone(decoder, tokens)[length:])
         copy.close()
 
+    def test_a_snapshot_in_parts(self, decoder: Decoder) -> None:
+        tokens = ids(8, 300)
+        sequence = decoder.new_sequence(CONTEXT)
+        feed(decoder, sequence, tokens[:290], [CHUNK])
+        parts = [sequence.snapshot(0, SNAPSHOT_STEP), sequence.snapshot(SNAPSHOT_STEP, 290)]
+        fork = sequence.fork(SNAPSHOT_STEP)
+        sequence.close()
+        copy = decoder.new_sequence(CONTEXT)
+        for target, snapshots in ((copy, parts), (fork, parts[1:])):
+            for snapshot in snapshots:
+                assert snapshot is not None
+                target.restore(snapshot)
+            assert target.length == 290
+            same(decoder, feed(decoder, target, tokens[290:], [10]), alone(decoder, tokens)[290:])
+            with pytest.raises(EngineError):
+                target.restore(snapshots[-1])  # it does not follow
+            assert target.length == 300
+            target.close()
+
     def test_a_strange_snapshot_is_refused(self, decoder: Decoder) -> None:
         sequence = decoder.new_sequence()
         feed(decoder, sequence, ids(1, 5), [5])
         snapshot = sequence.snapshot()
         assert snapshot is not None
-        with pytest.raises((EngineError, ValueError)):
+        for start, stop in ((0, 6), (-SNAPSHOT_STEP, 5), (1, 5), (SNAPSHOT_STEP, 5), (0, -1)):
+            with pytest.raises(ValueError, match="snapshot"):
+                sequence.snapshot(start, stop)
+        with pytest.raises(EngineError):
             sequence.restore(snapshot)  # not empty
         sequence.crop(0)
         with pytest.raises(EngineError):
@@ -211,10 +233,10 @@ class TestContract:
         a, b = small.new_sequence(), small.new_sequence()
         feed(small, a, ids(1, 80), [40])
         snapshot = a.snapshot()
-        if snapshot is not None:
-            with pytest.raises(OutOfKVCache):
-                b.restore(snapshot)
-            assert (a.length, b.length) == (80, 0)
+        assert snapshot is not None
+        with pytest.raises(OutOfKVCache):
+            b.restore(snapshot)
+        assert (a.length, b.length) == (80, 0)
 
     def test_the_context_ends_and_nothing_has_changed(self, decoder: Decoder) -> None:
         tokens = ids(4, CONTEXT)

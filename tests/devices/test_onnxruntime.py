@@ -201,7 +201,7 @@ def test_foreign_sequences_and_snapshots_are_refused(opening: Open) -> None:
     wrong = Snapshot(3, (np.zeros((2, 3, 16), np.float16),) * 6)
     with pytest.raises(EngineError, match="another model"):
         decoder.new_sequence().restore(wrong)
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(EngineError, match="follow"):
         prefilled(decoder, text(0, 3)).restore(wrong)
 
 

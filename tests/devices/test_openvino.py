@@ -143,7 +143,7 @@ class TestPaged:
         with pytest.raises(EngineError, match="another KV precision"):
             fresh.restore(other)
         assert fresh.length == 0
-        with pytest.raises(EngineError, match="this one holds 5 tokens"):
+        with pytest.raises(EngineError, match="does not follow on the 5 tokens"):
             sequence.restore(taken)
 
     def test_a_sequence_of_another_decoder_is_refused(self, decoder: OpenVinoDecoder, spec: DecoderSpec) -> None:
