@@ -35,6 +35,8 @@ class Request(ABC):
     """None: not admitted, preempted or finished."""
     long_rope: bool = False
     """The sequence was opened for the long rotary factors."""
+    reused: int = 0
+    """Tokens that were in the KV cache already when it was admitted."""
     finished: bool = False
 
     def __post_init__(self) -> None:

@@ -30,9 +30,13 @@ from edge_runtime.errors import (
 )
 from edge_runtime.generation import EngineGeneration, Generation, Outlet
 from edge_runtime.prefix_cache import PrefixCache
+from edge_runtime.prefix_store import PrefixStore
 from edge_runtime.prompt_lookup import PromptLookup
 from edge_runtime.sampling import SamplingParams, make_sampler
 from edge_runtime.scheduler import Scheduler, Work
+
+IDLE_S = 0.25
+"""After so long without work prefixes are stored, a segment at a time."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ class Engine:
 
     ``vocab_size`` None: learned by running one token, which also makes the device pack its weights before the first
     request. ``max_queue``: requests that may wait for a place. ``prefix_cache_bytes``: KV cache that finished
-    sequences may go on holding; None: whatever running requests do not need; 0: none. ``prompt_lookup``: draft tokens
-    from what prompt and answer have said before.
+    sequences may go on holding; None: whatever running requests do not need; 0: none. ``prefix_store``: where prefixes
+    outlive the engine. ``prompt_lookup``: draft tokens from what prompt and answer have said before.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Engine:
         vocab_size: int | None = None,
         max_queue: int = 256,
         prefix_cache_bytes: int | None = None,
+        prefix_store: PrefixStore | None = None,
         prompt_lookup: bool = False,
     ) -> None:
         self._decoder = decoder
@@ -82,10 +87,9 @@ class Engine:
         self._prompt_lookup = prompt_lookup
         limits = decoder.limits
         self._capacity = min(limits.max_context, limits.kv_tokens)
-        allowance = limits.kv_tokens
-        if prefix_cache_bytes is not None:
-            allowance = min(allowance, prefix_cache_bytes // max(limits.kv_bytes_per_token, 1))
-        self._cache = PrefixCache(allowance, kv_block=limits.kv_block)
+        if prefix_cache_bytes is None:
+            prefix_cache_bytes = limits.kv_tokens * limits.kv_bytes_per_token
+        self._cache = PrefixCache(prefix_cache_bytes, kv_block=limits.kv_block, store=prefix_store)
         self._scheduler = Scheduler(decoder, self._cache)
         self._ids = itertools.count()
         self._generated = 0
@@ -256,20 +260,28 @@ class Engine:
 
     def _collect(self) -> bool:
         """Wait for something to do, take in new requests and let cancelled ones go. False: the engine is closing."""
-        scheduler = self._scheduler
+        while not self._wait(IDLE_S if self._cache.unsaved else None):
+            self._cache.save_next()
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closing or self._awake or self._inbox or scheduler.waiting or scheduler.running
-            )
             self._awake = False
             for request in self._inbox:
-                scheduler.add(request)
+                self._scheduler.add(request)
             self._inbox.clear()
             cancelled = [request for request in self._live if request.cancelled]
         for request in cancelled:
             request.finish("cancelled")
         self._release_finished()
         return not self._closing
+
+    def _wait(self, timeout: float | None) -> bool:
+        """Until there is something to do; False after ``timeout`` seconds without."""
+        scheduler = self._scheduler
+
+        def busy() -> bool:
+            return bool(self._closing or self._awake or self._inbox or scheduler.waiting or scheduler.running)
+
+        with self._changed:
+            return self._changed.wait_for(busy, timeout)
 
     def _forward(self, batch: list[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
         while batch:
@@ -332,7 +344,10 @@ class Engine:
             request.finish("error", error)
         self._scheduler.waiting.clear()
         self._scheduler.running.clear()
-        self._decoder.close()  # its sequences die with it
+        try:
+            self._cache.close()
+        finally:
+            self._decoder.close()  # its sequences die with it
 
 
 def _learn_vocab_size(decoder: Decoder) -> int:

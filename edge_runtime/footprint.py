@@ -5,6 +5,7 @@ from __future__ import annotations
 from devices.base import Engine
 from edge_runtime.memory import MemoryBudget
 from edge_runtime.package import Package, Variant
+from edge_runtime.prefix_store import QUEUED, SEGMENT
 
 MIB = 1 << 20
 
@@ -24,7 +25,13 @@ _ACTIVATION_COPIES = 24
 """Hidden-sized float32 vectors alive per token of a prefill chunk: projections, MLP and residuals together."""
 
 
-def kv_tokens_within(total: int, package: Package, variant: Variant, prefill_chunk: int) -> int:
+_STORE_SEGMENTS = QUEUED + 2
+"""Segments of KV cache in memory while the prefix store writes: those waiting, one as it is and one as a file."""
+
+
+def kv_tokens_within(
+    total: int, package: Package, variant: Variant, prefill_chunk: int, *, prefix_store: bool = False
+) -> int:
     """Tokens of KV cache that a budget of ``total`` bytes leaves, at most the model's context.
 
     An estimate from the package alone, on the safe side. BudgetError, naming what would do, if not even one prefill
@@ -37,5 +44,7 @@ def kv_tokens_within(total: int, package: Package, variant: Variant, prefill_chu
     logits = arch.vocab_size * 4 * 16  # one row for each of the sequences of a batch
     budget.reserve("activations", prefill_chunk * arch.hidden_size * 4 * _ACTIVATION_COPIES + logits)
     per_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * _KV_BYTES[variant.engine]
+    if prefix_store:
+        budget.reserve("prefix", _STORE_SEGMENTS * SEGMENT * per_token)
     at_least = min(prefill_chunk, arch.max_context)
     return budget.kv_tokens_for(per_token, at_least=at_least, at_most=arch.max_context)

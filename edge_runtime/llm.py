@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -16,12 +16,13 @@ from devices.base import DecoderOptions
 from devices.errors import DeviceUnavailable
 from devices.registry import Device, choose_device, open_decoder, parse_device
 from edge_runtime.engine import Engine
-from edge_runtime.errors import ConfigError, InvalidRequest, PromptTooLong
+from edge_runtime.errors import BudgetError, ConfigError, InvalidRequest, PromptTooLong
 from edge_runtime.footprint import kv_tokens_within
 from edge_runtime.generation import Generation
 from edge_runtime.memory import parse_bytes
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.paths import home
+from edge_runtime.prefix_store import DEFAULT_SIZE, PrefixStore, fingerprint
 from edge_runtime.references import PackageReference, parse_reference
 from edge_runtime.request import Chunk, FinishReason, TokenLogprob, Usage
 from edge_runtime.sampling import SamplingParams
@@ -58,7 +59,10 @@ class EdgeLLM:
     loading may use; the KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``, ``int8`` or
     ``int4``; None takes what a present package has, int4 for a new one. ``threads``, ``max_sequences`` and
     ``batch_invariant``: see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that repeat what was said
-    before come faster (:mod:`edge_runtime.prompt_lookup`). ``progress`` hears of downloads and exports.
+    before come faster (:mod:`edge_runtime.prompt_lookup`). ``prefix_cache_bytes``: KV cache that finished requests may
+    go on holding (None: what running ones do not need). ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of
+    prompts that were used twice, or are long when the model is closed; 0: none are written or read
+    (:mod:`edge_runtime.prefix_store`). ``progress`` hears of downloads and exports.
 
     **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
     chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an
@@ -80,6 +84,7 @@ class EdgeLLM:
         batch_invariant: bool = False,
         prompt_lookup: bool = False,
         prefix_cache_bytes: int | None = None,
+        prefix_store_bytes: str | int = DEFAULT_SIZE,
         progress: Progress | None = None,
     ) -> None:
         if batch_invariant and prompt_lookup:
@@ -89,6 +94,7 @@ class EdgeLLM:
             )
         store = Store(home())
         budget = None if memory_budget is None else parse_bytes(memory_budget)
+        store_bytes = 0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes)
         chosen = _choose_device(store, ref, device, weights)
         self._package, self._variant = store.ensure(ref, chosen.engine, weights, progress)
         store.verify(self._package, self._variant)
@@ -96,10 +102,10 @@ class EdgeLLM:
         self.tokenizer = _tokenizer(self._package)
         template = ChatTemplate(self._package.chat_template, self._package.manifest.special_tokens)
         self._chats = template.source is not None
-        chunk = DecoderOptions.prefill_chunk
+        kv_tokens, store_bytes = _share_out(budget, store_bytes, self._package, self._variant)
         options = DecoderOptions(
             max_sequences=max_sequences,
-            kv_tokens=None if budget is None else kv_tokens_within(budget, self._package, self._variant, chunk),
+            kv_tokens=kv_tokens,
             threads=threads,
             batch_invariant=batch_invariant,
             cache_dir=store.home.compiled,
@@ -107,8 +113,17 @@ class EdgeLLM:
         decoder = open_decoder(self._package.spec(self._variant), chosen.name, options)
         self._device = decoder.device
         try:
+            prefixes = None
+            if store_bytes:
+                folder = store.prefixes(self._package.folder)
+                identity = fingerprint(self._variant, decoder, options)
+                prefixes = PrefixStore(folder, identity, store_bytes, store.home.prefixes)
             self._engine = Engine(
-                decoder, self.tokenizer, prefix_cache_bytes=prefix_cache_bytes, prompt_lookup=prompt_lookup
+                decoder,
+                self.tokenizer,
+                prefix_cache_bytes=prefix_cache_bytes,
+                prefix_store=prefixes,
+                prompt_lookup=prompt_lookup,
             )
         except BaseException:
             decoder.close()
@@ -283,6 +298,17 @@ def _choose_device(store: Store, ref: str, device: str, weights: Weights | None)
             if isinstance(parse_reference(ref), PackageReference):
                 raise
     return choose_device(device)
+
+
+def _share_out(budget: int | None, store_bytes: int, package: Package, variant: Variant) -> tuple[int | None, int]:
+    """Tokens of KV cache and bytes of disk store: where memory is short the store goes first."""
+    if budget is None:
+        return None, store_bytes
+    chunk = DecoderOptions.prefill_chunk
+    if store_bytes:
+        with suppress(BudgetError):
+            return kv_tokens_within(budget, package, variant, chunk, prefix_store=True), store_bytes
+    return kv_tokens_within(budget, package, variant, chunk), 0
 
 
 def _tokenizer(package: Package) -> Tokenizer:

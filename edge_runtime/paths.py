@@ -32,6 +32,11 @@ class Home:
         """Compiled models that engines keep."""
         return self.cache / "compiled"
 
+    @property
+    def prefixes(self) -> Path:
+        """KV cache of prompts seen before (:mod:`edge_runtime.prefix_store`)."""
+        return self.cache / "prefixes"
+
 
 def home() -> Home:
     """By EDGE_GLM_HOME if it is set, else the platform's folders. ConfigError if it is not an absolute path."""

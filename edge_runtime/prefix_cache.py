@@ -1,7 +1,12 @@
-"""Finished sequences, kept on the device so that a prompt which begins like one of them need not be computed again."""
+"""Finished sequences, kept on the device so that a prompt which begins like one of them need not be computed again.
+
+What has been used a second time goes to the disk as well (:mod:`edge_runtime.prefix_store`) when the engine is idle,
+and at the end whatever is long.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,10 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import DecoderSequence
-from edge_runtime.errors import OutOfKVCache, OutOfSequences
+from edge_runtime.errors import ContextOverflow, DeviceError, OutOfKVCache, OutOfSequences
+from edge_runtime.prefix_store import SEGMENT, PrefixStore
 
 RUN_AT_LEAST = 2
 """Tokens of a prompt that are run even if all of it is known: the last for its logits, and one beside it."""
+EXTEND_FROM = 128
+"""So many more tokens must be in the store than on the device to be fetched from there."""
+SAVE_AT_END_FROM = 512
+"""Entries of so many tokens are stored at the end even if nobody has used them twice."""
+SAVE_AT_END_S = 2.0
+"""But no longer than this."""
 
 
 @dataclass(eq=False)
@@ -20,6 +32,14 @@ class _Entry:
     tokens: NDArray[np.int64]
     sequence: DecoderSequence
     long_rope: bool
+    wanted: int = 0
+    """Tokens that more than one request has used: worth storing."""
+    stored: int = 0
+    """Segments that are in the store."""
+
+    @property
+    def unsaved(self) -> bool:
+        return self.stored < self.wanted // SEGMENT
 
 
 class PrefixCache:
@@ -29,13 +49,17 @@ class PrefixCache:
     There are never more entries than the decoder has sequences, so a search compares them one by one.
     """
 
-    def __init__(self, max_tokens: int, min_tokens: int = 16, kv_block: int = 1) -> None:
-        """``max_tokens``: allowance over all entries; 0 keeps nothing. ``min_tokens``: shorter prefixes are not worth
-        a fork, which copies on some devices. ``kv_block``: see :class:`devices.base.DecoderLimits`.
+    def __init__(
+        self, max_bytes: int, min_tokens: int = 16, kv_block: int = 1, store: PrefixStore | None = None
+    ) -> None:
+        """``max_bytes``: allowance over all entries, in which what they share counts in each; 0 keeps nothing.
+        ``min_tokens``: shorter prefixes are not worth a fork, which copies on some devices. ``kv_block``: see
+        :class:`devices.base.DecoderLimits`. ``store`` belongs to the cache from now on.
         """
-        self._max_tokens = max_tokens
+        self._max_bytes = max_bytes
         self._min_tokens = max(min_tokens, 1)
         self._kv_block = kv_block
+        self._store = store
         self._entries: list[_Entry] = []  # least recently used first
 
     def __len__(self) -> int:
@@ -45,6 +69,11 @@ class PrefixCache:
     def tokens(self) -> int:
         """Tokens held over all entries."""
         return sum(len(entry.tokens) for entry in self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """KV cache held over all entries, in bytes."""
+        return sum(entry.sequence.nbytes for entry in self._entries)
 
     def match(self, tokens: Sequence[int], long_rope: bool = False) -> int:
         """How many first tokens an entry could give; see :meth:`usable`."""
@@ -85,32 +114,64 @@ class PrefixCache:
             fork = entry.sequence.fork(length)
         except (OutOfSequences, OutOfKVCache):
             return self._hand_out(entry, length)
+        entry.wanted = max(entry.wanted, length)
         self._entries.remove(entry)
         self._entries.append(entry)
         return fork
 
-    def put(self, tokens: Sequence[int], sequence: DecoderSequence, long_rope: bool = False) -> None:
-        """Keep ``sequence``, which holds ``tokens``; it belongs to the cache now.
+    def extend(self, sequence: DecoderSequence, tokens: Sequence[int], long_rope: bool = False) -> None:
+        """Let ``sequence``, which holds some first ones of ``tokens`` or none, have what more of them is in the store.
+
+        Reads a segment of 256 tokens in about the time of one token's decoding.
+        """
+        if self._store is None:
+            return
+        names = list(self._store.names(tokens[:-RUN_AT_LEAST], long_rope))
+        known = next((place for place, name in enumerate(names) if not self._store.touch(place, name)), len(names))
+        if known * SEGMENT - sequence.length < EXTEND_FROM:
+            return
+        whole = sequence.length // SEGMENT
+        if sequence.crop(whole * SEGMENT) != whole * SEGMENT:
+            return
+        for name in names[whole:known]:
+            snapshot = self._store.load(name)
+            if snapshot is None:
+                return
+            try:
+                sequence.restore(snapshot)
+            except (OutOfKVCache, ContextOverflow):
+                return
+            except DeviceError:
+                self._store.discard(name)
+                return
+
+    def put(
+        self, tokens: Sequence[int], sequence: DecoderSequence, long_rope: bool = False, *, wanted: int = 0
+    ) -> None:
+        """Keep ``sequence``, which holds ``tokens``; it belongs to the cache now. The first ``wanted`` of them came
+        from here.
 
         Of two entries of which one begins with the other, the longer stays.
         """
-        new = _Entry(np.asarray(tokens, np.int64), sequence, long_rope)
+        new = _Entry(np.asarray(tokens, np.int64), sequence, long_rope, wanted)
         if len(new.tokens) != sequence.length:
             raise ValueError(f"the sequence holds {sequence.length} tokens, not the {len(new.tokens)} given")
-        if not 0 < len(new.tokens) <= self._max_tokens:
+        if len(new.tokens) == 0 or sequence.nbytes > self._max_bytes:
             sequence.close()
             return
         for entry in [e for e in self._entries if e.long_rope == long_rope]:
             common = common_prefix(entry.tokens, new.tokens)
             if common == len(new.tokens):
                 sequence.close()
+                entry.wanted = max(entry.wanted, wanted)
                 self._entries.remove(entry)
                 self._entries.append(entry)
                 return
             if common == len(entry.tokens):
+                new.wanted = max(new.wanted, entry.wanted)
                 self._drop(entry)
         self._entries.append(new)
-        while self.tokens > self._max_tokens:
+        while self.nbytes > self._max_bytes:
             self._drop(self._entries[0])
 
     def evict(self) -> bool:
@@ -124,11 +185,54 @@ class PrefixCache:
         while self.evict():
             pass
 
+    @property
+    def unsaved(self) -> bool:
+        """:meth:`save_next` has something to do."""
+        store = self._store
+        return store is not None and store.writable and any(entry.unsaved for entry in self._entries)
+
+    def save_next(self) -> None:
+        """Copy one segment that is worth it and have it written; for when nothing runs, since it takes milliseconds."""
+        for entry in self._entries:
+            if entry.unsaved:
+                self._save_segment(entry)
+                return
+
+    def close(self) -> None:
+        """Store what is long, newest first, for at most two seconds, and close the store. Entries stay."""
+        if self._store is None:
+            return
+        end = time.monotonic() + SAVE_AT_END_S
+        for entry in reversed(self._entries):
+            if len(entry.tokens) >= SAVE_AT_END_FROM:
+                entry.wanted = len(entry.tokens)
+            while self._store.writable and entry.unsaved and (left := end - time.monotonic()) > 0:
+                self._save_segment(entry, left)
+        self._store.close()
+
+    def _save_segment(self, entry: _Entry, timeout: float = 0) -> None:
+        """The next one of ``entry``, unless it is in the store already."""
+        assert self._store is not None
+        place = entry.stored
+        start, stop = place * SEGMENT, (place + 1) * SEGMENT
+        name = list(self._store.names(entry.tokens[:stop].tolist(), entry.long_rope))[place]
+        if not self._store.touch(place, name):
+            try:
+                snapshot = entry.sequence.snapshot(start, stop)
+            except DeviceError:
+                snapshot = None
+            if snapshot is None:  # a device without snapshots
+                entry.wanted = 0
+                return
+            if not self._store.save(place, name, snapshot, timeout):
+                return
+        entry.stored += 1
+
     def check_integrity(self) -> None:
         """Raise AssertionError if the bookkeeping contradicts itself."""
         for entry in self._entries:
             assert entry.sequence.length == len(entry.tokens), "an entry's sequence has changed"
-        assert self.tokens <= self._max_tokens, "more tokens kept than allowed"
+        assert self.nbytes <= self._max_bytes, "more kept than allowed"
         assert len({id(entry.sequence) for entry in self._entries}) == len(self._entries), "a sequence is kept twice"
 
     def _find(self, tokens: Sequence[int], long_rope: bool) -> tuple[_Entry | None, int]:

@@ -112,7 +112,8 @@ class Scheduler:
         if sequence is None:
             return
         if keep:
-            self._cache.put(request.tokens[: sequence.length], sequence, request.long_rope)
+            tokens = request.tokens[: sequence.length]
+            self._cache.put(tokens, sequence, request.long_rope, wanted=request.reused)
         else:
             sequence.close()
 
@@ -136,6 +137,7 @@ class Scheduler:
             return True
         self.waiting.popleft()
         self.running.append(request)
+        request.reused = request.fed
         self._crowded = self._crowded and len(self.running) > 1
         if isinstance(request, Completion) and request.index == 0 and len(request.tokens) == request.prompt_length:
             request.outlet.set_cached(request.fed)
@@ -149,9 +151,11 @@ class Scheduler:
             known = self._fork_running(request)
             if known is None:
                 known = self._cache.acquire(request.tokens, self._places() > 0, request.long_rope)
-            if known is not None:
-                return known
-        elif self._places() == 0:
+            if known is None:
+                known = self._decoder.new_sequence(len(request.tokens))
+            self._cache.extend(known, request.tokens, request.long_rope)
+            return known
+        if self._places() == 0:
             self._cache.evict()
         return self._decoder.new_sequence(len(request.tokens))
 

@@ -13,6 +13,7 @@ import msgspec
 from edge_runtime.errors import ConfigError
 from edge_runtime.package import Weights
 from edge_runtime.paths import APP
+from edge_runtime.prefix_store import DEFAULT_SIZE
 
 PREFIX = "EDGE_GLM_"
 FILE = "edge-glm.toml"
@@ -30,6 +31,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     threads: int | None = None
     batch_invariant: bool = False
     prompt_lookup: bool = False
+    prefix_store: str | int = DEFAULT_SIZE
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None

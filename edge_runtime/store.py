@@ -117,6 +117,7 @@ class Store:
             shutil.rmtree(doomed)
         with suppress(OSError):  # only a cache
             self.stamp(folder).unlink(missing_ok=True)
+        shutil.rmtree(self.prefixes(folder), ignore_errors=True)
         return folder
 
     def verify(self, package: Package, variant: Variant) -> None:
@@ -124,7 +125,11 @@ class Store:
         package.verify(variant, self.stamp(package.folder))
 
     def stamp(self, folder: Path) -> Path:
-        return self.home.verified / f"{hashlib.sha256(str(folder).encode('utf-8', 'surrogateescape')).hexdigest()}.json"
+        return self.home.verified / f"{_key(folder)}.json"
+
+    def prefixes(self, folder: Path) -> Path:
+        """Where prompts of the package in ``folder`` leave their KV cache."""
+        return self.home.prefixes / _key(folder)
 
     def _present(self, reference: Reference) -> Package | None:
         if isinstance(reference, PackageReference):
@@ -245,6 +250,11 @@ def _open_entry(folder: Path) -> StoredModel:
         return StoredModel(folder, Package.open(folder))
     except EdgeError as error:
         return StoredModel(folder, None, str(error))
+
+
+def _key(folder: Path) -> str:
+    """A name for what is kept about the package there."""
+    return hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _lock(folder: Path) -> Path:

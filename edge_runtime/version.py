@@ -1,7 +1,9 @@
-"""The version of the installed distribution."""
+"""Versions of what is installed: this distribution, and others."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 
 
@@ -11,3 +13,12 @@ def version() -> str:
         return metadata.version("edge-glm")
     except metadata.PackageNotFoundError:
         return "0+source"
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Those distributions of ``names`` that are there → their versions."""
+    versions = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

@@ -8,20 +8,15 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 
 from edge_runtime.bench.result import Machine
-from edge_runtime.version import version
+from edge_runtime.version import installed, version
 
 LIBRARIES = ("onnxruntime", "openvino", "numpy", "tokenizers")
 
 
 def this_machine() -> Machine:
-    versions = {"edge-glm": version()}
-    for name in LIBRARIES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return Machine(
         cpu=_cpu(),
         cores=_cores(),
@@ -29,7 +24,7 @@ def this_machine() -> Machine:
         os=platform.platform(),
         python=platform.python_version(),
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        versions=versions,
+        versions={"edge-glm": version(), **installed(LIBRARIES)},
     )
 
 

@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(run)
     _add_weights(run)
     _add_loading(run)
-    _add_prompt_lookup(run)
+    _add_prefixes(run)
     run.add_argument("--system", metavar="TEXT", help="system message")
     run.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: to the end of the context)")
     run.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(serve)
     _add_weights(serve)
     _add_loading(serve)
-    _add_prompt_lookup(serve)
+    _add_prefixes(serve)
     serve.add_argument("--host", metavar="ADDRESS", help="default: 127.0.0.1")
     serve.add_argument("--port", type=int, metavar="N", help="default: 8000")
     serve.add_argument("--api-key", metavar="KEY", help="ask clients for this key; better set EDGE_GLM_API_KEY")
@@ -196,12 +196,15 @@ def _add_weights(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--weights", choices=("fp32", "fp16", "int8", "int4"), help="weight format (default: int4)")
 
 
-def _add_prompt_lookup(parser: argparse.ArgumentParser) -> None:
+def _add_prefixes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-lookup",
         action="store_true",
         default=None,
         help="draft tokens from what was said before: faster where an answer repeats its prompt",
+    )
+    parser.add_argument(
+        "--prefix-store", metavar="SIZE", help="disk for what prompts leave in the KV cache; 0: none (default: 1GiB)"
     )
 
 

@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
         {
             name: getattr(arguments, name)
             for name in (
-                *("device", "weights", "memory_budget", "threads", "batch_invariant", "prompt_lookup"),
+                *("device", "weights", "memory_budget", "threads", "batch_invariant", "prompt_lookup", "prefix_store"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
         }
@@ -48,6 +48,7 @@ def open_model(ref: str, settings: Settings) -> EdgeLLM:
             threads=settings.threads,
             batch_invariant=settings.batch_invariant,
             prompt_lookup=settings.prompt_lookup,
+            prefix_store_bytes=settings.prefix_store,
             progress=bars,
         )
 

@@ -19,6 +19,7 @@ def serve(arguments: argparse.Namespace) -> int:
         "threads",
         "batch_invariant",
         "prompt_lookup",
+        "prefix_store",
         "host",
         "port",
         "api_key",

@@ -12,14 +12,21 @@ from hypothesis import strategies as st
 from devices.base import DecoderSequence, Step
 from edge_runtime.errors import OutOfSequences
 from edge_runtime.prefix_cache import PrefixCache
-from tests.fake_decoder import FakeDecoder
+from tests.fake_decoder import BLOCK, FakeDecoder
+
+BLOCK_BYTES = BLOCK * 8
+"""Of the fake decoder's KV cache."""
+
+
+def nbytes(tokens: Sequence[int]) -> int:
+    return -(-len(tokens) // BLOCK) * BLOCK_BYTES
 
 
 class NaivePrefixCache:
     """What is kept, as plain lists in the order of last use; no device."""
 
-    def __init__(self, max_tokens: int, min_tokens: int, kv_block: int) -> None:
-        self.max_tokens, self.min_tokens, self.kv_block = max_tokens, min_tokens, kv_block
+    def __init__(self, max_bytes: int, min_tokens: int, kv_block: int) -> None:
+        self.max_bytes, self.min_tokens, self.kv_block = max_bytes, min_tokens, kv_block
         self.kept: list[tuple[list[int], bool]] = []
 
     def match(self, tokens: Sequence[int], long_rope: bool) -> int:
@@ -42,7 +49,7 @@ class NaivePrefixCache:
         return best[0][:length]
 
     def put(self, tokens: list[int], long_rope: bool) -> None:
-        if not tokens or len(tokens) > self.max_tokens:
+        if not tokens or nbytes(tokens) > self.max_bytes:
             return
         longer = [e for e in self.kept if e[1] == long_rope and e[0][: len(tokens)] == tokens]
         if longer:
@@ -51,7 +58,7 @@ class NaivePrefixCache:
             return
         self.kept = [e for e in self.kept if e[1] != long_rope or tokens[: len(e[0])] != e[0]]
         self.kept.append((tokens, long_rope))
-        while sum(len(e[0]) for e in self.kept) > self.max_tokens:
+        while sum(nbytes(e[0]) for e in self.kept) > self.max_bytes:
             del self.kept[0]
 
     def _best(self, tokens: Sequence[int], long_rope: bool) -> tuple[tuple[list[int], bool] | None, int]:
@@ -89,15 +96,15 @@ Action = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(
     actions=st.lists(Action, max_size=25),
-    max_tokens=st.integers(0, 40),
+    max_bytes=st.integers(0, 12 * BLOCK_BYTES),
     min_tokens=st.integers(1, 3),
     kv_block=st.integers(1, 3),
 )
 def test_agrees_with_the_naive_twin(
-    actions: list[tuple[str, list[int], bool]], max_tokens: int, min_tokens: int, kv_block: int
+    actions: list[tuple[str, list[int], bool]], max_bytes: int, min_tokens: int, kv_block: int
 ) -> None:
     decoder = FakeDecoder(max_sequences=4, kv_tokens=4096)
-    limits = max_tokens, min_tokens, kv_block
+    limits = max_bytes, min_tokens, kv_block
     cache, naive = PrefixCache(*limits), NaivePrefixCache(*limits)
     for action, tokens, long_rope in actions:
         room = len(decoder.sequences) < decoder.limits.max_sequences
@@ -120,6 +127,7 @@ def test_agrees_with_the_naive_twin(
         cache.check_integrity()
         decoder.check_integrity()
         assert len(decoder.sequences) == len(cache) == len(naive.kept)
+        assert cache.nbytes == sum(nbytes(entry[0]) for entry in naive.kept)
         assert cache.tokens == sum(len(entry[0]) for entry in naive.kept)
     cache.clear()
     assert not decoder.sequences
@@ -127,7 +135,7 @@ def test_agrees_with_the_naive_twin(
 
 def test_a_fork_leaves_the_entry_for_others() -> None:
     decoder = FakeDecoder()
-    cache = PrefixCache(100, 1)
+    cache = PrefixCache(1000, 1)
     cache.put([1, 2, 3, 4, 5], filled(decoder, [1, 2, 3, 4, 5]))
     forks = [cache.acquire([1, 2, 3, 9, 9], True) for _ in range(2)]
     assert [held(fork) for fork in forks] == [[1, 2, 3]] * 2
@@ -136,14 +144,14 @@ def test_a_fork_leaves_the_entry_for_others() -> None:
 
 def test_the_last_two_tokens_are_never_taken_from_the_cache() -> None:
     decoder = FakeDecoder()
-    cache = PrefixCache(100, 1)
+    cache = PrefixCache(1000, 1)
     cache.put([1, 2, 3, 4], filled(decoder, [1, 2, 3, 4]))
     assert held(cache.acquire([1, 2, 3, 4], True)) == [1, 2]
 
 
 def test_only_whole_blocks_are_taken() -> None:
     decoder = FakeDecoder()
-    cache = PrefixCache(100, 1, kv_block=4)
+    cache = PrefixCache(1000, 1, kv_block=4)
     cache.put(list(range(11)), filled(decoder, list(range(11))))
     assert cache.match([0, 1, 2, 9, 9, 9, 9]) == 0
     assert held(cache.acquire(list(range(30)), True)) == list(range(8))
@@ -152,7 +160,7 @@ def test_only_whole_blocks_are_taken() -> None:
 
 def test_without_kv_cache_for_a_fork_the_entry_itself_is_given() -> None:
     decoder = FakeDecoder(max_sequences=1)
-    cache = PrefixCache(100, 1)
+    cache = PrefixCache(1000, 1)
     cache.put([1, 2, 3], filled(decoder, [1, 2, 3]))
     assert held(cache.acquire([1, 2, 9, 9], True)) == [1, 2]  # room was promised wrongly; fork refuses
     assert len(cache) == 0
@@ -160,10 +168,10 @@ def test_without_kv_cache_for_a_fork_the_entry_itself_is_given() -> None:
 
 def test_nothing_to_give_and_no_room_is_an_error() -> None:
     with pytest.raises(OutOfSequences):
-        PrefixCache(100).acquire([1, 2], False)
+        PrefixCache(1000).acquire([1, 2], False)
 
 
 def test_a_wrong_length_is_refused() -> None:
     decoder = FakeDecoder()
     with pytest.raises(ValueError, match="holds 2 tokens"):
-        PrefixCache(100).put([1, 2, 3], filled(decoder, [1, 2]))
+        PrefixCache(1000).put([1, 2, 3], filled(decoder, [1, 2]))

@@ -119,7 +119,7 @@ def test_the_youngest_gives_way_and_is_not_admitted_again_at_once() -> None:
 
 def test_cached_prefixes_give_way_first() -> None:
     decoder = FakeDecoder(kv_tokens=64)
-    cache = PrefixCache(64)
+    cache = PrefixCache(512)
     scheduler = Scheduler(decoder, cache)
     old = Endless(0, [9] * 30)
     scheduler.add(old)
