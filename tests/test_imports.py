@@ -61,9 +61,16 @@ def test_the_runtime_meets_exporters_in_one_function() -> None:
     assert met == {("edge_runtime/store.py", "_export")}
 
 
-@pytest.mark.parametrize("path", modules("edge_runtime"), ids=lambda path: path.name)
-def test_the_runtime_leaves_engines_and_formats_alone(path: Path) -> None:
-    assert [name for name, _ in imports(path) if under(name, "onnxruntime", "openvino", *FORMATS)] == []
+def test_the_runtime_leaves_engines_and_formats_alone() -> None:
+    met = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in modules("edge_runtime")
+        for name, _ in imports(path)
+        if under(name, "onnxruntime", "openvino", *FORMATS)
+    }
+    # no model's format there, but a container of arrays, two to four times as fast as numpy's own
+    store = "edge_runtime/prefix_store.py"
+    assert met == {(store, "safetensors"), (store, "safetensors.numpy")}
 
 
 @pytest.mark.parametrize("path", modules("exporters"), ids=lambda path: path.name)
