@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from devices.errors import (
     OutOfSequences,
 )
 from devices.kv_rows import KVRows
+from devices.onnxruntime_binding import LogitsBuffer, RowsBinding
 from devices.onnxruntime_session import engine_errors, open_session
 from devices.row_pool import RowPool
 from devices.steps import check_batch, check_follows, check_rope_switch, snapshot_stop
@@ -117,7 +117,8 @@ class OnnxRuntimeDecoder:
         self._batch_invariant = options.batch_invariant
         self._sequences: dict[int, OnnxRuntimeSequence] = {}
         self._keys = itertools.count()
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self._logits = LogitsBuffer(spec.vocab_size)
+        self._bindings: dict[tuple[int, int], RowsBinding] = {}
 
     @property
     def limits(self) -> DecoderLimits:
@@ -186,46 +187,36 @@ class OnnxRuntimeDecoder:
         if self._batch_invariant and count * width == 1:
             count = 2  # an idle row beside it
 
-        ids = np.zeros((count, width), np.int64)
-        positions = np.zeros((count, width), np.int64)
-        seqlens = np.zeros(count, np.int32)  # idle rows: one token held, none new; nothing is written
-        new = np.zeros(count, np.int32)
-        total, rows = width, []
-        for sequence, step in zip(sequences, steps, strict=True):
-            place, n = self._pool.row(sequence._key) - first, len(step.tokens)
-            ids[place, :n] = step.tokens
-            start = sequence.length + (self._spec.max_context if sequence._long_rope else 0)
-            positions[place, :n] = np.arange(start, start + n)
-            seqlens[place] = sequence.length + n - 1
-            new[place] = n
-            total = max(total, sequence.length + n)
-            rows.append(np.arange(place * width + n - step.rows, place * width + n))
-
-        if self._batch_invariant and sum(map(len, rows)) == 1:
-            rows.append(np.zeros(1, np.int64))  # the vocabulary projection, too, has a kernel of its own for one
-        row_index = np.concatenate(rows)
-        logits = np.empty((len(row_index), self._spec.vocab_size), np.float32)
-        inputs: dict[str, NDArray[np.generic]] = {
-            "input_ids": ids,
-            "seqlens_k": seqlens,
-            "query_seqlens": new,
-            "total_sequence_length": np.array(total, np.int32),
-            "row_index": row_index,
-        }
-        if self._limits.rope_switch is not None:
-            inputs["position_ids"] = positions
+        wanted = sum(step.rows for step in steps)
+        # the vocabulary projection, too, has a kernel of its own for one row
+        extra = 1 if self._batch_invariant and wanted == 1 else 0
         with engine_errors("running the model"):
-            binding = self._binding(first, count)
-            for name, array in inputs.items():
-                binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-            binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+            bound = self._binding(first, count)
+            bound.prepare(width, wanted + extra)
+            total, end = width, 0
+            for sequence, step in zip(sequences, steps, strict=True):
+                place, n = self._pool.row(sequence._key) - first, len(step.tokens)
+                bound.ids[place, :n] = step.tokens
+                if self._limits.rope_switch is not None:
+                    start = sequence._length + (self._spec.max_context if sequence._long_rope else 0)
+                    bound.positions[place, :n] = np.arange(start, start + n)
+                bound.held[place] = sequence._length + n - 1
+                bound.new[place] = n
+                total = max(total, sequence._length + n)
+                after = place * width + n
+                bound.row_index[end : end + step.rows] = range(after - step.rows, after)
+                end += step.rows
+            bound.row_index[end:] = 0
+            bound.total[()] = total
             with self._stopwatch:
-                self._session.run_with_iobinding(binding)
+                self._session.run_with_iobinding(bound.binding)
 
+        results, end = [], 0
         for sequence, step in zip(sequences, steps, strict=True):
             sequence._length += len(step.tokens)
-        ends = np.cumsum([step.rows for step in steps])
-        return [logits[end - step.rows : end] for end, step in zip(ends, steps, strict=True)]
+            results.append(bound.logits[end : end + step.rows].copy())
+            end += step.rows
+        return results
 
     def _arrange(self, sequences: list[OnnxRuntimeSequence], idle: int) -> tuple[int, int]:
         window = self._pool.arrange([s._key for s in sequences], lambda key: self._sequences[key].length, idle)
@@ -239,17 +230,10 @@ class OnnxRuntimeDecoder:
                 self._kv.release(move.source, 0, length)
         return window.first, window.count
 
-    def _binding(self, first: int, count: int) -> Any:
+    def _binding(self, first: int, count: int) -> RowsBinding:
         if (first, count) not in self._bindings:
-            binding = self._session.io_binding()
-            shape = (count, *self._kv.shape[1:])
-            for layer in range(self._spec.num_layers):
-                for i, kind in enumerate(("key", "value")):
-                    address = self._kv.address(2 * layer + i, first)
-                    past, present = f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
-                    binding.bind_input(past, "cpu", 0, np.float32, shape, address)
-                    binding.bind_output(present, "cpu", 0, np.float32, shape, address)
-            self._bindings[first, count] = binding
+            positions = self._limits.rope_switch is not None
+            self._bindings[first, count] = RowsBinding(self._session, self._kv, self._logits, first, count, positions)
         return self._bindings[first, count]
 
     def _set_length(self, sequence: OnnxRuntimeSequence, length: int) -> None:

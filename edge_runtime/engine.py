@@ -268,9 +268,10 @@ class Engine:
                 self._scheduler.add(request)
             self._inbox.clear()
             cancelled = [request for request in self._live if request.cancelled]
-        for request in cancelled:
-            request.finish("cancelled")
-        self._release_finished()
+        if cancelled:
+            for request in cancelled:
+                request.finish("cancelled")
+            self._release_finished()
         return not self._closing
 
     def _wait(self, timeout: float | None) -> bool:

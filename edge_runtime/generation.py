@@ -48,7 +48,9 @@ class Outlet:
     def __init__(self, prompt_tokens: int, completions: int) -> None:
         self.cancelled = False
         """The reader's wish, read by the engine before each step."""
-        self.usage = Usage(prompt_tokens, 0)
+        self._prompt_tokens = prompt_tokens
+        self._completion_tokens = 0
+        self._cached_tokens = 0
         self._unfinished = completions
         self._chunks: deque[Chunk] = deque()
         self._changed = threading.Condition()
@@ -56,11 +58,16 @@ class Outlet:
 
     def count_token(self) -> None:
         """Engine: one more was sampled."""
-        self.usage = replace(self.usage, completion_tokens=self.usage.completion_tokens + 1)
+        self._completion_tokens += 1
 
     def set_cached(self, tokens: int) -> None:
         """Engine: so many of the prompt's tokens need not be computed."""
-        self.usage = replace(self.usage, cached_tokens=tokens)
+        self._cached_tokens = tokens
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
 
     def put(self, chunk: Chunk) -> None:
         """Engine: pass a chunk on. The one that ends the last completion gets the usage."""
