@@ -63,6 +63,8 @@ class OpenVinoDecoder(CompiledDecoder[PagedSequence]):
         self._vocab_size = spec.vocab_size
         self._rope_offset = rope_offset(model, spec)
         defaults = precision_defaults(model)
+        if options.batch_invariant:  # 8-bit keys share a scale over a block, which a draft would widen
+            defaults.setdefault("KV_CACHE_PRECISION", "f16")
         to_paged_attention(ov, model, spec)
         gather_rows(model, axis=0)
         super().__init__(compile_model(core, model, device, options, defaults), device)

@@ -58,8 +58,8 @@ class Request(ABC):
         """Whoever waited has left."""
 
     def chunk(self, limit: int) -> int:
-        """How many tokens to feed next, at most ``limit``."""
-        return min(self.pending, limit)
+        """How many tokens to feed next, at most ``limit``; never so that a single one is left over."""
+        return limit - 1 if self.pending == limit + 1 and limit > 2 else min(self.pending, limit)
 
     def rows(self, count: int) -> int:
         """Logits wanted from a step that feeds ``count`` tokens."""

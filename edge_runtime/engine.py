@@ -67,6 +67,7 @@ class Engine:
     request. ``max_queue``: requests that may wait for a place. ``prefix_cache_bytes``: KV cache that finished
     sequences may go on holding; None: whatever running requests do not need; 0: none. ``prefix_store``: where prefixes
     outlive the engine. ``prompt_lookup``: draft tokens from what prompt and answer have said before.
+    ``batch_invariant``: see :class:`edge_runtime.scheduler.Scheduler`, ``in_pairs``; the decoder's option is its half.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Engine:
         prefix_cache_bytes: int | None = None,
         prefix_store: PrefixStore | None = None,
         prompt_lookup: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         self._decoder = decoder
         self._tokenizer = tokenizer
@@ -90,7 +92,7 @@ class Engine:
         if prefix_cache_bytes is None:
             prefix_cache_bytes = limits.kv_tokens * limits.kv_bytes_per_token
         self._cache = PrefixCache(prefix_cache_bytes, kv_block=limits.kv_block, store=prefix_store)
-        self._scheduler = Scheduler(decoder, self._cache)
+        self._scheduler = Scheduler(decoder, self._cache, in_pairs=batch_invariant)
         self._ids = itertools.count()
         self._generated = 0
         self._drafted = 0

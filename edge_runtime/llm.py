@@ -16,7 +16,7 @@ from devices.base import DecoderOptions
 from devices.errors import DeviceUnavailable
 from devices.registry import Device, choose_device, open_decoder, parse_device
 from edge_runtime.engine import Engine
-from edge_runtime.errors import BudgetError, ConfigError, InvalidRequest, PromptTooLong
+from edge_runtime.errors import BudgetError, InvalidRequest, PromptTooLong
 from edge_runtime.footprint import kv_tokens_within
 from edge_runtime.generation import Generation
 from edge_runtime.memory import parse_bytes
@@ -87,11 +87,6 @@ class EdgeLLM:
         prefix_store_bytes: str | int = DEFAULT_SIZE,
         progress: Progress | None = None,
     ) -> None:
-        if batch_invariant and prompt_lookup:
-            raise ConfigError(
-                "prompt_lookup checks several tokens in one step, which rounds otherwise than one at a time, so it "
-                "cannot be combined with batch_invariant; choose one"
-            )
         store = Store(home())
         budget = None if memory_budget is None else parse_bytes(memory_budget)
         store_bytes = 0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes)
@@ -124,6 +119,7 @@ class EdgeLLM:
                 prefix_cache_bytes=prefix_cache_bytes,
                 prefix_store=prefixes,
                 prompt_lookup=prompt_lookup,
+                batch_invariant=batch_invariant,
             )
         except BaseException:
             decoder.close()

@@ -40,13 +40,18 @@ class Scheduler:
     request gives its sequence up and is computed again later, its output so far included.
     """
 
-    def __init__(self, decoder: Decoder, cache: PrefixCache) -> None:
+    def __init__(self, decoder: Decoder, cache: PrefixCache, *, in_pairs: bool = False) -> None:
+        """``in_pairs``: never feed a single token, but the one before it once more as well. Engines compute two or more
+        tokens bit for bit alike however many they are, so nothing but the tokens then decides an answer: neither other
+        requests nor drafts.
+        """
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
         self._decoder = decoder
         self._cache = cache
         self._limits = decoder.limits
+        self._in_pairs = in_pairs
         self._crowded = False
         """A request was preempted; admit nobody until one has left, or both would take turns evicting each other."""
 
@@ -60,12 +65,19 @@ class Scheduler:
             if not self._admit(self.waiting[0]):
                 break
         decoding = [request for request in self.running if request.pending == 1]
-        spare = DRAFTED_STEP // max(len(decoding), 1) - 1
-        batch = [Work(request, 1, request.draft(spare)) for request in decoding]
         prefill = next((request for request in self.running if request.pending > 1), None)
+        spare = DRAFTED_STEP // max(len(decoding), 1) - 1
+        batch = [self._decode(request, request.draft(spare)) for request in decoding]
         if prefill is not None:
             batch.append(Work(prefill, prefill.chunk(self._limits.prefill_chunk)))
         return batch
+
+    def _decode(self, request: Request, draft: Sequence[int] = ()) -> Work:
+        """The newest token, and the draft after it."""
+        if self._in_pairs and not draft and request.fed:
+            assert request.sequence is not None
+            request.sequence.crop(request.fed - 1)
+        return Work(request, request.chunk(self._limits.prefill_chunk), draft)
 
     def fork(self, parent: Request, child: Completion) -> bool:
         """Start ``child`` from ``parent``'s prefill; if there is no room now, it is queued like any other.
@@ -87,7 +99,7 @@ class Scheduler:
     def make_room(self, batch: list[Work], error: OutOfKVCache) -> list[Work]:
         """After OutOfKVCache: free some KV cache and return what is left of ``batch``."""
         if any(work.draft for work in batch):
-            return [work._replace(draft=()) for work in batch]
+            return [self._decode(work.request) if work.draft else work for work in batch]
         if self._cache.evict():
             return batch
         youngest = max(self.running, key=lambda request: request.id)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from devices import Decoder, DecoderOptions, Step, open_decoder
 from edge_runtime import EdgeLLM, SamplingParams
+from edge_runtime.bench.workload import bundled_text
 from edge_runtime.package import Package
 from edge_runtime.server.app import create_app
 from tests.bench.fidelity import REFERENCES
@@ -121,6 +122,20 @@ def test_the_same_prompt_twice_answers_the_same(smollm2_package: Package, engine
         first, second = (llm.generate(prompt, params) for _ in range(2))
         assert second.usage.cached_tokens >= 32
         assert second.token_ids == first.token_ids
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_drafts_change_nothing(smollm2_package: Package, engine: str) -> None:
+    """Answers that copy and answers that do not; the first differ at token 15 or 17 without ``batch_invariant``."""
+    text = " ".join(bundled_text().split())[:1200]
+    prompts = [f"Repeat this text word for word, without any change:\n\n{text}", *QUESTIONS[:2]]
+    params = SamplingParams(temperature=0, max_tokens=64)
+    answers = []
+    for lookup in (False, True):
+        device = f"{engine}:cpu"
+        with EdgeLLM(str(smollm2_package.folder), device, batch_invariant=True, prompt_lookup=lookup) as llm:
+            answers.append([llm.generate(prompt, params).token_ids for prompt in prompts])
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -31,6 +31,8 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     seed: int = 0
     shared_prefix: int | None = None
     """Also measure the first token of prompts that share so many tokens, unknown and known."""
+    copy: bool = False
+    """Also measure answers that repeat their prompt, with and without prompt lookup."""
     nll: bool = True
     """Also score the bundled text, so that a speed comes with what it cost."""
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,9 +15,9 @@ import numpy as np
 
 from devices.base import DecoderLimits, DecoderOptions
 from edge_runtime.bench.job import TAIL_TOKENS, Job
-from edge_runtime.bench.result import SharedPrefix, Shares
+from edge_runtime.bench.result import Copying, SharedPrefix, Shares
 from edge_runtime.bench.timing import StreamTimes, steady
-from edge_runtime.bench.workload import bundled_text, random_tokens
+from edge_runtime.bench.workload import bundled_text, copy_tasks, random_tokens
 from edge_runtime.engine import EngineStats
 from edge_runtime.errors import ConfigError
 from edge_runtime.generation import Generation
@@ -24,6 +25,8 @@ from edge_runtime.llm import EdgeLLM
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import Progress
 
+COPY_TOKENS = 160
+"""Longest answer that copies."""
 START_TOKENS = 16
 """The short prompt after which the first token is awaited."""
 
@@ -51,7 +54,9 @@ class MeasuredLLM(EdgeLLM):
         return next((token for token in ids if 0 < len(decode([token])) < len(decode([token, token]))), ids[0])
 
 
-def open_model(job: Job, *, prefix_cache: bool, progress: Progress | None = None) -> MeasuredLLM:
+def open_model(
+    job: Job, *, prefix_cache: bool, prompt_lookup: bool = False, progress: Progress | None = None
+) -> MeasuredLLM:
     """Open the job's model; ConfigError if it cannot hold what is to be measured."""
     llm = MeasuredLLM(
         job.ref,
@@ -61,7 +66,9 @@ def open_model(job: Job, *, prefix_cache: bool, progress: Progress | None = None
         threads=job.threads,
         max_sequences=max(job.concurrency, DecoderOptions.max_sequences),
         batch_invariant=job.batch_invariant,
+        prompt_lookup=prompt_lookup,
         prefix_cache_bytes=None if prefix_cache else 0,
+        prefix_store_bytes=0,
         progress=progress,
     )
     try:
@@ -135,6 +142,53 @@ def shared_prefix(llm: MeasuredLLM, job: Job, tokens: int) -> SharedPrefix:
         warm_ttft_ms=statistics.median(warm.times.ttft for _, warm in pairs) * 1e3,
         speedup=statistics.median(cold.times.ttft / warm.times.ttft for cold, warm in pairs),
     )
+
+
+def copying(plain: MeasuredLLM, drafting: MeasuredLLM, job: Job) -> Copying:
+    """The same tasks of both, in turns; ConfigError if the model has nothing to say to any of them."""
+    ratios, rates, accepted, drafted, identical = [], [], 0, 0, 0
+    tasks = copy_tasks()
+    for task in tasks.values():
+        rounds = []
+        for _ in range(1 + job.repeats):
+            before = drafting.stats
+            answers = [_copy(llm, task) for llm in (plain, drafting)]
+            after = drafting.stats
+            rounds.append([rate for _, rate in answers])
+        identical += answers[0][0] == answers[1][0]
+        drafted += after.drafted_tokens - before.drafted_tokens
+        accepted += after.accepted_tokens - before.accepted_tokens
+        measured = [(ours, theirs) for theirs, ours in rounds[1:] if ours and theirs]
+        if measured:
+            ratios.append(statistics.median(ours / theirs for ours, theirs in measured))
+            rates.append([statistics.median(column) for column in zip(*measured, strict=True)])
+    if not rates:
+        raise ConfigError("--copy needs answers of two tokens or more, and this model ends at once; leave it out")
+    lookup_tps, plain_tps = (statistics.median(column) for column in zip(*rates, strict=True))
+    return Copying(
+        tasks=len(tasks),
+        identical=identical,
+        plain_tps=plain_tps,
+        lookup_tps=lookup_tps,
+        speedup=statistics.median(ratios),
+        accepted=accepted / max(drafted, 1),
+    )
+
+
+def _copy(llm: MeasuredLLM, task: str) -> tuple[list[int], float | None]:
+    """The answer, and tokens per second after its first piece; None if all of it came in one."""
+    params = SamplingParams(temperature=0, max_tokens=COPY_TOKENS)
+    tokens: list[int] = []
+    first = None
+    with closing(llm.stream(task, params)) as chunks:
+        for chunk in chunks:
+            tokens += chunk.token_ids
+            last = time.perf_counter()
+            if first is None and tokens:
+                first = last, len(tokens)
+    if first is None or len(tokens) == first[1]:
+        return tokens, None
+    return tokens, (len(tokens) - first[1]) / (last - first[0])
 
 
 def loss(llm: MeasuredLLM) -> tuple[float, int]:

@@ -38,6 +38,13 @@ def measure(job: Job, started: float) -> Result:
     if job.shared_prefix is not None:
         with closing(local.open_model(job, prefix_cache=True)) as llm:
             prefix = local.shared_prefix(llm, job, job.shared_prefix)
+    copying = None
+    if job.copy:
+        with (
+            closing(local.open_model(job, prefix_cache=False)) as plain,
+            closing(local.open_model(job, prefix_cache=False, prompt_lookup=True)) as drafting,
+        ):
+            copying = local.copying(plain, drafting, job)
     return Result(
         created=now(),
         model=model,
@@ -53,6 +60,7 @@ def measure(job: Job, started: float) -> Result:
         nll=nll,
         nll_tokens=nll_tokens,
         shared_prefix=prefix,
+        copying=copying,
         machine=machine,
         **figures,
     )

@@ -51,5 +51,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("peak_rss_bytes", "peak memory", "bytes"),
     Metric("shared_prefix.cold_ttft_ms", "first token, prefix unknown", "ms"),
     Metric("shared_prefix.warm_ttft_ms", "first token, prefix known", "ms"),
+    Metric("copying.plain_tps", "copying, plain", "tokens/s"),
+    Metric("copying.lookup_tps", "copying, with prompt lookup", "tokens/s"),
     Metric("nll", "loss per token", "nats"),
 )

@@ -34,6 +34,21 @@ class SharedPrefix(msgspec.Struct, frozen=True):
     """Cold over warm, median of the pairs."""
 
 
+class Copying(msgspec.Struct, frozen=True):
+    """Answers that repeat their prompt, at temperature 0: plain decoding against prompt lookup."""
+
+    tasks: int
+    identical: int
+    """Of the tasks, those with the same tokens both ways."""
+    plain_tps: float
+    lookup_tps: float
+    """Tokens per second of one stream, median of the tasks."""
+    speedup: float
+    """Lookup over plain, median of the tasks."""
+    accepted: float
+    """Share of the drafted tokens that held."""
+
+
 class Samples(msgspec.Struct, frozen=True):
     """What the percentiles are of, for plots."""
 
@@ -94,6 +109,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Of the process that runs the model."""
     shares: Shares | None = None
     shared_prefix: SharedPrefix | None = None
+    copying: Copying | None = None
     nll: float | None = None
     """Mean negative log-likelihood of the bundled text in nats per token."""
     nll_tokens: int | None = None

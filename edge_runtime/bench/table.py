@@ -47,6 +47,12 @@ def remarks(result: Result) -> dict[str, str]:
             f"first token {prefix.speedup:.1f} times as fast when {prefix.cached_tokens} of {prefix.tokens} "
             "shared tokens are known"
         )
+    if result.copying is not None:
+        copying = result.copying
+        found["prompt lookup"] = (
+            f"copies {copying.speedup:.1f} times as fast, {copying.accepted:.0%} of the drafted tokens held, "
+            f"{copying.identical} of {copying.tasks} answers the same"
+        )
     if result.nll_tokens is not None:
         found["loss is over"] = f"{result.nll_tokens} tokens of the bundled text"
     if result.errors:

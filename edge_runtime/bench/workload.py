@@ -8,6 +8,9 @@ from importlib import resources
 
 import numpy as np
 
+COPY_CHARACTERS = 700
+"""Of the text that is to be repeated."""
+
 
 def bundled_text() -> str:
     """A page of English: the text to score, and where words of prompts come from."""
@@ -29,6 +32,26 @@ def poisson_arrivals(rng: np.random.Generator, rate: float, count: int) -> list[
     """When ``count`` requests arrive, in seconds from the start: ``rate`` a second on average, each independent."""
     arrivals: list[float] = np.cumsum(rng.exponential(1 / rate, count)).tolist()
     return arrivals
+
+
+def copy_tasks() -> dict[str, str]:
+    """What an answer to it repeats: a text to repeat, one to correct, and facts to pull out of sentences."""
+    text = " ".join(bundled_text().split())
+    text = text[: text.rindex(".", 0, COPY_CHARACTERS) + 1]
+    people = (
+        ("Anna Keller", "teacher", "Hamburg"),
+        ("Brian Walsh", "engineer", "Dublin"),
+        ("Carla Rossi", "nurse", "Bologna"),
+        ("David Novak", "driver", "Prague"),
+        ("Elena Petrova", "lawyer", "Sofia"),
+        ("Frank Dubois", "baker", "Lyon"),
+    )
+    sentences = "\n".join(f"{name} works as a {work} and lives in {city}." for name, work, city in people)
+    return {
+        "repeat": f"Repeat this text word for word, without any change:\n\n{text}",
+        "correct": f"Correct the spelling mistakes in this text and change nothing else:\n\n{text}",
+        "extract": f'Extract the city of every person as a list, one "name: city" per line.\n\n{sentences}',
+    }
 
 
 @cache

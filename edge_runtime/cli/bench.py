@@ -17,7 +17,7 @@ from edge_runtime.errors import ConfigError, StorageError
 from edge_runtime.settings import load_settings
 
 _LOADING = ("device", "weights", "memory_budget", "threads", "batch_invariant")
-_LOCAL = ("repeats", "shared_prefix", "nll")
+_LOCAL = ("repeats", "shared_prefix", "copy", "nll")
 _SERVER = ("model", "chat", "rate", "requests", "goodput", "api_key")
 _SHAPE = ("prompt_tokens", "new_tokens", "concurrency", "seed")
 

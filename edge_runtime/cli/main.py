@@ -169,6 +169,9 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         add(here)
     here.add_argument("--repeats", type=int, metavar="N", help="measured rounds, after one to warm up (default: 5)")
     here.add_argument("--shared-prefix", type=int, metavar="N", help="also: first token after N tokens known already")
+    here.add_argument(
+        "--copy", action="store_true", default=None, help="also: answers that repeat their prompt, with prompt lookup"
+    )
     here.add_argument("--no-nll", dest="nll", action="store_false", default=None, help="do not score the bundled text")
     server = bench.add_argument_group("a server")
     server.add_argument("--url", help="any OpenAI-compatible server, as http://127.0.0.1:8000")
@@ -215,7 +218,7 @@ def _add_loading(parser: argparse._ActionsContainer) -> None:
         "--batch-invariant",
         action="store_true",
         default=None,
-        help="the same answer at temperature 0 whatever else is running, to the last bit; slower for a single stream",
+        help="the same answer at temperature 0 whatever else is running or drafted, to the last bit; slower",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edge_runtime.bench.result import Machine, Percentiles, Result, Samples, SharedPrefix, Shares
+from edge_runtime.bench.result import Copying, Machine, Percentiles, Result, Samples, SharedPrefix, Shares
 
 MACHINE = Machine(
     cpu="Some <CPU>",
@@ -38,6 +38,7 @@ def make_result(**changes: Any) -> Result:
         "peak_rss_bytes": 256 << 20,
         "shares": Shares(0.9, 0.04, 0.06),
         "shared_prefix": SharedPrefix(2000, 1984, 2000.0, 50.0, 40.0),
+        "copying": Copying(3, 2, 100.0, 300.0, 3.0, 0.95),
         "nll": 3.25,
         "nll_tokens": 1000,
         "samples": Samples([480.0, 500.0, 700.0], [9.0, 10.0, 12.0], [(2, 9.0), (3, 10.0), (4, 11.0)]),

@@ -89,14 +89,21 @@ def test_json(bench: Bench, device: str, concurrency: int) -> None:
 
 
 def test_table_files_and_comparison(bench: Bench, tmp_path: Path) -> None:
-    text = succeeds(bench(*SMALL, "--no-nll", "--shared-prefix", "300", "--output", "a.json", "--html", "a.html"))
+    text = succeeds(
+        bench(*SMALL, "--no-nll", "--copy", "--shared-prefix", "300", "--output", "a.json", "--html", "a.html")
+    )
     assert text.startswith("synthetic:tiny int4 on ")
     assert "time to first token" in text
     assert "times as fast when 300 of 300 shared tokens are known" in text
     assert "loss" not in text
+    assert "copying, with prompt lookup" in text
+    assert "of 3 answers the same" in text
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["nll"] is None
     assert result["shared_prefix"]["warm_ttft_ms"] > 0
+    assert result["copying"]["tasks"] == 3
+    assert result["copying"]["plain_tps"] > 0
+    assert 0 <= result["copying"]["accepted"] <= 1
     assert "<svg" in (tmp_path / "a.html").read_text(encoding="utf-8")
     compared = succeeds(bench(*SMALL, "--compare", "a.json"))
     assert "compared with a.json" in compared

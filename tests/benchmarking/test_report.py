@@ -36,6 +36,7 @@ def server_result() -> Result:
         peak_rss_bytes=None,
         shares=None,
         shared_prefix=None,
+        copying=None,
         nll=None,
         nll_tokens=None,
         concurrency=4,
@@ -54,6 +55,7 @@ def test_table() -> None:
     found = {" ".join(each.split()) for each in lines}
     assert {
         "prefill 1,000 tokens/s",
+        "prompt lookup copies 3.0 times as fast, 95% of the drafted tokens held, 2 of 3 answers the same",
         "decode 100.0 tokens/s",
         "time to first token P50 500.0 ms P95 600.0 ms P99 700.0 ms",
         "time per output token P50 10.00 ms P95 11.00 ms P99 12.00 ms",

@@ -98,3 +98,20 @@ def test_an_answer_to_the_end_of_the_context() -> None:
     (answer,) = run(drafted, PROMPTS[:1], SamplingParams(temperature=0), True)
     assert len(answer[0].tokens) + len(PROMPTS[0]) == 64
     assert answer[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+@pytest.mark.parametrize("kv_tokens", [1024, 128])
+def test_batch_invariance_computes_no_token_alone(drafting: bool, kv_tokens: int) -> None:
+    """Not even the last of a prompt that is a token longer than whole chunks."""
+    decoder = Repeating(prefill_chunk=16, kv_tokens=kv_tokens)
+    prompts = [[1, 2, 3, 4, 5, 6] * 2, [9] * 17, [7, 8] * 24 + [7]]
+    params = SamplingParams(temperature=0, max_tokens=30)
+    options = {"batch_invariant": True, "prompt_lookup": drafting}
+    with Engine(decoder, LetterTokenizer(), vocab_size=decoder.vocab_size, **options) as engine:  # type: ignore[arg-type]
+        generations = [engine.submit(prompt, params) for prompt in prompts]
+        answers = [collect(generation)[0].tokens for generation in generations]
+        decoder.check_integrity()
+    assert min(tokens for batch in decoder.batches for tokens, _ in batch) >= 2
+    plain = run(Repeating(), prompts, params, drafting=False)
+    assert answers == [each[0].tokens for each in plain]

@@ -206,8 +206,6 @@ def test_prompt_lookup_answers_the_same(home: Path) -> None:
         plain = llm.generate(prompt, GREEDY)
     with EdgeLLM("synthetic:tiny", "onnxruntime:cpu", weights="fp32", prompt_lookup=True) as llm:
         assert llm.generate(prompt, GREEDY).token_ids == plain.token_ids
-    with pytest.raises(ConfigError, match="cannot be combined"):
-        EdgeLLM("synthetic:tiny", batch_invariant=True, prompt_lookup=True)
 
 
 def test_memory_budget(home: Path) -> None:
