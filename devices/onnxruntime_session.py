@@ -8,6 +8,7 @@ from typing import Any
 
 from devices.base import DecoderOptions, DecoderSpec
 from devices.errors import DeviceUnavailable, EngineError
+from devices.file_pages import release_file_pages
 
 
 def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str) -> Any:
@@ -29,7 +30,9 @@ def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str) -> A
         session_options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         for key, value in options.properties.items():
             session_options.add_session_config_entry(key, value)
-        return onnxruntime.InferenceSession(str(spec.model), session_options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(spec.model), session_options, providers=[provider])
+    release_file_pages(spec.model.parent)
+    return session
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ block-table work (:mod:`devices.block_pool`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from devices.base import DecoderLimits, DecoderOptions, DecoderSpec, Snapshot, Step
 from devices.block_pool import BlockPool, BlockTable
 from devices.errors import EngineError
+from devices.file_pages import release_file_pages
 from devices.openvino_decoder import CompiledDecoder
 from devices.openvino_graph import (
     ROWS,
@@ -61,6 +63,7 @@ class OpenVinoDecoder(CompiledDecoder[PagedSequence]):
         model = read_model(core, spec.model)
         self._ov = ov
         self._vocab_size = spec.vocab_size
+        self._weights: Path | None = spec.model.parent
         self._rope_offset = rope_offset(model, spec)
         defaults = precision_defaults(model)
         if options.batch_invariant:  # 8-bit keys share a scale over a block, which a draft would widen
@@ -199,6 +202,9 @@ class OpenVinoDecoder(CompiledDecoder[PagedSequence]):
                 self._request.set_tensor(name, self._ov.Tensor(values))
             with self._stopwatch:
                 self._request.infer()
+            if self._weights is not None:  # the first inference has packed them
+                release_file_pages(self._weights)
+                self._weights = None
             logits = self._request.get_output_tensor(0).data
         bounds = np.cumsum([step.rows for step in batch])
         logits = logits.reshape(-1, self._vocab_size)

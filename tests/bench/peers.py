@@ -3,8 +3,8 @@
     python -m tests.bench.peers MODEL.gguf REF --peer-python VENV/bin/python --peer-script bench_peers.py
 
 REF is what edge-glm opens: the same file, or a package made from it. The peers live in a virtual environment of their
-own, behind a script that measures one of them: ``SCRIPT MODEL.gguf --peer NAME --prompt-tokens N --new-tokens N
---streams N [--threads N]`` prints a line of JSON with prefill_tps, decode_tps, streams_tps, load_s and peak_rss_mb. All
+own, behind a script that measures one of them, as they convert the model: ``SCRIPT MODEL.gguf --peer NAME
+--prompt-tokens N --new-tokens N --streams N [--threads N]`` prints a line of JSON with prefill_tps, decode_tps, streams_tps, load_s and peak_rss_mb. All
 take turns within each round, so that what drifts on the machine meets everyone; a ratio is the median over the rounds
 of ours / theirs in the same round. Run it alone on the machine.
 """
@@ -26,7 +26,9 @@ COLUMNS = {
     "decode_tps": "decode, tokens/s",
     "streams_tps": "{streams} streams, tokens/s",
     "load_s": "load, s",
+    "start_s": "start to first token, s",
     "peak_rss_mb": "peak memory, MB",
+    "nll": "loss",
 }
 
 
@@ -49,10 +51,11 @@ def main() -> None:
 
 def ours(ref: str, device: str, options: Sequence[object], streams: int) -> Row:
     """One stream and several, in the peers' terms."""
-    command = [sys.executable, "-m", "edge_runtime.cli.main", "bench", ref, "--device", device, "--json", "--no-nll"]
-    one, many = (last_json([*command, *options, "--concurrency", count]) for count in (1, streams))
+    command = [sys.executable, "-m", "edge_runtime.cli.main", "bench", ref, "--device", device, "--json"]
+    one = last_json([*command, *options])
+    many = last_json([*command, *options, "--no-nll", "--concurrency", streams])
     return {
-        **{name: one[name] for name in ("prefill_tps", "decode_tps", "load_s")},
+        **{name: one[name] for name in ("prefill_tps", "decode_tps", "load_s", "start_s", "nll")},
         "streams_tps": many["decode_tps"],
         "peak_rss_mb": one["peak_rss_bytes"] / 1e6,
     }
@@ -75,14 +78,26 @@ def table(rounds: Sequence[Mapping[str, Row]], peers: Sequence[str], streams: in
     heads = [head.format(streams=streams) for head in COLUMNS.values()]
     lines = [f"| | {' | '.join(heads)} |", f"|---{'|---' * len(heads)}|"]
     for name in names:
-        medians = [statistics.median(each[name][column] for each in rounds) for column in COLUMNS]
-        cells = [f"{value:.0f}" if value >= 100 else f"{value:.2f}" for value in medians]
+        cells = [_cell([each[name].get(column) for each in rounds]) for column in COLUMNS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name in names:
         for peer in peers if name not in peers else ():
-            ratios = [statistics.median(each[name][c] / each[peer][c] for each in rounds) for c in COLUMNS]
-            lines.append(f"| {name} / {peer} | {' | '.join(f'{value:.2f}' for value in ratios)} |")
+            ratios = [_cell([_ratio(each[name].get(c), each[peer].get(c)) for each in rounds]) for c in COLUMNS]
+            lines.append(f"| {name} / {peer} | {' | '.join(ratios)} |")
     return "\n".join(lines)
+
+
+def _ratio(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else ours / theirs
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    """Their median; a dash if it was not measured."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    median = statistics.median(known)
+    return f"{median:.0f}" if median >= 100 else f"{median:.2f}"
 
 
 def _arguments() -> argparse.Namespace:

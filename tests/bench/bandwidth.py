@@ -1,0 +1,79 @@
+"""How much of the memory bandwidth a model's decoding uses: bytes read per token × tokens per second / bandwidth.
+
+    python -m tests.bench.bandwidth PACKAGE [--device onnxruntime:cpu]
+
+PACKAGE is a folder with a variant for ONNX Runtime, whose file says how large each matrix is; other engines read as
+much. The bandwidth is what a thread per core reaches in reading 512 MiB, the median of several rounds before and after
+the model, which runs in a process of its own. Run it alone on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime.package import Package
+from tests.bench.peers import last_json
+
+READ_BYTES = 512 << 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path, metavar="PACKAGE")
+    parser.add_argument("--device", nargs="+", default=["onnxruntime:cpu"])
+    args = parser.parse_args()
+    read = bytes_per_token(Package.open(args.package))
+    print(f"{read / 1e6:.0f} MB of weights are read for a token")
+    for device in args.device:
+        words = ["bench", args.package, "--device", device, "--prompt-tokens", 128, "--new-tokens", 32]
+        before = bandwidth()
+        rate = last_json([sys.executable, "-m", "edge_runtime.cli.main", *words, "--no-nll", "--json"])["decode_tps"]
+        memory = statistics.median([before, bandwidth()])
+        print(f"{device}: {rate:.2f} tokens/s, {read * rate / 1e9:.1f} of {memory / 1e9:.1f} GB/s", end=", ")
+        print(f"{read * rate / memory:.0%}")
+
+
+def bytes_per_token(package: Package) -> int:
+    """Of all weights but an embedding that is only looked up in."""
+    import onnx
+
+    variant = package.variant("onnxruntime", "int4")
+    if variant is None:
+        raise SystemExit(f"{package.folder} has no int4 variant for ONNX Runtime, which says how large matrices are")
+    model = onnx.load(str(package.folder / variant.model), load_external_data=False)
+    sizes = {
+        tensor.name: int(entry.value)
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "length"
+    }
+    tied = not any(name.startswith("head") for name in sizes)
+    return sum(size for name, size in sizes.items() if tied or not name.startswith("embed"))
+
+
+def bandwidth() -> float:
+    """Bytes per second that all cores together read."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    arrays = [np.ones(READ_BYTES // cores // 4, np.float32) for _ in range(cores)]
+    rates = []
+    for _ in range(7):
+        threads = [threading.Thread(target=np.dot, args=(array, array)) for array in arrays]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rates.append(READ_BYTES / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+
+if __name__ == "__main__":
+    main()
