@@ -4,9 +4,9 @@
 
 REF is what edge-glm opens: the same file, or a package made from it. The peers live in a virtual environment of their
 own, behind a script that measures one of them, as they convert the model: ``SCRIPT MODEL.gguf --peer NAME
---prompt-tokens N --new-tokens N --streams N [--threads N]`` prints a line of JSON with prefill_tps, decode_tps, streams_tps, load_s and peak_rss_mb. All
-take turns within each round, so that what drifts on the machine meets everyone; a ratio is the median over the rounds
-of ours / theirs in the same round. Run it alone on the machine.
+--prompt-tokens N --new-tokens N --streams N [--threads N]`` prints a line of JSON with prefill_tps, decode_tps,
+streams_tps, load_s and peak_rss_mb. All take turns within each round, so that what drifts on the machine meets
+everyone; a ratio is the median over the rounds of ours / theirs in the same round. Run it alone on the machine.
 """
 
 from __future__ import annotations
