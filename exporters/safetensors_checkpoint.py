@@ -42,7 +42,7 @@ class SafetensorsCheckpoint:
         self._config = read_json(folder / "config.json")
         self._architecture = architecture(self._config)
         self._files = _open_files(folder)
-        # noqa below: a handle cannot be iterated, only its keys
+        # a handle cannot be iterated, only its keys
         self._where = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
         self._check_names()
 

@@ -21,7 +21,7 @@ BLOCK = (4, 2, 8)
 def make_blocks() -> tuple[CudaBlocks, NDArray[np.float16]]:
     """Two layers' caches of five blocks, and the memory behind them."""
     runtime = HostRuntime()
-    blocks = CudaBlocks(runtime, 0, 4, 5, BLOCK, np.dtype(np.float16))  # type: ignore[arg-type]
+    blocks = CudaBlocks(runtime, 0, 4, 5, BLOCK, np.dtype(np.float16))  # type: ignore[arg-type]  # a stand-in runtime
     memory = runtime.allocated[0].array.view(np.float16).reshape(4, 5, *BLOCK)
     memory[:] = np.random.default_rng(0).standard_normal(memory.shape)
     return blocks, memory
