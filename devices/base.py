@@ -17,8 +17,9 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Engine = Literal["onnxruntime", "onnxruntime-cuda", "openvino"]
-"""What a graph is made for. ONNX Runtime's CUDA provider takes another graph than its CPU provider."""
+Engine = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-edge", "openvino"]
+"""What a graph is made for. ONNX Runtime's CPU provider, its CUDA provider and our own operators on the CPU (``edge``)
+take different ones."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class DecoderOptions:
     batch_invariant: bool = False
     """A sequence's logits do not depend, to the last bit, on what else is in the batch. Engines multiply a single
     token by another kernel than several, which rounds differently, and int8 activations amplify that; so a token
-    that is alone runs beside an idle one, at a cost (about a third more time for a single stream)."""
+    that is alone runs beside an idle one, at a cost (about a third more time for a single stream). Where
+    :attr:`DecoderLimits.invariant` is true that is so anyway, at no cost."""
     cache_dir: Path | None = None
     """Where an engine may keep compiled models. None: it keeps none."""
     properties: dict[str, str] = field(default_factory=dict)
@@ -84,6 +86,9 @@ class DecoderLimits:
     rope_switch: int | None = None
     """See :attr:`DecoderSpec.rope_switch`. A sequence about to pass it must be prefilled anew with a
     larger ``expected``."""
+    invariant: bool = False
+    """A token's logits do not depend, to the last bit, on what else is in its step or in the batch, whether or not
+    :attr:`DecoderOptions.batch_invariant` asks for it."""
 
 
 SNAPSHOT_STEP = 256

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from devices.cuda_memory import CudaRuntime
+from devices.paged_decoder import Part
 
 _ALIGNMENT = 256  # bytes; as cudaMalloc's own
-
-
-class Part(NamedTuple):
-    """A sequence's part in an inference."""
-
-    tokens: NDArray[np.int64]
-    past: int
-    """Tokens held before."""
-    position: int
-    """Of the first token, in the rotary tables."""
-    blocks: list[int]
-    rows: int
-    """Logits are wanted of so many of its last tokens."""
-
-    @property
-    def length(self) -> int:
-        return self.past + len(self.tokens)
 
 
 class StepInputs:

@@ -7,13 +7,12 @@ first written, and gets it back when a sequence ends or is cut. So memory follow
 from __future__ import annotations
 
 import mmap
-import sys
 
 import numpy as np
 from numpy.typing import NDArray
 
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-"""Python names it from 3.13 on. Without it Linux refuses mappings larger than the machine's memory."""
+from devices.lazy_memory import lazy_memory
+
 _KEEP_TOKENS = 64
 """Pages of fewer tokens are not given back: a crop by a few drafted tokens is followed by as many new ones."""
 
@@ -32,7 +31,7 @@ class KVRows:
         self.shape = (rows, kv_heads, self.capacity, head_dim)
         self._token_bytes = token_bytes
         size = int(np.prod(self.shape)) * 4
-        self._maps = [_anonymous(size) for _ in range(2 * layers)]
+        self._maps = [_small_pages(size) for _ in range(2 * layers)]
         self.buffers = [np.frombuffer(m, np.float32).reshape(self.shape) for m in self._maps]
         """Keys and values, layer by layer (k0, v0, k1, v1, …)."""
 
@@ -85,10 +84,8 @@ class KVRows:
         self._maps.clear()
 
 
-def _anonymous(size: int) -> mmap.mmap:
-    if sys.platform == "win32":
-        return mmap.mmap(-1, size)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+def _small_pages(size: int) -> mmap.mmap:
+    memory = lazy_memory(size)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_NOHUGEPAGE)  # a first token would take 2 MiB per head

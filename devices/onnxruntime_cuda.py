@@ -8,23 +8,20 @@ takes longer than running them; there is one for each number of sequences and ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.base import DecoderLimits, DecoderOptions, DecoderSpec, Snapshot, Step
-from devices.block_pool import BlockPool, BlockTable
-from devices.cuda_inputs import Part, StepInputs
+from devices.base import DecoderOptions, DecoderSpec
+from devices.block_pool import BlockPool
+from devices.cuda_inputs import StepInputs
 from devices.cuda_kv import CudaBlocks
 from devices.cuda_memory import CudaRuntime
-from devices.errors import DeviceError, EngineError, OutOfKVCache, OutOfSequences
+from devices.errors import EngineError
 from devices.onnxruntime_cuda_session import open_cuda_session
 from devices.onnxruntime_session import engine_errors
-from devices.paged_sequence import PagedSequence
-from devices.steps import check_batch, check_follows, check_rope_switch
-from devices.stopwatch import Stopwatch
+from devices.paged_decoder import PagedDecoder, Part, blocks_to_hold, tokens_to_hold
 
 _STORAGE = {"tensor(float16)": (10, np.float16), "tensor(bfloat16)": (16, np.uint16)}
 """Element type of the caches → ONNX's number for it, and the numpy type that holds it."""
@@ -33,7 +30,7 @@ _SHORT = 512
 _IDLE_TOKEN = np.zeros(1, np.int64)
 
 
-class OnnxRuntimeCudaDecoder:
+class OnnxRuntimeCudaDecoder(PagedDecoder):
     """Implements :class:`devices.base.Decoder` on the first NVIDIA GPU."""
 
     def __init__(self, spec: DecoderSpec, options: DecoderOptions) -> None:
@@ -55,33 +52,28 @@ class OnnxRuntimeCudaDecoder:
             raise EngineError(f"{spec.model} was not exported for CUDA; export it with --engine onnx-cuda")
         self._element, storage = _STORAGE[cache.type]
         size = cache.shape[1]
-        tokens = spec.max_context if options.kv_tokens is None else options.kv_tokens
-        if tokens < 1:
-            raise ValueError(f"kv_tokens must be at least 1, not {tokens}")
-        # every sequence may leave its last block partly empty
-        self.pool = BlockPool(-(-tokens // size) + options.max_sequences, size)
+        tokens = tokens_to_hold(spec, options)
+        pool = BlockPool(blocks_to_hold(tokens, options.max_sequences, size), size)
         self._spec = spec
         self._batch_invariant = options.batch_invariant
-        self._limits = DecoderLimits(
-            max_context=spec.max_context,
-            max_prompt=spec.max_context,
-            max_sequences=options.max_sequences,
-            prefill_chunk=options.prefill_chunk,
-            kv_tokens=tokens,
-            kv_bytes_per_token=2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * np.dtype(storage).itemsize,
-            rope_switch=spec.rope_switch,
-        )
         block = (size, spec.num_kv_heads, spec.head_dim)
-        blocks = self.pool.num_blocks + 1  # one for idle places
+        blocks = pool.num_blocks + 1  # one for idle places
         self._kv = CudaBlocks(self._runtime, self._stream, 2 * spec.num_layers, blocks, block, np.dtype(storage))
         self._buffers.append(self._kv)
+        super().__init__(
+            "onnxruntime:cuda",
+            spec,
+            options,
+            pool,
+            kv_tokens=tokens,
+            block_bytes=self._kv.block_bytes,
+            long_offset=spec.max_context,
+        )
         self._fixed = self._inputs(max(options.max_sequences, options.prefill_chunk))
         self._mixed = self._inputs(options.max_sequences * options.prefill_chunk)
         self._logits = _Logits(self._runtime, self._stream, options.max_sequences, spec.vocab_size)
         self._many_logits = _Logits(self._runtime, self._stream, options.max_sequences, spec.vocab_size)
         self._buffers += [self._logits, self._many_logits]
-        self._stopwatch = Stopwatch()
-        self._sequences: set[PagedSequence] = set()
         self._mixed_binding = self._new_binding()
         self._mixed_options = _run_options(-1)
         self._graphs: dict[tuple[int, int, int], tuple[Any, Any, NDArray[np.int32]]] = {}
@@ -93,117 +85,26 @@ class OnnxRuntimeCudaDecoder:
         self._buffers.append(inputs)
         return inputs
 
-    @property
-    def limits(self) -> DecoderLimits:
-        return self._limits
-
-    @property
-    def device(self) -> str:
-        return "onnxruntime:cuda"
-
-    @property
-    def engine_seconds(self) -> float:
-        return self._stopwatch.seconds
-
-    @property
-    def block_bytes(self) -> int:
-        return self._kv.block_bytes
-
-    def check_open(self) -> None:
-        if self._session is None:
-            raise DeviceError("the decoder is closed; open the device again")
-
-    # ---- sequences
-
-    def new_sequence(self, expected: int = 0) -> PagedSequence:
-        switch = self._limits.rope_switch
-        return self._register(BlockTable(), on_long=switch is not None and expected > switch)
-
-    def fork(self, sequence: PagedSequence, length: int) -> PagedSequence:
-        self._check_place()
-        return self._register(self.pool.fork(sequence.table, length), sequence.on_long)
-
-    def _register(self, table: BlockTable, on_long: bool) -> PagedSequence:
-        self._check_place()
-        sequence = PagedSequence(self, table, on_long)
-        self._sequences.add(sequence)
-        return sequence
-
-    def _check_place(self) -> None:
-        self.check_open()
-        if len(self._sequences) >= self._limits.max_sequences:
-            raise OutOfSequences(
-                f"{self._limits.max_sequences} sequences are open, as many as max_sequences allows; close one"
-            )
-
-    def _check_room(self, tokens: int) -> None:
-        """Of ``kv_tokens``; what sequences share counts once, which is looked at only where it matters."""
-        limit = self._limits.kv_tokens
-        if sum(sequence.length for sequence in self._sequences) + tokens <= limit:
-            return
-        filled: dict[int, int] = {}
-        for sequence in self._sequences:
-            for index, block in enumerate(sequence.table.blocks):
-                here = min(self.pool.block_size, sequence.length - index * self.pool.block_size)
-                filled[block] = max(filled.get(block, 0), here)
-        held = sum(filled.values())
-        if held + tokens > limit:
-            raise OutOfKVCache(
-                f"{tokens} more tokens do not fit the KV cache of {limit}, {held} are held; close or crop a sequence"
-            )
-
-    def forget(self, sequence: PagedSequence, table: BlockTable) -> None:
-        self._sequences.discard(sequence)
-        self.pool.crop(table, 0)
+    # ---- blocks
 
     def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.generic], ...]:
         return self._kv.read(blocks, tokens)
 
-    def restore(self, sequence: PagedSequence, snapshot: Snapshot) -> None:
-        table = sequence.table
-        check_follows(snapshot, table.length, self._limits)
-        wanted = (self._kv.token_shape(snapshot.length), self._kv.dtype)
-        found = [(array.shape, array.dtype) for array in snapshot.arrays]
-        if found != [wanted] * (2 * self._spec.num_layers):
-            raise EngineError("the snapshot was taken from another model or device; prefill the tokens instead")
-        check_rope_switch(table.length + snapshot.length, self._limits.rope_switch, sequence.on_long)
-        self._check_room(snapshot.length)
-        first = table.length // self.pool.block_size
-        self.pool.append([(table, snapshot.length)])
-        self._kv.write(table.blocks[first:], snapshot.arrays)
+    def _snapshot_form(self, tokens: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+        return [(self._kv.token_shape(tokens), self._kv.dtype)] * (2 * self._spec.num_layers)
+
+    def _write(self, blocks: list[int], arrays: tuple[NDArray[np.generic], ...]) -> None:
+        self._kv.write(blocks, arrays)
+
+    def _copy_block(self, source: int, target: int) -> None:
+        self._kv.copy(source, target)
 
     # ---- running
 
-    def forward(self, batch: Sequence[Step]) -> list[NDArray[np.float32]]:
-        self.check_open()
-        check_batch(batch, self._limits, self._spec.vocab_size)
-        sequences = [self._own(step) for step in batch]
-        counts = [step.tokens.size for step in batch]
-        for sequence, count in zip(sequences, counts, strict=True):
-            check_rope_switch(sequence.length + count, self._limits.rope_switch, sequence.on_long)
-        self._check_room(sum(counts))
-
-        past = [sequence.length for sequence in sequences]
-        for copy in self.pool.append([(s.table, count) for s, count in zip(sequences, counts, strict=True)]):
-            self._kv.copy(copy.source, copy.target)
-        parts = [
-            Part(
-                step.tokens,
-                length,
-                length + (self._spec.max_context if sequence.on_long else 0),
-                sequence.table.blocks,
-                step.rows,
-            )
-            for step, sequence, length in zip(batch, sequences, past, strict=True)
-        ]
+    def _compute(self, parts: list[Part]) -> list[NDArray[np.float32]]:
         if self._batch_invariant:  # kernels are chosen by the number of tokens
             return [rows for part in parts for rows in self._run([part])]
         return self._run(parts)
-
-    def _own(self, step: Step) -> PagedSequence:
-        if not isinstance(step.sequence, PagedSequence) or step.sequence.decoder is not self:
-            raise ValueError("the sequence belongs to another decoder")
-        return step.sequence
 
     def _run(self, parts: list[Part]) -> list[NDArray[np.float32]]:
         with engine_errors("running a batch on CUDA"), self._stopwatch:
@@ -261,17 +162,9 @@ class OnnxRuntimeCudaDecoder:
 
     # ---- the end
 
-    def check_integrity(self) -> None:
-        self.pool.check_integrity([sequence.table for sequence in self._sequences])
-        if len(self._sequences) > self._limits.max_sequences:
-            raise AssertionError(f"{len(self._sequences)} sequences are open, of {self._limits.max_sequences}")
-
-    def close(self) -> None:
-        if self._session is None:
-            return
+    def _release(self) -> None:
         self._graphs.clear()
         self._mixed_binding = None
-        self._sequences.clear()
         self._free()
 
     def _free(self) -> None:

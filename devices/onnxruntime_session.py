@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from devices.base import DecoderOptions, DecoderSpec
@@ -11,8 +12,12 @@ from devices.errors import DeviceUnavailable, EngineError
 from devices.file_pages import release_file_pages
 
 
-def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str) -> Any:
-    """An InferenceSession. DeviceUnavailable if the provider cannot be used, EngineError if the model is refused."""
+def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str, operators: Path | None = None) -> Any:
+    """An InferenceSession. DeviceUnavailable if the provider cannot be used, EngineError if the model is refused.
+
+    ``operators``: a shared library of operators that the graph uses beside ONNX Runtime's. They take their weights from
+    the mapped file itself, so that its pages stay.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -30,8 +35,11 @@ def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str) -> A
         session_options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         for key, value in options.properties.items():
             session_options.add_session_config_entry(key, value)
+        if operators is not None:
+            session_options.register_custom_ops_library(str(operators))
         session = onnxruntime.InferenceSession(str(spec.model), session_options, providers=[provider])
-    release_file_pages(spec.model.parent)
+    if operators is None:
+        release_file_pages(spec.model.parent)
     return session
 
 

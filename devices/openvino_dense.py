@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderLimits, DecoderOptions, DecoderSpec, Snapshot, Step
 from devices.errors import DeviceError, EngineError, OutOfKVCache
-from devices.openvino_decoder import CompiledDecoder
 from devices.openvino_graph import (
     ROWS,
     compile_model,
@@ -24,8 +23,10 @@ from devices.openvino_graph import (
     new_core,
     precision_defaults,
     read_model,
+    release_model,
     rope_offset,
 )
+from devices.sequence_decoder import SequenceDecoder
 from devices.steps import check_batch, check_follows, check_rope_switch, snapshot_stop
 
 
@@ -112,7 +113,7 @@ class DenseSequence:
         self._length = length
 
 
-class OpenVinoDenseDecoder(CompiledDecoder[DenseSequence]):
+class OpenVinoDenseDecoder(SequenceDecoder[DenseSequence]):
     """Implements :class:`devices.base.Decoder` on OpenVINO's ``device``, one step at a time.
 
     Caches are float32 and grow with their sequences; ``kv_tokens`` bounds their sum.
@@ -129,9 +130,9 @@ class OpenVinoDenseDecoder(CompiledDecoder[DenseSequence]):
         self._rope_offset = rope_offset(model, spec)
         gather_rows(model, axis=1)
         defaults = {"INFERENCE_PRECISION_HINT": precision_defaults(model)["INFERENCE_PRECISION_HINT"]}
-        super().__init__(compile_model(core, model, device, options, defaults), device)
+        self._compiled = compile_model(core, model, device, options, defaults)
         self._spare: list[Any] = []
-        self._limits = DecoderLimits(
+        limits = DecoderLimits(
             max_context=spec.max_context,
             max_prompt=spec.max_context,
             max_sequences=options.max_sequences,
@@ -140,6 +141,7 @@ class OpenVinoDenseDecoder(CompiledDecoder[DenseSequence]):
             kv_bytes_per_token=2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4,
             rope_switch=spec.rope_switch,
         )
+        super().__init__(f"openvino:{device.lower()}", limits)
 
     # ---- sequences
 
@@ -171,7 +173,7 @@ class OpenVinoDenseDecoder(CompiledDecoder[DenseSequence]):
     def forget(self, sequence: DenseSequence, request: Any) -> None:
         """Keep a closing sequence's request for the next one."""
         self._sequences.discard(sequence)
-        if self._compiled is not None:
+        if self._open:
             with engine_errors("resetting a sequence"):
                 request.reset_state()
             self._spare.append(request)
@@ -242,6 +244,7 @@ class OpenVinoDenseDecoder(CompiledDecoder[DenseSequence]):
                 if state.state.shape[2] != sequence.length:
                     raise AssertionError(f"{state.name} holds {state.state.shape[2]} tokens, not {sequence.length}")
 
-    def close(self) -> None:
+    def _release(self) -> None:
         self._spare.clear()
-        super().close()
+        release_model(self._compiled)
+        self._compiled = None

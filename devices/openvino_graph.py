@@ -116,6 +116,12 @@ def compile_model(core: Any, model: Any, device: str, options: DecoderOptions, d
         return core.compile_model(model, device, properties)
 
 
+def release_model(compiled: Any) -> None:
+    """Give back what a compiled model holds for its requests."""
+    with engine_errors("releasing memory"):
+        compiled.release_memory()
+
+
 def new_core() -> tuple[Any, Any]:
     """The module and a fresh ``Core``. EngineError if OpenVINO does not load."""
     try:

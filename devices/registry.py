@@ -1,6 +1,7 @@
 """Which devices exist here, and how a name becomes an open decoder.
 
-A device is an engine and the hardware it runs on, written ``engine:hardware`` (``openvino:cpu``). Short names
+A device is an engine and the hardware it runs on, written ``engine:hardware`` (``openvino:cpu``); ``edge`` is ONNX
+Runtime with operators of our own. Short names
 (``cpu``, ``auto``, …) stand for several, in the order of :data:`PREFERENCE`. Engines are imported only when one
 of their devices is looked at.
 """
@@ -16,13 +17,13 @@ from devices.errors import DeviceUnavailable, UnknownDevice
 if TYPE_CHECKING:
     from devices.base import Decoder, DecoderOptions, DecoderSpec, Engine
 
-PREFERENCE: tuple[str, ...] = ("onnxruntime:cpu", "openvino:cpu")
+PREFERENCE: tuple[str, ...] = ("edge:cpu", "onnxruntime:cpu", "openvino:cpu")
 """What ``auto`` tries, best first; the one place where the choice is made.
 
-Measured with SmolLM2-135M int4 on 2 cores of an AMD EPYC (tests/bench/NOTES.md): ONNX Runtime is 1.6 times as fast at
-decoding one stream, starts in a quarter of the time and takes 60 % of the memory; OpenVINO is 1.7 times as fast at
-prefill, 1.2 times at eight streams, and ahead in every way beyond about 2,500 tokens of context. Devices not named
-here are used only when asked for.
+First our own kernels (``edge``) in ONNX Runtime, where they were built and the processor has what they need. Of the
+engines' own, ONNX Runtime is the faster one at decoding one stream, starts sooner and takes less memory; OpenVINO is
+the faster one at prefill, with many streams and at long contexts. How much is in tests/bench/NOTES.md. Devices not
+named here are used only when asked for.
 """
 
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -36,6 +37,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 
 _KNOWN: dict[str, tuple[Engine, str]] = {
     # name → engine, and the engine's own name for the hardware
+    "edge:cpu": ("onnxruntime-edge", "CPUExecutionProvider"),
     "openvino:cpu": ("openvino", "CPU"),
     "openvino:gpu": ("openvino", "GPU"),
     "openvino:npu": ("openvino", "NPU"),
@@ -104,13 +106,18 @@ def choose_device(name: str = "auto", engines: Collection[str] | None = None) ->
     for candidate in parse_device(name):
         engine = _KNOWN[candidate][0]
         if engines is not None and engine not in engines:
-            reasons.append(f"{candidate}: the model has no {engine} variant (export --engine {engine})")
+            reasons.append(f"{candidate}: the model has no {engine} variant (export --engine {_export_name(engine)})")
             continue
         device = _probe(candidate)
         if device.problem is None:
             return device
         reasons.append(f"{candidate}: {device.problem}")
     raise DeviceUnavailable(f"device {name!r} cannot be used here: " + "; ".join(reasons))
+
+
+def _export_name(engine: Engine) -> str:
+    """What ``edge-glm export --engine`` calls it."""
+    return engine.replace("onnxruntime", "onnx")
 
 
 def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Decoder:
@@ -124,6 +131,10 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
         from devices.onnxruntime_cuda import OnnxRuntimeCudaDecoder
 
         return OnnxRuntimeCudaDecoder(spec, options)
+    if chosen.engine == "onnxruntime-edge":
+        from devices.onnxruntime_edge import OnnxRuntimeEdgeDecoder
+
+        return OnnxRuntimeEdgeDecoder(spec, options)
     from devices.onnxruntime_gqa import OnnxRuntimeDecoder
 
     return OnnxRuntimeDecoder(spec, options)
@@ -131,7 +142,7 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
 
 def _probe(name: str) -> Device:
     engine, own_name = _KNOWN[name]
-    library = name.split(":")[0]
+    library = engine.split("-")[0]
     try:
         hardware = (_openvino_devices if library == "openvino" else _onnxruntime_devices)()
     except ImportError as error:
@@ -145,6 +156,8 @@ def _probe(name: str) -> Device:
         return Device(name, engine, hardware[own_name], problem)
     if name == "onnxruntime:cuda":
         return _probe_cuda(name, engine, own_name)
+    if name == "edge:cpu":
+        return _probe_edge(name, engine, own_name)
     if name == "onnxruntime:cpu":
         return Device(name, engine, hardware[own_name], _too_old())
     return Device(name, engine, hardware[own_name])
@@ -156,6 +169,15 @@ def _probe_cuda(name: str, engine: Engine, own_name: str) -> Device:
 
     try:
         return Device(name, engine, CudaRuntime().product)
+    except DeviceUnavailable as error:
+        return Device(name, engine, own_name, str(error))
+
+
+def _probe_edge(name: str, engine: Engine, own_name: str) -> Device:
+    from devices.edge_kernels import instructions
+
+    try:
+        return Device(name, engine, f"CPU with Edge-GLM's kernels ({instructions()})")
     except DeviceUnavailable as error:
         return Device(name, engine, own_name, str(error))
 

@@ -50,7 +50,7 @@ class Request(ABC):
     @property
     def pending(self) -> int:
         """Tokens still to feed: 1 while decoding, more in prefill."""
-        return len(self.tokens) - self.fed
+        return len(self.tokens) - (0 if self.sequence is None else self.sequence.length)
 
     @property
     @abstractmethod
@@ -112,22 +112,21 @@ class Completion(Request):
 
     def take(self, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
         """One row: the next token. With a draft a row for each place: they count as far as the draft holds."""
-        accepted = -1
-        for row, drafted in zip(logits, [*draft, None], strict=False):
-            self._add(row)
-            accepted += 1
-            if self.finished or self.tokens[-1] != drafted:
+        for row in range(len(logits)):
+            self._add(logits[row])
+            if self.finished or row == len(draft) or self.tokens[-1] != draft[row]:
                 break
         if draft and self.lookup is not None:
-            self.lookup.report(len(draft), accepted)
+            self.lookup.report(len(draft), row)
 
     def _add(self, logits: NDArray[np.float32]) -> None:
-        token, logprob = self.sampler(logits, self.tokens, self.prompt_length)
+        sampled = self.sampler(logits, self.tokens, self.prompt_length)
+        token = sampled.token_id
         self.tokens.append(token)
-        self.outlet.count_token()
+        self.outlet.completion_tokens += 1
         self._tokens.append(token)
-        if logprob is not None:
-            self._logprobs.append(logprob)
+        if sampled.logprob is not None:
+            self._logprobs.append(sampled.logprob)
         if token in self.end_tokens:
             self.finish("stop")
             return

@@ -32,26 +32,45 @@ class StreamDecoder:
     Text is held back while a later token may change it. Two things can: an unfinished UTF-8 sequence (shown as one
     U+FFFD at the end), and a run of byte-fallback tokens, which is decoded as a whole and turns to U+FFFD as a
     whole when any part of it is invalid; such a run waits for its end.
+
+    Where nothing is held back, what a token adds does not depend on the text before it (see :meth:`_shorten`): it is
+    decoded once, and looked up from then on.
     """
 
-    def __init__(self, tokenizer: TokenDecoder) -> None:
+    def __init__(self, tokenizer: TokenDecoder, additions: dict[int, str] | None = None) -> None:
+        """``additions``: what tokens were found to add, to be shared by the streams of one tokenizer in one thread."""
         self._tokenizer = tokenizer
+        self._additions = {} if additions is None else additions
         self._window: list[int] = []
         self._given = 0
         """Characters of the window's text that have been returned."""
+        self._whole = False
+        """The window has a text, and all of it has been returned."""
 
     def add(self, token: int) -> str:
         """The text that has become certain with ``token``; often empty."""
+        known = self._additions.get(token) if self._whole else None
+        if known is None:
+            return self._decode(token)
+        self._window.append(token)
+        self._given += len(known)
+        if len(self._window) >= _WINDOW:
+            self._shorten()
+        return known
+
+    def _decode(self, token: int) -> str:
         piece = self._tokenizer.id_to_token(token)
         if piece is None or self._is_skipped(token):
             return ""
         self._window.append(token)
+        before, self._whole = self._whole, False
         if _BYTE_TOKEN.fullmatch(piece):
             return ""
         text = self._tokenizer.decode(self._window)
-        certain = _certain_length(text)
-        new = text[self._given : certain]
-        self._given = certain
+        new = text[self._given : _certain_length(text)]
+        self._set_given(text)
+        if before and self._whole:
+            self._additions[token] = new
         if len(self._window) >= _WINDOW:
             self._shorten()
         return new
@@ -59,7 +78,7 @@ class StreamDecoder:
     def flush(self) -> str:
         """What was held back; ends the stream."""
         new = self._tokenizer.decode(self._window)[self._given :]
-        self._window, self._given = [], 0
+        self._window, self._given, self._whole = [], 0, False
         return new
 
     def _is_skipped(self, token: int) -> bool:
@@ -71,7 +90,13 @@ class StreamDecoder:
         tail = self._window[-_KEPT:]
         text = self._tokenizer.decode(tail)
         if text:
-            self._window, self._given = tail, _certain_length(text)
+            self._window = tail
+            self._set_given(text)
+
+    def _set_given(self, text: str) -> None:
+        """All that is certain of ``text``, the window's, has been returned."""
+        self._given = _certain_length(text)
+        self._whole = self._given == len(text) > 0
 
 
 def _certain_length(text: str) -> int:
@@ -87,6 +112,8 @@ class StopStrings:
 
     def add(self, text: str) -> tuple[str, bool]:
         """(text that may be shown, whether a stop string was met). After a stop string, nothing more comes."""
+        if not self._stops:
+            return text, False
         text = self._held + text
         found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:

@@ -84,6 +84,7 @@ class Engine:
     ) -> None:
         self._decoder = decoder
         self._tokenizer = tokenizer
+        self._additions: dict[int, str] = {}
         self._vocab_size = _learn_vocab_size(decoder) if vocab_size is None else vocab_size
         self._max_queue = max_queue
         self._prompt_lookup = prompt_lookup
@@ -100,10 +101,12 @@ class Engine:
         self._prefilled = 0
         self._forwarding = Stopwatch()
 
-        self._changed = threading.Condition()  # guards the five below
-        self._inbox: list[Request] = []
         self._live: set[Request] = set()
-        self._awake = False
+        """Requests taken from the inbox and not let go yet: each is running, or waiting, or waits for a sibling."""
+
+        self._changed = threading.Condition()  # guards the three below; the engine's thread may look without
+        self._inbox: list[Sequence[Request]] = []
+        """Requests that came together: the first is queued, and brings the others."""
         self._closing = False
         self._stopped: EngineStopped | None = None
 
@@ -157,7 +160,7 @@ class Engine:
                 list(prompt),
                 outlet=outlet,
                 sampler=make_sampler(params, self._vocab_size, index),
-                decoder=StreamDecoder(self._tokenizer),
+                decoder=StreamDecoder(self._tokenizer, self._additions),
                 stops=StopStrings(params.stop),
                 end_tokens=frozenset(params.stop_token_ids)
                 | (frozenset() if params.ignore_eos else frozenset(eos_ids)),
@@ -168,8 +171,8 @@ class Engine:
             for index in range(params.n)
         ]
         completions[0].siblings = completions[1:]
-        self._enqueue(completions[0], completions)
-        return EngineGeneration(outlet, self._wake)
+        self._enqueue(completions)
+        return EngineGeneration(outlet)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(len(ids)-1,) float32: log p(ids[i+1] | ids[:i+1]). Raises as :meth:`submit`, and DeviceError."""
@@ -197,12 +200,11 @@ class Engine:
 
     def _read(self, ids: Sequence[int], score: bool) -> NDArray[np.float32]:
         reading = Reading(next(self._ids), self._checked(ids, 0, False), score=score)
-        self._enqueue(reading, [reading])
+        self._enqueue([reading])
         try:
             return reading.result.result()
         except BaseException:  # Ctrl-C in the caller's thread
             reading.abandoned = True
-            self._wake()
             raise
 
     def _checked(self, ids: Sequence[int], new_tokens: int, asked: bool) -> list[int]:
@@ -225,7 +227,7 @@ class Engine:
             )
         return prompt
 
-    def _enqueue(self, request: Request, live: Sequence[Request]) -> None:
+    def _enqueue(self, requests: Sequence[Request]) -> None:
         with self._changed:
             if self._stopped is not None:
                 raise EngineStopped(str(self._stopped)) from self._stopped
@@ -233,17 +235,11 @@ class Engine:
                 raise EngineStopped("the engine has been closed")
             if self._queued() >= self._max_queue:
                 raise Overloaded(f"{self._max_queue} requests are waiting already; try again later")
-            self._live.update(live)
-            self._inbox.append(request)
+            self._inbox.append(requests)
             self._changed.notify()
 
     def _queued(self) -> int:
         return len(self._inbox) + len(self._scheduler.waiting)
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._awake = True
-            self._changed.notify()
 
     # --- the engine's thread ------------------------------------------------------------------------------------------
 
@@ -251,8 +247,7 @@ class Engine:
         error = EngineStopped("the engine has been closed")
         try:
             while self._collect():
-                batch = self._scheduler.next()
-                batch, results = self._forward(batch)
+                batch, results = self._forward(self._scheduler.next())
                 self._postprocess(batch, results)
         except BaseException as cause:
             error = EngineStopped(f"the engine's thread died: {type(cause).__name__}: {cause}; open the model again")
@@ -261,36 +256,46 @@ class Engine:
             self._stop(error)
 
     def _collect(self) -> bool:
-        """Wait for something to do, take in new requests and let cancelled ones go. False: the engine is closing."""
-        while not self._wait(IDLE_S if self._cache.unsaved else None):
-            self._cache.save_next()
-        with self._changed:
-            self._awake = False
-            for request in self._inbox:
-                self._scheduler.add(request)
-            self._inbox.clear()
-            cancelled = [request for request in self._live if request.cancelled]
-        if cancelled:
-            for request in cancelled:
-                request.finish("cancelled")
-            self._release_finished()
+        """Wait for something to do, take in new requests and let go what is over. False: the engine is closing."""
+        while not self._busy():
+            self._wait()
+        if self._inbox:
+            self._take_in()
+        over = [request for request in self._live if request.finished or request.cancelled]
+        if over:
+            self._let_go(over)
         return not self._closing
 
-    def _wait(self, timeout: float | None) -> bool:
-        """Until there is something to do; False after ``timeout`` seconds without."""
-        scheduler = self._scheduler
+    def _busy(self) -> bool:
+        return bool(self._live or self._inbox or self._closing)
 
-        def busy() -> bool:
-            return bool(self._closing or self._awake or self._inbox or scheduler.waiting or scheduler.running)
-
+    def _wait(self) -> None:
+        """For something to do. After a while without, a segment of a prefix is stored."""
         with self._changed:
-            return self._changed.wait_for(busy, timeout)
+            busy = self._changed.wait_for(self._busy, IDLE_S if self._cache.unsaved else None)
+        if not busy:
+            self._cache.save_next()
+
+    def _take_in(self) -> None:
+        with self._changed:
+            for requests in self._inbox:
+                self._scheduler.add(requests[0])
+                self._live.update(requests)
+            self._inbox.clear()
+
+    def _let_go(self, requests: Sequence[Request]) -> None:
+        """Free what they hold."""
+        for request in requests:
+            request.finish("cancelled")  # unless it has finished otherwise
+        for request in [request for request in self._live if request.finished]:
+            self._live.remove(request)
+            self._scheduler.release(request, keep=isinstance(request, Completion))
 
     def _forward(self, batch: list[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
         while batch:
             try:
                 with self._forwarding:
-                    return batch, self._decoder.forward([work.step() for work in batch])
+                    return batch, self._decoder.forward([work.step for work in batch])
             except OutOfKVCache as error:
                 batch = self._scheduler.make_room(batch, error)
             except DeviceError as error:  # the batch's sequences are undefined now, the others are sound
@@ -300,16 +305,16 @@ class Engine:
         return [], []
 
     def _postprocess(self, batch: list[Work], results: list[NDArray[np.float32]]) -> None:
-        for (request, length, draft), logits in zip(batch, results, strict=True):
-            fed = request.fed - len(draft)
-            self._prefilled += max(0, min(fed, request.prompt_length) - fed + length)
-            self._take(request, logits, draft)
-            if isinstance(request, Completion) and len(logits) and request.siblings:
+        for work, logits in zip(batch, results, strict=True):
+            request = work.request
+            if work.start < request.prompt_length:
+                self._prefilled += min(len(work.step.tokens), request.prompt_length - work.start)
+            self._take(request, logits, work.draft)
+            if isinstance(request, Completion) and request.siblings and len(logits):
                 siblings, request.siblings = request.siblings, []
                 for sibling in siblings:
                     if self._scheduler.fork(request, sibling):
                         self._take(sibling, logits)
-        self._release_finished()
 
     def _take(self, request: Request, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
         before = len(request.tokens)
@@ -330,21 +335,14 @@ class Engine:
         request.finish("error", error)
         self._scheduler.release(request, keep=False)
 
-    def _release_finished(self) -> None:
-        """Free what finished requests hold."""
-        with self._changed:
-            finished = [request for request in self._live if request.finished]
-            self._live.difference_update(finished)
-        for request in finished:
-            self._scheduler.release(request, keep=isinstance(request, Completion))
-
     def _stop(self, error: EngineStopped) -> None:
         with self._changed:
             self._stopped = error
-            live, self._live = self._live, set()
+            unread = [request for requests in self._inbox for request in requests]
             self._inbox.clear()
-        for request in live:
+        for request in [*self._live, *unread]:
             request.finish("error", error)
+        self._live.clear()
         self._scheduler.waiting.clear()
         self._scheduler.running.clear()
         try:

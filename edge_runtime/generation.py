@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from edge_runtime.request import Chunk, Usage
 
@@ -43,22 +43,25 @@ class Generation(Protocol):
 
 
 class Outlet:
-    """A queue of chunks from one writer, the engine's thread, to one reader, a thread or an event loop."""
+    """A queue of chunks from one writer, the engine's thread, to one reader, a thread or an event loop.
+
+    A chunk costs the engine one call of a queue and one wake-up; it never waits for its reader.
+    """
 
     def __init__(self, prompt_tokens: int, completions: int) -> None:
         self.cancelled = False
         """The reader's wish, read by the engine before each step."""
+        self.listener: Callable[[], None] | None = None
+        """Called after each chunk, on the engine's thread: for a reader that must not block. The reader sets it, then
+        polls, then waits for it to be called."""
         self._prompt_tokens = prompt_tokens
-        self._completion_tokens = 0
+        self.completion_tokens = 0
+        """Sampled so far; counted by the engine."""
         self._cached_tokens = 0
         self._unfinished = completions
-        self._chunks: deque[Chunk] = deque()
-        self._changed = threading.Condition()
-        self._listener: Callable[[], None] | None = None
-
-    def count_token(self) -> None:
-        """Engine: one more was sampled."""
-        self._completion_tokens += 1
+        self._chunks: SimpleQueue[Chunk | None] = SimpleQueue()
+        """At its end None, which stays there."""
+        self._dropped = False
 
     def set_cached(self, tokens: int) -> None:
         """Engine: so many of the prompt's tokens need not be computed."""
@@ -67,49 +70,50 @@ class Outlet:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
+        return Usage(self._prompt_tokens, self.completion_tokens, self._cached_tokens)
 
     def put(self, chunk: Chunk) -> None:
         """Engine: pass a chunk on. The one that ends the last completion gets the usage."""
-        with self._changed:
-            if not self._unfinished:
-                return  # dropped
-            if chunk.finish_reason is not None:
-                self._unfinished -= 1
-                if self._unfinished == 0:
-                    chunk = replace(chunk, usage=self.usage)
-            self._chunks.append(chunk)
-            listener, self._listener = self._listener, None
-            self._changed.notify()
-        if listener is not None:
-            listener()
+        if self._dropped:
+            return
+        if chunk.finish_reason is None:
+            self._chunks.put(chunk)
+        else:
+            self._unfinished -= 1
+            last = self._unfinished == 0
+            self._chunks.put(replace(chunk, usage=self.usage) if last else chunk)
+            if last:
+                self._chunks.put(None)
+        self._call_listener()
 
     def wait(self) -> Chunk | None:
         """Reader: the next chunk; None when there are no more."""
-        with self._changed:
-            # with a timeout, because Windows delivers Ctrl-C only between waits
-            while not self._changed.wait_for(lambda: self._chunks or not self._unfinished, timeout=0.5):
-                pass
-            return self._chunks.popleft() if self._chunks else None
+        while True:
+            try:
+                return self._checked(self._chunks.get(timeout=0.5))
+            except Empty:  # a timeout, because Windows delivers Ctrl-C only between waits
+                continue
 
-    def take_or_listen(self, listener: Callable[[], None]) -> tuple[bool, Chunk | None]:
-        """Reader: (True, what :meth:`wait` gives), or (False, None) and ``listener`` is called once when there is more.
-
-        The listener runs on the engine's thread.
-        """
-        with self._changed:
-            if self._chunks or not self._unfinished:
-                return True, self._chunks.popleft() if self._chunks else None
-            self._listener = listener
+    def poll(self) -> tuple[bool, Chunk | None]:
+        """Reader: (True, what :meth:`wait` gives), or (False, None) if it would wait."""
+        if self._chunks.empty():
             return False, None
+        return True, self._checked(self._chunks.get())
 
     def drop(self) -> None:
         """Reader: wants nothing more."""
-        with self._changed:
-            self._chunks.clear()
-            self._unfinished = 0
-            listener, self._listener = self._listener, None
-            self._changed.notify_all()
+        self._dropped = True
+        self._chunks.put(None)
+        self._call_listener()
+
+    def _checked(self, chunk: Chunk | None) -> Chunk | None:
+        if chunk is None or self._dropped:
+            self._chunks.put(None)
+            return None
+        return chunk
+
+    def _call_listener(self) -> None:
+        listener = self.listener
         if listener is not None:
             listener()
 
@@ -117,9 +121,8 @@ class Outlet:
 class EngineGeneration:
     """:class:`Generation` over an :class:`Outlet`. Forgetting it cancels it."""
 
-    def __init__(self, outlet: Outlet, wake: Callable[[], None]) -> None:
+    def __init__(self, outlet: Outlet) -> None:
         self._outlet = outlet
-        self._wake = wake
 
     @property
     def usage(self) -> Usage:
@@ -138,6 +141,15 @@ class EngineGeneration:
         return self
 
     async def __anext__(self) -> Chunk:
+        ready, chunk = self._outlet.poll()
+        if not ready:
+            chunk = await self._arrival()
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    async def _arrival(self) -> Chunk | None:
+        outlet = self._outlet
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
 
@@ -145,21 +157,21 @@ class EngineGeneration:
             try:
                 loop.call_soon_threadsafe(arrived.set)
             except RuntimeError:  # the loop was closed: nobody reads any more, and the engine's thread must not suffer
-                self._outlet.cancelled = True
+                outlet.cancelled = True
 
-        while True:
-            ready, chunk = self._outlet.take_or_listen(tell)
-            if ready:
-                if chunk is None:
-                    raise StopAsyncIteration
-                return chunk
-            await arrived.wait()
-            arrived.clear()
+        outlet.listener = tell
+        try:
+            while True:
+                ready, chunk = outlet.poll()
+                if ready:
+                    return chunk
+                await arrived.wait()
+                arrived.clear()
+        finally:
+            outlet.listener = None
 
     def cancel(self) -> None:
-        if not self._outlet.cancelled:
-            self._outlet.cancelled = True
-            self._wake()
+        self._outlet.cancelled = True
 
     def close(self) -> None:
         self.cancel()

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import DecoderOptions
-from devices.errors import DeviceUnavailable
-from devices.registry import Device, choose_device, open_decoder, parse_device
+from devices.registry import open_decoder
 from edge_runtime.engine import Engine
 from edge_runtime.errors import BudgetError, InvalidRequest, PromptTooLong
 from edge_runtime.footprint import kv_tokens_within
@@ -22,8 +21,8 @@ from edge_runtime.generation import Generation
 from edge_runtime.memory import parse_bytes
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.paths import home
+from edge_runtime.placement import place
 from edge_runtime.prefix_store import DEFAULT_SIZE, PrefixStore, fingerprint
-from edge_runtime.references import PackageReference, parse_reference
 from edge_runtime.request import Chunk, FinishReason, TokenLogprob, Usage
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import Progress, Store
@@ -90,8 +89,7 @@ class EdgeLLM:
         store = Store(home())
         budget = None if memory_budget is None else parse_bytes(memory_budget)
         store_bytes = 0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes)
-        chosen = _choose_device(store, ref, device, weights)
-        self._package, self._variant = store.ensure(ref, chosen.engine, weights, progress)
+        chosen, self._package, self._variant = place(store, ref, device, weights, progress)
         store.verify(self._package, self._variant)
         self._created = int(time.time())
         self.tokenizer = _tokenizer(self._package)
@@ -280,20 +278,6 @@ def _joined(chunks: Iterator[Chunk]) -> Completion:
         tier=last.tier,
         logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
     )
-
-
-def _choose_device(store: Store, ref: str, device: str, weights: Weights | None) -> Device:
-    """Prefer an engine for which the model is here already; else the best, for which it is then exported."""
-    parse_device(device)  # a mistyped name is told before anything is fetched
-    present = store.present(ref)
-    if present is not None:
-        engines = {each.engine for each in present.manifest.variants if weights in (None, each.weights)}
-        try:
-            return choose_device(device, engines)
-        except DeviceUnavailable:
-            if isinstance(parse_reference(ref), PackageReference):
-                raise
-    return choose_device(device)
 
 
 def _share_out(budget: int | None, store_bytes: int, package: Package, variant: Variant) -> tuple[int | None, int]:

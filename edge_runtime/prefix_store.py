@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from devices.base import SNAPSHOT_STEP, Decoder, DecoderOptions, Snapshot
+from devices.base import SNAPSHOT_STEP, Decoder, DecoderOptions, Engine, Snapshot
 from edge_runtime.package import Variant
 from edge_runtime.version import installed
 
@@ -41,6 +41,15 @@ QUEUED = 1
 """Segments that may wait to be written; more would only pile up in memory."""
 _STALE_S = 3600
 """Partial files this old were left by a process that was killed."""
+
+_ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")
+_COMPUTED_BY: dict[Engine, tuple[str, ...]] = {
+    "onnxruntime": _ONNXRUNTIME,
+    "onnxruntime-cuda": _ONNXRUNTIME,
+    "onnxruntime-edge": (*_ONNXRUNTIME, "edge-glm"),
+    "openvino": ("openvino",),
+}
+"""Distributions whose versions decide what a segment's bytes are."""
 
 _log = logging.getLogger("edge_glm.prefixes")
 
@@ -182,7 +191,7 @@ def fingerprint(variant: Variant, decoder: Decoder, options: DecoderOptions) -> 
     return repr(
         (
             [(entry.path, entry.sha256) for entry in variant.files],
-            installed(("openvino",) if variant.engine == "openvino" else ("onnxruntime", "onnxruntime-gpu")),
+            installed(_COMPUTED_BY[variant.engine]),
             (decoder.device, platform.machine(), limits.kv_bytes_per_token, limits.kv_block),
             (options.batch_invariant, sorted(options.properties.items())),
         )

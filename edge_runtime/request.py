@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from edge_runtime.errors import EdgeError
 from edge_runtime.sampling import TokenLogprob
 
@@ -26,8 +28,7 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):  # made for every token: a frozen dataclass takes seven times as long
     """A piece of a completion. Texts of one ``index`` join to the whole text.
 
     A failure is a chunk too, so that a consumer of several completions sees which one failed:

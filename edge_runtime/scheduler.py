@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from devices.base import Decoder, DecoderSequence, Step
@@ -17,19 +17,15 @@ DRAFTED_STEP = 16
 """Tokens of all decoding requests in one step, drafts included; beyond, checking drafts costs what it gains."""
 
 
-class Work(NamedTuple):
-    """One request's part in a batch: its next ``length`` tokens."""
+class Work(msgspec.Struct, frozen=True):
+    """One request's part in a batch: its next tokens."""
 
     request: Request
-    length: int
+    start: int
+    """Tokens in its KV cache before."""
+    step: Step
     draft: Sequence[int] = ()
-    """Tokens that may come after those, checked in the same step."""
-
-    def step(self) -> Step:
-        assert self.request.sequence is not None
-        start = self.request.fed
-        tokens = np.asarray([*self.request.tokens[start : start + self.length], *self.draft], np.int64)
-        return Step(self.request.sequence, tokens, self.request.rows(self.length) + len(self.draft))
+    """The step's last tokens: what may come next, to be checked."""
 
 
 class Scheduler:
@@ -43,7 +39,7 @@ class Scheduler:
     def __init__(self, decoder: Decoder, cache: PrefixCache, *, in_pairs: bool = False) -> None:
         """``in_pairs``: never feed a single token, but the one before it once more as well. Engines compute two or more
         tokens bit for bit alike however many they are, so nothing but the tokens then decides an answer: neither other
-        requests nor drafts.
+        requests nor drafts. A device that computes a single one like that too is fed as ever.
         """
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -51,7 +47,7 @@ class Scheduler:
         self._decoder = decoder
         self._cache = cache
         self._limits = decoder.limits
-        self._in_pairs = in_pairs
+        self._in_pairs = in_pairs and not decoder.limits.invariant
         self._crowded = False
         """A request was preempted; admit nobody until one has left, or both would take turns evicting each other."""
 
@@ -60,24 +56,39 @@ class Scheduler:
 
     def next(self) -> list[Work]:
         """The next batch; empty when there is nothing to run. May finish requests that cannot be started."""
-        self._switch_rope()
-        while self.waiting and not any(request.pending > 1 for request in self.running):
-            if not self._admit(self.waiting[0]):
-                break
-        decoding = [request for request in self.running if request.pending == 1]
-        prefill = next((request for request in self.running if request.pending > 1), None)
+        if self._limits.rope_switch is not None:
+            self._switch_rope(self._limits.rope_switch)
+        if self.waiting:
+            self._admit_waiting()
+        decoding, prefill = [], None
+        for request in self.running:
+            pending = request.pending
+            if pending == 1:
+                decoding.append(request)
+            elif pending > 1 and prefill is None:
+                prefill = request
         spare = DRAFTED_STEP // max(len(decoding), 1) - 1
         batch = [self._decode(request, request.draft(spare)) for request in decoding]
         if prefill is not None:
-            batch.append(Work(prefill, prefill.chunk(self._limits.prefill_chunk)))
+            batch.append(self._prefill(prefill))
         return batch
 
     def _decode(self, request: Request, draft: Sequence[int] = ()) -> Work:
         """The newest token, and the draft after it."""
+        assert request.sequence is not None
         if self._in_pairs and not draft and request.fed:
-            assert request.sequence is not None
             request.sequence.crop(request.fed - 1)
-        return Work(request, request.chunk(self._limits.prefill_chunk), draft)
+            return self._prefill(request)
+        tokens = np.array([request.tokens[-1], *draft], np.int64)
+        return Work(request, len(request.tokens) - 1, Step(request.sequence, tokens, len(tokens)), draft)
+
+    def _prefill(self, request: Request) -> Work:
+        """The next tokens that it knows already."""
+        assert request.sequence is not None
+        start = request.fed
+        length = request.chunk(self._limits.prefill_chunk)
+        tokens = np.array(request.tokens[start : start + length], np.int64)
+        return Work(request, start, Step(request.sequence, tokens, request.rows(length)))
 
     def fork(self, parent: Request, child: Completion) -> bool:
         """Start ``child`` from ``parent``'s prefill; if there is no room now, it is queued like any other.
@@ -128,6 +139,12 @@ class Scheduler:
             self._cache.put(tokens, sequence, request.long_rope, wanted=request.reused)
         else:
             sequence.close()
+
+    def _admit_waiting(self) -> None:
+        """As many as there is room for, one prompt after the other."""
+        while self.waiting and not any(request.pending > 1 for request in self.running):
+            if not self._admit(self.waiting[0]):
+                break
 
     def _admit(self, request: Request) -> bool:
         needed = sum(len(other.tokens) + 1 for other in [*self.running, request])
@@ -188,11 +205,8 @@ class Scheduler:
         except (OutOfSequences, OutOfKVCache):
             return None
 
-    def _switch_rope(self) -> None:
+    def _switch_rope(self, switch: int) -> None:
         """Longrope: a sequence about to pass the switch is computed anew with the long factors, from the start."""
-        switch = self._limits.rope_switch
-        if switch is None:
-            return
         for request in self.running:
             if not request.long_rope and len(request.tokens) > switch and request.sequence is not None:
                 request.sequence.close()

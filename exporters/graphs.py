@@ -13,7 +13,7 @@ from exporters.checkpoint import Checkpoint
 from exporters.network import build
 from exporters.onnx_operators import WeightFormat
 
-Engine = Literal["onnx", "onnx-cuda", "openvino"]
+Engine = Literal["onnx", "onnx-cuda", "openvino", "onnx-edge"]
 
 
 class _NewBuilder(Protocol):
@@ -46,6 +46,10 @@ def _builder(engine: Engine) -> tuple[devices.base.Engine, str, _NewBuilder]:
         from exporters.onnx_cuda_builder import OnnxCudaBuilder
 
         return "onnxruntime-cuda", "model.onnx", OnnxCudaBuilder
+    if engine == "onnx-edge":
+        from exporters.onnx_edge_builder import OnnxEdgeBuilder
+
+        return "onnxruntime-edge", "model.onnx", OnnxEdgeBuilder
     if engine == "openvino":
         from exporters.openvino_builder import OpenVinoBuilder
 

@@ -22,14 +22,13 @@ from exporters.builder import AttentionSpec
 from exporters.onnx_graph import MICROSOFT
 from exporters.onnx_operators import OnnxOperators, WeightFormat
 from exporters.onnx_weights import PackedMatrix, pack
-from exporters.weights import QuantizedTensor, Tensor, dequantize
+from exporters.weights import QuantizedTensor
 
-_FLOAT_INPUT = ".qkv."
-"""Products whose 4-bit matrix meets float activations. Of all layers' these pay best: a third of the remaining loss
-(SmolLM2 against fp32: KL 0.0019 → 0.0012) for no measurable time at one sequence."""
+_FLOAT_INPUT = ("head", ".qkv.")
+"""In the names of products whose 4-bit matrix meets float activations. Of all layers' these pay best: a third of the
+remaining loss (SmolLM2 against fp32: KL 0.0019 → 0.0012) for no measurable time at one sequence."""
 _TINY = 1e-30
 """Keeps a block of zeros from dividing by zero; far below any activation."""
-_FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class _Matrix:
     zero: str
 
 
-class OnnxBuilder(OnnxOperators):
+class OnnxBuilder(OnnxOperators[_Matrix]):
     """Emits GroupQueryAttention, MatMulNBits, GatherBlockQuantized and the fused norms (com.microsoft)."""
 
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None = None) -> None:
@@ -58,19 +57,9 @@ class OnnxBuilder(OnnxOperators):
         switch = architecture.rope_switch is not None
         self._positions = graph.input("position_ids", np.int64, ["batch", "sequence"]) if switch else ""
         self._with_sums: dict[tuple[str, int, int], str] = {}
-        self._embedding: str | _Matrix | None = None
         self._rows_selected = False
 
-    def embed(self, table: Tensor) -> str:
-        graph = self._graph
-        if isinstance(table, QuantizedTensor) and self._weights in ("int8", "int4"):
-            matrix = self._matrix(table, "embed")
-            self._embedding = matrix
-            return self._embed_packed(matrix)
-        self._embedding = graph.weight("embed.weight", self._stored(dequantize(table)))
-        return self._float(graph.one("Gather", [self._embedding, self._ids], axis=0))
-
-    def _embed_packed(self, matrix: _Matrix) -> str:
+    def _embed_packed(self, matrix: _Matrix, table: QuantizedTensor) -> str:
         graph, packed = self._graph, matrix.packed
         rows, all_blocks, blob = packed.codes.shape
         flat_columns = all_blocks * packed.group
@@ -96,19 +85,11 @@ class OnnxBuilder(OnnxOperators):
             main = graph.one("Add", [main, graph.one("Unsqueeze", [worth, graph.ints(-1)])])
         return graph.one("Reshape", [main, graph.ints(0, 0, hidden)])
 
-    def _product(self, x: str, weight: Tensor, bias: NDArray[np.float32] | None, name: str) -> str:
-        graph = self._graph
-        bias_name = "" if bias is None else graph.weight(f"{name}.bias", bias)
-        if isinstance(weight, QuantizedTensor):
-            return self._packed_product(x, self._matrix(weight, name), bias_name, _FLOAT_INPUT in name)
-        stored = graph.weight(f"{name}.weight", self._stored(weight.T))
-        y = graph.one("MatMul", [x, self._float(stored)])
-        return graph.one("Add", [y, bias_name]) if bias_name else y
-
-    def _packed_product(self, x: str, matrix: _Matrix, bias: str, float_input: bool = False) -> str:
-        """With int8 activations, one scale per block. ``float_input``: with float ones if the codes have 4 bits
-        (with 8 ONNX Runtime would dequantize the matrix at every call)."""
+    def _packed_product(self, x: str, matrix: _Matrix, bias: str, name: str) -> str:
+        """With int8 activations, one scale per block, but for some matrices of 4 bits. (With 8 bits and float
+        activations ONNX Runtime would dequantize the matrix at every call.)"""
         packed = matrix.packed
+        float_input = packed.bits == 4 and any(part in name for part in _FLOAT_INPUT)
         if packed.offset_columns:
             x = self._append_block_sums(x, packed)
         return self._graph.one(
@@ -119,7 +100,7 @@ class OnnxBuilder(OnnxOperators):
             N=packed.codes.shape[0],
             bits=packed.bits,
             block_size=packed.group,
-            accuracy_level=1 if float_input and packed.bits == 4 else 4,
+            accuracy_level=1 if float_input else 4,
         )
 
     def _append_block_sums(self, x: str, packed: PackedMatrix) -> str:
@@ -143,19 +124,6 @@ class OnnxBuilder(OnnxOperators):
         zero = "" if packed.zero is None else graph.weight(f"{name}.zero", packed.zero)
         codes = graph.weight(f"{name}.codes", packed.codes)
         return _Matrix(packed, codes, graph.weight(f"{name}.scale", packed.scale), zero)
-
-    def _stored(self, weight: NDArray[np.float32]) -> NDArray[np.float32] | NDArray[np.float16]:
-        if self._weights != "fp16":
-            return weight
-        with np.errstate(over="ignore"):  # refused below, by name
-            half = weight.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise UnsupportedModel("a weight is beyond the range of fp16 (65504); export it as fp32 or int8")
-        return half
-
-    def _float(self, value: str) -> str:
-        """Everything is computed in float32; ONNX Runtime widens constants once, when it loads them."""
-        return self._graph.one("Cast", [value], to=_FLOAT) if self._weights == "fp16" else value
 
     def attention(self, qkv: str, spec: AttentionSpec) -> str:
         """GroupQueryAttention; it rotates, appends to the cache and masks.
@@ -207,30 +175,8 @@ class OnnxBuilder(OnnxOperators):
         return ["batch", spec.num_kv_heads, "capacity", spec.head_dim]
 
     def select_rows(self, x: str) -> str:
-        graph = self._graph
         self._rows_selected = True
-        flat = graph.one("Reshape", [x, graph.ints(-1, self._arch.hidden_size)])
-        return graph.one("Gather", [flat, self._row_index], axis=0)
-
-    def lm_head(self, x: str, table: Tensor | None, scale: float, softcap: float | None) -> None:
-        graph = self._graph
-        if table is not None:
-            if isinstance(table, QuantizedTensor) and self._weights in ("int8", "int4"):
-                y = self._packed_head(x, self._matrix(table, "head"))
-            else:
-                y = self.linear(x, [(table, None)], "head")
-        elif isinstance(self._embedding, _Matrix):
-            y = self._packed_head(x, self._embedding)
-        elif self._embedding is not None:
-            y = graph.one("Gemm", [x, self._float(self._embedding)], transB=1)
-        else:
-            raise ValueError("a tied head needs embed() first")
-        if scale != 1.0:
-            y = self.scale(y, scale)
-        if softcap is not None:
-            y = self._softcap(y, softcap, np.float32)
-        graph.node("Identity", [y], ["logits"])
-        graph.output("logits", np.float32, ["rows", self._arch.vocab_size])
+        return super().select_rows(self._graph.one("Reshape", [x, self._graph.ints(-1, self._arch.hidden_size)]))
 
     def _packed_head(self, x: str, matrix: _Matrix) -> str:
         """Logits without the error of int8 activations, which turns more first choices than any layer's.
@@ -240,7 +186,7 @@ class OnnxBuilder(OnnxOperators):
         """
         graph, packed = self._graph, matrix.packed
         if packed.bits == 4:
-            return self._packed_product(x, matrix, "", float_input=True)
+            return super()._packed_head(x, matrix)
         blocks = graph.one("Reshape", [x, graph.ints(-1, packed.columns // packed.group, packed.group)])
         largest = graph.one("ReduceMax", [graph.one("Abs", [blocks]), graph.ints(-1)], keepdims=1)
         step = graph.one("Max", [self.scale(largest, 1 / 127), graph.scalar(_TINY)])
@@ -248,5 +194,5 @@ class OnnxBuilder(OnnxOperators):
         low = graph.one("Sub", [blocks, high])
         both = graph.one("Concat", [high, low], axis=0)
         both = graph.one("Reshape", [both, graph.ints(-1, packed.columns)])
-        y = self._packed_product(both, matrix, "")
+        y = super()._packed_head(both, matrix)
         return graph.one("Add", graph.node("Split", [y], 2, axis=0, num_outputs=2))

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_runtime.errors import UnsupportedModel
 from exporters.architecture import Architecture, Rope
@@ -24,11 +23,10 @@ from exporters.builder import AttentionSpec
 from exporters.onnx_graph import MICROSOFT
 from exporters.onnx_operators import OnnxOperators, WeightFormat
 from exporters.onnx_weights import PackedMatrix, pack, pack_bits
-from exporters.weights import QuantizedTensor, Tensor, dequantize
+from exporters.weights import QuantizedTensor, dequantize
 
 _WIDE_RANGE = ("gemma",)
 """Families whose activations pass float16's largest number (65504): they compute in bfloat16."""
-_FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class _Matrix:
     zero: str
 
 
-class OnnxCudaBuilder(OnnxOperators):
+class OnnxCudaBuilder(OnnxOperators[_Matrix]):
     """Emits PagedAttention, MatMulNBits, GatherBlockQuantized and the fused norms (com.microsoft)."""
 
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None = None) -> None:
@@ -62,25 +60,15 @@ class OnnxCudaBuilder(OnnxOperators):
         if architecture.rope_switch is not None:
             self._positions = graph.input("position_ids", np.int64, [1, "tokens"])
         self._with_sums: dict[tuple[str, int, int], str] = {}
-        self._embedding: str | _Matrix | None = None
 
-    def embed(self, table: Tensor) -> str:
-        graph = self._graph
-        if isinstance(table, QuantizedTensor) and self._weights in ("int8", "int4"):
-            matrix = self._matrix(table, "embed")
-            self._embedding = matrix
-            if not matrix.packed.offset_columns:
-                return self._embed_packed(matrix)
-            rows = graph.weight("embed.weight", self._stored(dequantize(table)))  # a lookup has no block sums
-            return graph.one("Gather", [rows, self._ids], axis=0)
-        self._embedding = graph.weight("embed.weight", self._stored(dequantize(table)))
-        return graph.one("Gather", [self._embedding, self._ids], axis=0)
-
-    def _embed_packed(self, matrix: _Matrix) -> str:
-        packed = matrix.packed
+    def _embed_packed(self, matrix: _Matrix, table: QuantizedTensor) -> str:
+        graph, packed = self._graph, matrix.packed
+        if packed.offset_columns:  # a lookup has no block sums
+            unpacked = graph.weight("embed.weight", self._stored(dequantize(table)))
+            return graph.one("Gather", [unpacked, self._ids], axis=0)
         rows, blocks, blob = packed.codes.shape
-        flat = self._graph.alias("embed.codes.rows", matrix.codes, [rows, blocks * blob])
-        return self._graph.one(
+        flat = graph.alias("embed.codes.rows", matrix.codes, [rows, blocks * blob])
+        return graph.one(
             "GatherBlockQuantized",
             [flat, self._ids, matrix.scale, matrix.zero],
             MICROSOFT,
@@ -90,21 +78,12 @@ class OnnxCudaBuilder(OnnxOperators):
             bits=packed.bits,
         )
 
-    def _product(self, x: str, weight: Tensor, bias: NDArray[np.float32] | None, name: str) -> str:
-        graph = self._graph
-        if isinstance(weight, QuantizedTensor):
-            y = self._packed_product(x, self._matrix(weight, name))
-        else:
-            y = graph.one("MatMul", [x, graph.weight(f"{name}.weight", self._stored(weight.T))])
-        # the fast kernel of MatMulNBits has no bias
-        return y if bias is None else graph.one("Add", [y, graph.weight(f"{name}.bias", bias.astype(self._dtype))])
-
-    def _packed_product(self, x: str, matrix: _Matrix) -> str:
-        packed = matrix.packed
+    def _packed_product(self, x: str, matrix: _Matrix, bias: str, name: str) -> str:
+        graph, packed = self._graph, matrix.packed
         if packed.offset_columns:
             x = self._append_block_sums(x, packed)
         rows, blocks, _ = packed.codes.shape
-        return self._graph.one(
+        y = graph.one(
             "MatMulNBits",
             [x, matrix.codes, matrix.scale, matrix.zero],
             MICROSOFT,
@@ -113,6 +92,7 @@ class OnnxCudaBuilder(OnnxOperators):
             bits=packed.bits,
             block_size=packed.group,
         )
+        return graph.one("Add", [y, bias]) if bias else y  # the fast kernel of MatMulNBits has no bias
 
     def _append_block_sums(self, x: str, packed: PackedMatrix) -> str:
         """(x, of each block its sum times each digit's worth, padding): what a matrix with offset columns takes.
@@ -145,14 +125,6 @@ class OnnxCudaBuilder(OnnxOperators):
         zero = "" if zeros is None else graph.weight(f"{name}.zero", zeros)
         codes = graph.weight(f"{name}.codes", packed.codes)
         return _Matrix(packed, codes, graph.weight(f"{name}.scale", self._stored(packed.scale)), zero)
-
-    def _stored(self, weight: NDArray[np.float32]) -> NDArray[np.generic]:
-        with np.errstate(over="ignore"):  # refused below, by name
-            stored = weight.astype(self._dtype)
-        if not np.isfinite(stored).all():
-            largest = float(np.abs(weight).max())
-            raise UnsupportedModel(f"a weight of {largest:g} is over {self._dtype}'s range; run it on the CPU")
-        return stored
 
     def attention(self, qkv: str, spec: AttentionSpec) -> str:
         """PagedAttention; it norms heads, rotates, appends to the cache and masks.
@@ -216,27 +188,6 @@ class OnnxCudaBuilder(OnnxOperators):
             rotary_embedding_dim=rope.rotary_dim if rope.rotary_dim < self._arch.head_dim else 0,
         )
         return graph.one("Squeeze", [rotated, graph.ints(0)])
-
-    def select_rows(self, x: str) -> str:
-        return self._graph.one("Gather", [x, self._row_index], axis=0)
-
-    def lm_head(self, x: str, table: Tensor | None, scale: float, softcap: float | None) -> None:
-        graph = self._graph
-        if table is not None:
-            y = self.linear(x, [(table, None)], "head")
-        elif isinstance(self._embedding, _Matrix):
-            y = self._packed_product(x, self._embedding)
-        elif self._embedding is not None:
-            y = graph.one("Gemm", [x, self._embedding], transB=1)
-        else:
-            raise ValueError("a tied head needs embed() first")
-        y = graph.one("Cast", [y], to=_FLOAT)
-        if scale != 1.0:
-            y = self._scale(y, scale, np.float32)
-        if softcap is not None:
-            y = self._softcap(y, softcap, np.float32)
-        graph.node("Identity", [y], ["logits"])
-        graph.output("logits", np.float32, ["rows", self._arch.vocab_size])
 
 
 def _has_fast_kernel(packed: PackedMatrix) -> bool:

@@ -29,6 +29,8 @@ INLINE_LIMIT = 1024
 """Bytes up to which a constant lives in the proto: shape inference wants to see axes and shapes."""
 OPSET = 21
 MICROSOFT = "com.microsoft"
+EDGE = "edge_glm"
+"""Operators of our own, in ``kernels/``."""
 
 Dims = Sequence[int | str]
 
@@ -140,6 +142,8 @@ class OnnxGraph:
         """
         graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, self._constants)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        if any(node.domain == EDGE for node in self._nodes):  # a session without our kernels knows no such domain
+            opsets.append(helper.make_opsetid(EDGE, 1))
         model = helper.make_model(graph, opset_imports=opsets, producer_name=producer, ir_version=10)
         helper.set_model_props(model, metadata)
         try:

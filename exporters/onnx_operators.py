@@ -5,34 +5,71 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeGuard, TypeVar
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.errors import UnsupportedModel
 from exporters.architecture import Activation, Architecture, Rope
 from exporters.builder import Linear
 from exporters.onnx_graph import MICROSOFT, OnnxGraph
-from exporters.weights import Tensor, concat_rows, dequantize
+from exporters.weights import QuantizedTensor, Tensor, concat_rows, dequantize
 
 WeightFormat = Literal["fp32", "fp16", "int8", "int4"]
+Matrix = TypeVar("Matrix")
+"""What a builder must know of a quantized matrix that is in the graph."""
+_FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
-class OnnxOperators(ABC):
-    """Norms, sums, gates and rotary tables; how matrices are stored and attention is done is a subclass's business."""
+class OnnxOperators(ABC, Generic[Matrix]):
+    """Norms, sums, gates, rotary tables and float matrices; how quantized ones are stored and attention is done is a
+    subclass's business."""
+
+    _ids: str
+    """The input of token ids; a subclass makes it."""
+    _row_index: str
+    """The input that says which tokens get logits; a subclass makes it."""
 
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None, dtype: Any) -> None:
-        """``dtype``: numpy's name for the type of activations, norms and tables."""
+        """``dtype``: numpy's name for the type of activations, norms and tables, and of float matrices unless
+        ``weights`` asks for a narrower one. ``scratch``: see OnnxGraph."""
         self._arch = architecture
         self._weights = weights
         self._dtype = np.dtype(dtype)
+        self._stored_dtype = np.dtype(np.float16) if weights == "fp16" and self._dtype == np.float32 else self._dtype
+        self._embedding: str | Matrix | None = None
         self._graph = OnnxGraph(architecture.family, scratch)
         self._ropes: dict[Rope, tuple[str, str]] = {}
         self._residuals = 0
 
     @abstractmethod
-    def _product(self, x: str, weight: Tensor, bias: NDArray[np.float32] | None, name: str) -> str:
-        """``x`` times one matrix (out, in), transposed."""
+    def _matrix(self, tensor: QuantizedTensor, name: str) -> Matrix:
+        """Write ``tensor``. UnsupportedModel, with ``name``, if the engine has no such matrix."""
+
+    @abstractmethod
+    def _embed_packed(self, matrix: Matrix, table: QuantizedTensor) -> str:
+        """Rows of ``matrix``, which holds ``table``, for the input ids."""
+
+    @abstractmethod
+    def _packed_product(self, x: str, matrix: Matrix, bias: str, name: str) -> str:
+        """``x`` times ``matrix``, transposed. ``bias``: a weight's name, or "" for none."""
+
+    def _packed_head(self, x: str, matrix: Matrix) -> str:
+        return self._packed_product(x, matrix, "", "head")
+
+    def embed(self, table: Tensor) -> str:
+        if self._kept_quantized(table):
+            matrix = self._matrix(table, "embed")
+            self._embedding = matrix
+            return self._embed_packed(matrix, table)
+        rows = self._graph.weight("embed.weight", self._stored(dequantize(table)))
+        self._embedding = rows
+        return self._widened(self._graph.one("Gather", [rows, self._ids], axis=0))
+
+    def _kept_quantized(self, tensor: Tensor) -> TypeGuard[QuantizedTensor]:
+        return isinstance(tensor, QuantizedTensor) and self._weights in ("int8", "int4")
 
     def linear(self, x: str, parts: Sequence[Linear], name: str) -> str:
         weights = [weight for weight, _ in parts]
@@ -50,6 +87,33 @@ class OnnxOperators(ABC):
             outputs.append(self._product(x, weight, own, f"{name}.{index}"))
             start += weight.shape[0]
         return outputs[0] if len(outputs) == 1 else self._graph.one("Concat", outputs, axis=-1)
+
+    def _product(self, x: str, weight: Tensor, bias: NDArray[np.float32] | None, name: str) -> str:
+        """``x`` times one matrix (out, in), transposed."""
+        graph = self._graph
+        bias_name = "" if bias is None else graph.weight(f"{name}.bias", bias.astype(self._dtype))
+        if isinstance(weight, QuantizedTensor):
+            return self._packed_product(x, self._matrix(weight, name), bias_name, name)
+        stored = graph.weight(f"{name}.weight", self._stored(weight.T))
+        y = graph.one("MatMul", [x, self._widened(stored)])
+        return graph.one("Add", [y, bias_name]) if bias_name else y
+
+    def _stored(self, weight: NDArray[np.float32]) -> NDArray[np.generic]:
+        if self._stored_dtype == weight.dtype:
+            return weight
+        with np.errstate(over="ignore"):  # refused below, by name
+            stored = weight.astype(self._stored_dtype)
+        if not np.isfinite(stored).all():
+            largest, limit = float(np.abs(weight).max()), float(ml_dtypes.finfo(self._stored_dtype).max)
+            raise UnsupportedModel(
+                f"a weight of {largest:g} is over {self._stored_dtype}'s range ({limit:g}); "
+                "export it for the CPU, as fp32 or int8"
+            )
+        return stored
+
+    def _widened(self, value: str) -> str:
+        """A weight, or rows of it, in the type of activations; ONNX Runtime widens constants once, as it loads them."""
+        return value if self._stored_dtype == self._dtype else self._graph.one("Cast", [value], to=_FLOAT)
 
     def rms_norm(self, x: str, weight: NDArray[np.float32], eps: float) -> str:
         gamma = self._graph.constant(weight.astype(self._dtype))
@@ -82,6 +146,33 @@ class OnnxOperators(ABC):
         else:
             gate = graph.one("Gelu", [gate], approximate="tanh" if activation == "gelu_tanh" else "none")
         return graph.one("Mul", [gate, up])
+
+    def select_rows(self, x: str) -> str:
+        return self._graph.one("Gather", [x, self._row_index], axis=0)
+
+    def lm_head(self, x: str, table: Tensor | None, scale: float, softcap: float | None) -> None:
+        graph = self._graph
+        y = self._head(x, table)
+        if self._dtype != np.float32:
+            y = graph.one("Cast", [y], to=_FLOAT)
+        if scale != 1.0:
+            y = self._scale(y, scale, np.float32)
+        if softcap is not None:
+            y = self._softcap(y, softcap, np.float32)
+        graph.node("Identity", [y], ["logits"])
+        graph.output("logits", np.float32, ["rows", self._arch.vocab_size])
+
+    def _head(self, x: str, table: Tensor | None) -> str:
+        """``x`` times the head, in the type of activations."""
+        if table is not None:
+            if self._kept_quantized(table):
+                return self._packed_head(x, self._matrix(table, "head"))
+            return self.linear(x, [(table, None)], "head")
+        if self._embedding is None:
+            raise ValueError("a tied head needs embed() first")
+        if isinstance(self._embedding, str):
+            return self._graph.one("Gemm", [x, self._widened(self._embedding)], transB=1)
+        return self._packed_head(x, self._embedding)
 
     def _softcap(self, y: str, cap: float, dtype: Any) -> str:
         return self._scale(self._graph.one("Tanh", [self._scale(y, 1 / cap, dtype)]), cap, dtype)

@@ -9,32 +9,32 @@ from pathlib import Path
 import msgspec
 
 from devices.base import Engine
-from devices.registry import choose_device
 from edge_runtime.cli.progress import Bars
 from edge_runtime.memory import format_bytes
 from edge_runtime.package import Package
 from edge_runtime.paths import home
+from edge_runtime.placement import place
 from edge_runtime.settings import load_settings
 from edge_runtime.store import Store, StoredModel, export_package
 
 _ENGINES: dict[str, tuple[Engine, ...]] = {
     "onnx": ("onnxruntime",),
     "onnx-cuda": ("onnxruntime-cuda",),
+    "onnx-edge": ("onnxruntime-edge",),
     "openvino": ("openvino",),
-    "all": ("openvino", "onnxruntime"),
+    "all": ("openvino", "onnxruntime", "onnxruntime-edge"),
 }
 
 
 def pull(arguments: argparse.Namespace) -> int:
     settings = load_settings({"device": arguments.device, "weights": arguments.weights})
-    if arguments.engine is None:
-        engines: tuple[Engine, ...] = (choose_device(settings.device).engine,)
-    else:
-        engines = _ENGINES[arguments.engine]
     store = Store(home())
     with Bars() as bars:
-        for engine in engines:
-            package, _ = store.ensure(arguments.ref, engine, settings.weights, bars)
+        if arguments.engine is None:
+            _, package, _ = place(store, arguments.ref, settings.device, settings.weights, bars, best=True)
+        else:
+            for engine in _ENGINES[arguments.engine]:
+                package, _ = store.ensure(arguments.ref, engine, settings.weights, bars)
     print(f"{package.name}: {_variants(package)} in {package.folder}")
     return 0
 

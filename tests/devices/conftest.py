@@ -1,4 +1,4 @@
-"""Decoders of a tiny model: the fake one, and one on each device that is here."""
+"""Decoders of a tiny model: the fake one, our own kernels' over a stand-in for them, and one on each device here."""
 
 from __future__ import annotations
 
@@ -9,16 +9,25 @@ import pytest
 
 from devices.base import Decoder, DecoderOptions, DecoderSpec
 from devices.errors import DeviceUnavailable
+from devices.onnxruntime_edge import OnnxRuntimeEdgeDecoder
 from devices.registry import choose_device, open_decoder
 from exporters.graphs import Engine, write_graph
 from exporters.onnx_operators import WeightFormat
 from exporters.synthetic import SyntheticCheckpoint
 from tests.devices.contract import CHUNK, CONTEXT, SEQUENCES, Open
+from tests.devices.edge_session import SPEC, standing_in
 from tests.fake_decoder import FakeDecoder
 
 EXACT = {"KV_CACHE_PRECISION": "f32", "INFERENCE_PRECISION_HINT": "f32"}
-DEVICES: dict[str, Engine] = {"onnxruntime:cpu": "onnx", "onnxruntime:cuda": "onnx-cuda", "openvino:cpu": "openvino"}
+DEVICES: dict[str, Engine] = {
+    "edge:cpu": "onnx-edge",
+    "onnxruntime:cpu": "onnx",
+    "onnxruntime:cuda": "onnx-cuda",
+    "openvino:cpu": "openvino",
+}
 """Device → the graph it runs."""
+EVERYWHERE = ("onnxruntime:cpu", "openvino:cpu")
+STAND_IN = "edge:stand-in"
 
 
 def _spec(device: str, folder: Path) -> DecoderSpec:
@@ -39,7 +48,7 @@ def _spec(device: str, folder: Path) -> DecoderSpec:
     )
 
 
-@pytest.fixture(scope="module", params=["fake", *DEVICES])
+@pytest.fixture(scope="module", params=["fake", STAND_IN, *DEVICES])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -50,10 +59,12 @@ def opener(device: str, tmp_path_factory: pytest.TempPathFactory) -> Open:
         return lambda kv_tokens: FakeDecoder(
             max_context=CONTEXT, max_sequences=SEQUENCES, prefill_chunk=CHUNK, kv_tokens=kv_tokens or 4 * CONTEXT
         )
+    if device == STAND_IN:
+        return _stand_in
     try:
         choose_device(device)
     except DeviceUnavailable as error:
-        if device.endswith(":cpu"):  # every machine has one: a contract that nobody runs is none
+        if device in EVERYWHERE:  # a contract that nobody runs is none
             raise
         pytest.skip(str(error))
     spec = _spec(device, tmp_path_factory.mktemp("tiny"))
@@ -69,6 +80,12 @@ def opener(device: str, tmp_path_factory: pytest.TempPathFactory) -> Open:
         return open_decoder(spec, device, options)
 
     return opening
+
+
+def _stand_in(kv_tokens: int | None) -> Decoder:
+    options = DecoderOptions(max_sequences=SEQUENCES, prefill_chunk=CHUNK, kv_tokens=kv_tokens or 4 * CONTEXT)
+    with standing_in():
+        return OnnxRuntimeEdgeDecoder(SPEC, options)
 
 
 @pytest.fixture(scope="module")

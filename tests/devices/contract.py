@@ -12,8 +12,9 @@ from devices.base import Decoder, DecoderSequence, Step
 CONTEXT = 320  # more than SNAPSHOT_STEP
 CHUNK = 48
 SEQUENCES = 5
-TOLERANCE = {"onnxruntime:cuda": 0.05}
-"""CUDA computes in float16; these logits reach 14, and Transformers in float16 is as far from itself in float32."""
+TOLERANCE = {"onnxruntime:cuda": 0.05, "edge:cpu": 0.0}
+"""CUDA computes in float16; these logits reach 14, and Transformers in float16 is as far from itself in float32. Our
+own kernels compute a token alike whatever is beside it; their KV cache is float16 in every case compared."""
 Open = Callable[[int | None], Decoder]
 """Open a decoder with so many tokens of KV cache."""
 

@@ -1,4 +1,4 @@
-"""devices/base.py, as assertions: the same over the fake decoder, ONNX Runtime on CPU and CUDA, and OpenVINO."""
+"""devices/base.py, as assertions: the same over the fake decoder, our own kernels, ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 

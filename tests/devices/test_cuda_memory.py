@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from devices.cuda_inputs import Part, StepInputs
+from devices.cuda_inputs import StepInputs
 from devices.cuda_kv import CudaBlocks
 from devices.cuda_memory import CudaRuntime
 from devices.errors import DeviceUnavailable
+from devices.paged_decoder import Part
 from tests.devices.host_runtime import HostRuntime
 
 BLOCK = (4, 2, 8)

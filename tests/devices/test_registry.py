@@ -14,7 +14,8 @@ from devices.registry import PREFERENCE, choose_device, device_names, parse_devi
 
 def test_names() -> None:
     assert parse_device("auto") == PREFERENCE
-    assert set(parse_device("cpu")) == {"openvino:cpu", "onnxruntime:cpu"}
+    assert set(parse_device("cpu")) == {"edge:cpu", "openvino:cpu", "onnxruntime:cpu"}
+    assert parse_device("edge:cpu") == ("edge:cpu",)
     assert parse_device(" OpenVINO:CPU ") == ("openvino:cpu",)
     assert parse_device("npu") == ("openvino:npu",)
     assert parse_device("cuda") == ("onnxruntime:cuda",)
@@ -33,20 +34,24 @@ def test_list() -> None:
     assert found["onnxruntime:cpu"].ready
     assert found["openvino:cpu"].hardware not in ("", "CPU")  # the processor's name
     for device in found.values():
-        assert device.name.split(":")[0] == device.engine.split("-")[0]
+        library = device.name.split(":")[0]
+        assert device.engine.split("-")[0] == ("onnxruntime" if library == "edge" else library)
         assert device.ready or device.problem
 
 
 def test_choice_follows_preference_and_variants() -> None:
-    assert choose_device("auto").name == PREFERENCE[0]
+    ready = {device.name for device in list_devices() if device.ready}
+    assert choose_device("auto").name == next(name for name in PREFERENCE if name in ready)
     for engine in ("openvino", "onnxruntime"):
         assert choose_device("auto", {engine}).name == f"{engine}:cpu"
         assert choose_device("cpu", {engine}).name == f"{engine}:cpu"
 
 
 def test_no_variant_for_the_device() -> None:
-    with pytest.raises(DeviceUnavailable, match="no onnxruntime variant"):
+    with pytest.raises(DeviceUnavailable, match=r"no onnxruntime variant \(export --engine onnx\)"):
         choose_device("onnxruntime:cpu", {"openvino"})
+    with pytest.raises(DeviceUnavailable, match=r"no onnxruntime-edge variant \(export --engine onnx-edge\)"):
+        choose_device("edge:cpu", {"openvino", "onnxruntime"})
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="CoreML may be here")
@@ -57,7 +62,7 @@ def test_absent_hardware_says_why_and_what_next() -> None:
 
 def test_engine_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert choose_device("auto").name == "onnxruntime:cpu"
+    assert choose_device("auto", {"openvino", "onnxruntime"}).name == "onnxruntime:cpu"
     with pytest.raises(DeviceUnavailable, match=r"openvino does not load .*pip install openvino"):
         choose_device("openvino:cpu")
 
@@ -74,7 +79,7 @@ def test_an_onnxruntime_too_old_for_cpu_graphs(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
     with pytest.raises(DeviceUnavailable, match=r"onnxruntime is 1\.31\.1, .*before 1\.32; use --device openvino:cpu"):
         choose_device("onnxruntime:cpu")
-    assert choose_device("auto").name == "openvino:cpu"
+    assert choose_device("auto", {"openvino", "onnxruntime"}).name == "openvino:cpu"
 
 
 def test_cuda_is_compiled_in_but_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

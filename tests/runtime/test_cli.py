@@ -168,6 +168,7 @@ def test_devices(edge: Run) -> None:
     assert rows["openvino:cpu"]["ready"]
     assert rows["onnxruntime:cpu"]["ready"]
     assert rows["onnxruntime:coreml"]["problem"]
+    assert rows["edge:cpu"]["ready"] or rows["edge:cpu"]["problem"]
     assert "openvino:cpu" in edge("devices").stdout
 
 

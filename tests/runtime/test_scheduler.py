@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,9 +43,9 @@ def make(decoder: FakeDecoder, *lengths: int) -> tuple[Scheduler, list[Endless]]
 def step(scheduler: Scheduler, decoder: FakeDecoder) -> list[tuple[int, int]]:
     """Run one batch; (request id, tokens) of each part."""
     batch = scheduler.next()
-    for work, logits in zip(batch, decoder.forward([work.step() for work in batch]), strict=True):
+    for work, logits in zip(batch, decoder.forward([work.step for work in batch]), strict=True):
         work.request.take(logits)
-    return [(work.request.id, work.length) for work in batch]
+    return [(work.request.id, len(work.step.tokens)) for work in batch]
 
 
 def test_all_decode_rows_and_one_chunk() -> None:
@@ -96,7 +97,7 @@ def full(scheduler: Scheduler, decoder: FakeDecoder) -> list[Work]:
     while True:
         batch = scheduler.next()
         try:
-            results = decoder.forward([work.step() for work in batch])
+            results = decoder.forward([work.step for work in batch])
         except OutOfKVCache:
             return batch
         for work, logits in zip(batch, results, strict=True):
@@ -156,6 +157,15 @@ def test_a_running_prefix_is_shared() -> None:
     shared = scheduler._fork_running(second)
     assert shared is not None
     assert shared.length == 32
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_pairs_only_where_a_single_token_is_computed_otherwise(invariant: bool) -> None:
+    decoder = FakeDecoder()
+    decoder.limits = replace(decoder.limits, invariant=invariant)
+    scheduler = Scheduler(decoder, PrefixCache(0), in_pairs=True)
+    scheduler.add(Endless(0, [1] * 5))
+    assert [step(scheduler, decoder) for _ in range(3)] == [[(0, 5)], *([[(0, 1 if invariant else 2)]] * 2)]
 
 
 def test_scoring_reads_every_row_in_smaller_chunks() -> None:

@@ -1,25 +1,25 @@
-"""What both OpenVINO decoders do alike: say what they are, count their sequences, close."""
+"""What decoders do alike whatever their sequences are made of: say what they are, count their sequences, close."""
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
 
 from devices.base import DecoderLimits, DecoderSequence, Step
 from devices.errors import DeviceError, OutOfSequences
-from devices.openvino_graph import engine_errors
 from devices.stopwatch import Stopwatch
 
 S = TypeVar("S", bound=DecoderSequence)
 
 
-class CompiledDecoder(Generic[S]):
-    """A compiled model on OpenVINO's ``device``, and the open sequences of it. Its subclasses set the limits."""
+class SequenceDecoder(ABC, Generic[S]):
+    """The frame of a :class:`devices.base.Decoder`: an open device and the open sequences on it."""
 
-    _limits: DecoderLimits
-
-    def __init__(self, compiled: Any, device: str) -> None:
-        self._compiled = compiled
+    def __init__(self, device: str, limits: DecoderLimits) -> None:
+        """``device``: ``engine:hardware`` as really opened."""
         self._device = device
+        self._limits = limits
+        self._open = True
         self._sequences: set[S] = set()
         self._stopwatch = Stopwatch()
 
@@ -29,7 +29,7 @@ class CompiledDecoder(Generic[S]):
 
     @property
     def device(self) -> str:
-        return f"openvino:{self._device.lower()}"
+        return self._device
 
     @property
     def engine_seconds(self) -> float:
@@ -37,7 +37,7 @@ class CompiledDecoder(Generic[S]):
 
     def check_open(self) -> None:
         """DeviceError when the decoder is closed."""
-        if self._compiled is None:
+        if not self._open:
             raise DeviceError("the decoder is closed; open the device again")
 
     def _check_place(self) -> None:
@@ -58,9 +58,11 @@ class CompiledDecoder(Generic[S]):
         return step.sequence
 
     def close(self) -> None:
-        if self._compiled is None:
-            return
-        compiled, self._compiled = self._compiled, None
-        self._sequences.clear()
-        with engine_errors("releasing memory"):
-            compiled.release_memory()
+        if self._open:
+            self._open = False
+            self._sequences.clear()
+            self._release()
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Free the model and the KV cache; called once."""

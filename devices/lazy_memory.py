@@ -1,0 +1,16 @@
+"""Anonymous memory as large as it may ever be needed, of which only the pages exist that were written to."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""Python names it from 3.13 on. Without it Linux refuses mappings larger than the machine's memory."""
+
+
+def lazy_memory(size: int) -> mmap.mmap:
+    """``size`` bytes, zero until written. OSError, OverflowError or ValueError if the address space cannot be had."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)

@@ -1,0 +1,125 @@
+"""A decoder over ONNX Runtime with our own operators on the CPU (``kernels/``), with a block pool of our own.
+
+The graph's inputs are described in :mod:`exporters.onnx_edge_builder`. Every batch, whatever its mixture of prompt
+chunks and single tokens, is one inference, whose attention writes into the KV cache that it is given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from devices.base import DecoderOptions, DecoderSpec
+from devices.block_pool import BlockPool
+from devices.edge_binding import EdgeBinding, Shape
+from devices.edge_kernels import kernels_library
+from devices.errors import EngineError
+from devices.kv_blocks import KVBlocks
+from devices.onnxruntime_binding import KEPT_ROWS, LogitsBuffer
+from devices.onnxruntime_session import engine_errors, open_session
+from devices.paged_decoder import PagedDecoder, Part, blocks_to_hold, tokens_to_hold
+
+BLOCK = 32
+"""Tokens of a block of the KV cache; the kernels know no other."""
+_WIDTH_STEP = 8
+"""Block tables are wider by so many blocks at once: a sequence that grows keeps its binding for 256 tokens."""
+_KEPT_TOKENS = KEPT_ROWS
+"""Calls of up to so many tokens, as decoding and verifying drafts make them, keep their bindings; all write to the kept
+logits."""
+_KEPT_BINDINGS = 64
+"""Of the shapes used last."""
+
+
+class OnnxRuntimeEdgeDecoder(PagedDecoder):
+    """Implements :class:`devices.base.Decoder` on a CPU that has the instructions which our kernels use.
+
+    ``options.batch_invariant`` changes nothing: the kernels compute every token alike, to the last bit, whatever is
+    beside it, and so does ONNX Runtime with matrices that are not quantized. The KV cache is float16; the system gives
+    its memory when it is written to.
+    """
+
+    def __init__(self, spec: DecoderSpec, options: DecoderOptions) -> None:
+        """DeviceUnavailable without the kernels or onnxruntime; EngineError if the model is refused or its KV cache
+        finds no address space."""
+        tokens = tokens_to_hold(spec, options)
+        self._session = open_session(spec, options, "CPUExecutionProvider", operators=kernels_library())
+        _check_cache(self._session, spec)
+        blocks = blocks_to_hold(tokens, options.max_sequences, BLOCK)
+        self._kv = KVBlocks(blocks, spec.num_layers, spec.num_kv_heads, BLOCK * spec.head_dim)
+        self._logits = LogitsBuffer(spec.vocab_size)
+        self._bindings: dict[Shape, EdgeBinding] = {}
+        super().__init__(
+            "edge:cpu",
+            spec,
+            options,
+            BlockPool(blocks, BLOCK),
+            kv_tokens=tokens,
+            block_bytes=self._kv.block_bytes,
+            long_offset=spec.max_context,
+            invariant=True,
+        )
+
+    # ---- blocks
+
+    def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.generic], ...]:
+        return self._kv.read(blocks)
+
+    def _snapshot_form(self, tokens: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+        return self._kv.form(-(-tokens // BLOCK))
+
+    def _write(self, blocks: list[int], arrays: tuple[NDArray[np.generic], ...]) -> None:
+        self._kv.write(blocks, arrays)
+
+    def _copy_block(self, source: int, target: int) -> None:
+        self._kv.copy(source, target)
+
+    # ---- running
+
+    def _compute(self, parts: list[Part]) -> list[NDArray[np.float32]]:
+        longest = max(len(part.blocks) for part in parts)
+        shape = Shape(
+            tokens=sum(len(part.tokens) for part in parts),
+            sequences=len(parts),
+            width=-(-longest // _WIDTH_STEP) * _WIDTH_STEP,
+            rows=sum(part.rows for part in parts),
+        )
+        with engine_errors("running a batch"):
+            bound = self._binding(shape)
+            bound.write(parts)
+            with self._stopwatch:
+                self._session.run_with_iobinding(bound.binding)
+        results, end = [], 0
+        for part in parts:
+            results.append(bound.logits[end : end + part.rows].copy())
+            end += part.rows
+        return results
+
+    def _binding(self, shape: Shape) -> EdgeBinding:
+        bound = self._bindings.pop(shape, None)
+        if bound is None:
+            bound = EdgeBinding(self._session, self._kv.values, self._logits.rows(shape.rows), shape)
+        if shape.tokens <= _KEPT_TOKENS:  # a longer step takes so long that binding anew is nothing
+            self._bindings[shape] = bound  # the last: what was not used for longest is the first
+            if len(self._bindings) > _KEPT_BINDINGS:
+                del self._bindings[next(iter(self._bindings))]
+        return bound
+
+    # ---- the end
+
+    def _release(self) -> None:
+        self._bindings.clear()
+        self._session = None
+        self._kv.close()
+
+
+def _check_cache(session: Any, spec: DecoderSpec) -> None:
+    """EngineError unless the graph's KV cache is as the decoder will make it."""
+    wanted = ["tensor(float16)", spec.num_layers, 2, spec.num_kv_heads, BLOCK * spec.head_dim]
+    found = next(([each.type, *each.shape[1:]] for each in session.get_inputs() if each.name == "kv_cache"), None)
+    if found != wanted:
+        raise EngineError(
+            f"{spec.model} has the KV cache {found}, edge:cpu needs {wanted}; export the model again with "
+            "--engine onnx-edge"
+        )

@@ -1,0 +1,34 @@
+// Which kernels this processor runs.
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "kernels.h"
+
+namespace edge {
+
+const Kernels* choose_kernels() {
+  static const Kernels* const chosen = []() -> const Kernels* {
+    const char* wanted = std::getenv("EDGE_GLM_INSTRUCTIONS");  // for tests and benchmarks: not the best, but this one
+    for (const Kernels* kernels : {&avx512_kernels, &avx2_kernels}) {
+      if (wanted && *wanted && std::strcmp(wanted, kernels->instructions) != 0) continue;
+      if (kernels->supported()) return kernels;
+    }
+    return nullptr;
+  }();
+  return chosen;
+}
+
+}  // namespace edge
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// The instruction set in use, "" where there is none to use.
+EXPORT const char* edge_kernels_instructions() {
+  const edge::Kernels* kernels = edge::choose_kernels();
+  return kernels ? kernels->instructions : "";
+}

@@ -1,0 +1,109 @@
+// What the operators compute, independent of ONNX Runtime and of the instruction set.
+//
+// A `Kernels` is a table of functions compiled for one instruction set. Every function computes one part of an operator
+// (some rows, some panels, one tile), so that the caller may spread parts over threads. Results do not depend on how
+// the work is cut: each number is made by the same operations in the same order, whatever else is in the batch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace edge {
+
+constexpr int64_t kPanel = 16;       // rows of a packed matrix that lie together
+constexpr int64_t kBlockTokens = 32;  // tokens of a block of the KV cache
+constexpr int64_t kSegment = 256;    // tokens whose scores are normalized together
+constexpr int64_t kTileRows = 48;    // query vectors (tokens × heads) that one part of attention takes
+
+using half = uint16_t;  // IEEE 754 binary16
+
+// A matrix (rows, columns) of `scale · code + offset` in blocks of `block` columns; exporters/edge_weights.py packs it.
+struct PackedMatrix {
+  const uint8_t* data;
+  int64_t rows, columns;
+  int bits;   // 4: codes 0..15; 8: codes −128..127
+  int block;  // 16 or 32
+
+  int64_t blocks() const { return columns / block; }
+  int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
+  int64_t codes_bytes() const { return block * kPanel * bits / 8; }
+  int64_t block_bytes() const { return codes_bytes() + 2 * kPanel * int64_t(sizeof(half)); }
+  int64_t panel_bytes() const { return blocks() * block_bytes(); }
+  int64_t bytes() const { return panels() * panel_bytes(); }
+};
+
+// Activations (rows, columns) as integers with a scale per block: x ≈ scale · code. `sum` is scale · Σ code over a block,
+// not Σ x: a block's codes of weights are all positive, so that rounding errors cancel only if its constant sees them too.
+//
+// With 8 bits a code is an int8_t, −127..127. With 16 bits and 4-bit weights each row stands twice, as two such digits: the
+// row as above, and what it leaves over. That is twice the work of 8 bits, where 16-bit integers would be four times. With
+// 8-bit weights, whose products with 8-bit codes overflow 16 bits anyway, a code is an int16_t, −32767..32767.
+struct Activations {
+  int bits;
+  int digits;    // rows for each row of x: 1 or 2
+  void* codes;   // (rows · digits, columns)
+  float* scale;  // (rows · digits, blocks)
+  float* sum;    // (rows · digits, blocks)
+};
+
+struct MatMul {
+  PackedMatrix weight;
+  Activations x;
+  int64_t tokens;
+  const float* bias;  // (weight.rows) or null
+  float* y;           // (tokens, weight.rows)
+};
+
+enum class Gate : int { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
+
+struct Attention {
+  int64_t heads, kv_heads, head_dim, rotary_dim;  // rotary_dim 0: no positions
+  int64_t window;                                 // 0: none
+  float scale, softcap, epsilon;                  // softcap 0: none
+  bool interleaved;
+  int64_t tokens, sequences, table_width;
+  const float* qkv;         // (tokens, (heads + 2·kv_heads)·head_dim)
+  const int32_t* begins;    // (sequences + 1)
+  const int32_t* past;      // (sequences)
+  const int32_t* table;     // (sequences, table_width)
+  const int64_t* positions;  // (tokens): rows of cos and sin
+  const float *cos, *sin;   // (…, rotary_dim / 2)
+  const float *q_norm, *k_norm;  // (head_dim) or null
+  half* cache;              // first block's keys of this layer
+  int64_t block_stride;     // halves from one block to the next
+  float* query;             // scratch (tokens, heads·head_dim): rotated and scaled
+  float* y;                 // (tokens, heads·head_dim)
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t tile_tokens() const { return group() < kTileRows ? kTileRows / group() : 1; }
+  // Keys of one head in a block: (head_dim, kBlockTokens); values: (kBlockTokens, head_dim).
+  half* keys(int64_t block, int64_t head) const {
+    return cache + block * block_stride + head * kBlockTokens * head_dim;
+  }
+  half* values(int64_t block, int64_t head) const { return keys(block, kv_heads + head); }
+};
+
+struct Kernels {
+  const char* instructions;
+  bool (*supported)();
+  // Rows [first, last) of x (rows, columns) into `into`.
+  void (*quantize)(const float* x, int64_t first, int64_t last, int64_t columns, int block, const Activations& into);
+  // Panels [first, last) of the product, all tokens.
+  void (*matmul)(const MatMul& job, int64_t first, int64_t last);
+  // Row `index` of the matrix as floats.
+  void (*row)(const PackedMatrix& matrix, int64_t index, float* out);
+  // Head norms and rotation of a token's queries and keys; keys and values go to the cache.
+  void (*append)(const Attention& job, int64_t sequence, int64_t token);
+  // Attention of `count` tokens from `token` on, all of `sequence`, in the query heads of one KV head.
+  void (*attend)(const Attention& job, int64_t sequence, int64_t token, int64_t count, int64_t kv_head);
+  // gate(x[:, :n]) · x[:, n:] for one row of 2·n.
+  void (*gated_unit)(const float* x, int64_t n, Gate gate, float* out);
+};
+
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+
+// The best table for this processor; null if there is none.
+const Kernels* choose_kernels();
+
+}  // namespace edge

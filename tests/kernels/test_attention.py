@@ -1,0 +1,223 @@
+"""Attention over the paged cache, and gates, against the plain twin in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.kernels.operators import Arrays, run
+
+BLOCK = 32
+LAYERS = 2
+
+
+@dataclass
+class Case:
+    heads: int = 6
+    kv_heads: int = 2
+    dim: int = 64
+    rotary: int = 64
+    interleaved: bool = False
+    window: int = 0
+    softcap: float = 0.0
+    norms: bool = False
+    sequences: list[NDArray[np.float32]] = field(default_factory=list)
+    """Per sequence (length, (heads + 2·kv_heads)·dim): everything it will ever hold."""
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(3)
+        self.cos = rng.normal(0, 1, (700, self.rotary // 2)).astype(np.float32)
+        self.sin = rng.normal(0, 1, (700, self.rotary // 2)).astype(np.float32)
+        self.q_norm, self.k_norm = rng.uniform(0.5, 1.5, (2, self.dim)).astype(np.float32)
+
+    def add(self, length: int) -> None:
+        rng = np.random.default_rng(length)
+        self.sequences.append(
+            rng.normal(0, 1, (length, (self.heads + 2 * self.kv_heads) * self.dim)).astype(np.float32)
+        )
+
+    def cache(self) -> NDArray[np.float16]:
+        """With rubbish in it, as blocks have that were used before."""
+        blocks = sum(-(-len(each) // BLOCK) for each in self.sequences) + 3
+        rng = np.random.default_rng(0)
+        return rng.normal(0, 1, (blocks, LAYERS, 2, self.kv_heads, BLOCK * self.dim)).astype(np.float16)
+
+    def tables(self) -> NDArray[np.int32]:
+        """Blocks in no order, each in one table."""
+        needed = [-(-len(each) // BLOCK) for each in self.sequences]
+        free = np.random.default_rng(1).permutation(sum(needed) + 3)
+        tables = np.zeros((len(needed), max(needed) + 1), np.int32)
+        for index, count in enumerate(needed):
+            tables[index, :count], free = free[:count], free[count:]
+        return tables
+
+    def forward(self, cache: NDArray[np.float16], parts: list[tuple[int, int, int]]) -> list[NDArray[np.float32]]:
+        """Run tokens start … stop of some sequences, given as (sequence, start, stop)."""
+        tables = self.tables()
+        counts = [stop - start for _, start, stop in parts]
+        inputs: Arrays = {
+            "qkv": np.concatenate([self.sequences[s][start:stop] for s, start, stop in parts]),
+            "cache": cache,
+            "begins": np.cumsum([0, *counts], dtype=np.int32),
+            "past": np.array([start for _, start, _ in parts], np.int32),
+            "table": np.ascontiguousarray(tables[[s for s, _, _ in parts]]),
+            "positions": np.concatenate([np.arange(start, stop) for _, start, stop in parts]),
+            "cos": self.cos,
+            "sin": self.sin,
+            "q_norm": self.q_norm,
+            "k_norm": self.k_norm,
+        }
+        absent = (() if self.rotary else ("cos", "sin")) + (() if self.norms else ("q_norm", "k_norm"))
+        y = run("PagedAttention", inputs, absent, **self.attributes())
+        return np.split(y, np.cumsum(counts)[:-1])
+
+    def attributes(self) -> dict[str, Any]:
+        return {
+            "layer": 1,
+            "num_heads": self.heads,
+            "kv_num_heads": self.kv_heads,
+            "head_dim": self.dim,
+            "rotary_interleaved": int(self.interleaved),
+            "window": self.window,
+            "scale": self.dim**-0.5,
+            "softcap": self.softcap,
+            "epsilon": 1e-5,
+        }
+
+    def twin(self, sequence: int) -> NDArray[np.float64]:
+        """(length, heads·dim), one token after another."""
+        x = self.sequences[sequence].astype(np.float64).reshape(-1, self.heads + 2 * self.kv_heads, self.dim)
+        q, k, v = np.split(x, [self.heads, self.heads + self.kv_heads], axis=1)
+        if self.norms:
+            q, k = (
+                each / np.sqrt((each**2).mean(-1, keepdims=True) + 1e-5) * weight
+                for each, weight in ((q, self.q_norm), (k, self.k_norm))
+            )
+        if self.rotary:
+            q, k = self._rotate(q), self._rotate(k)
+        out = []
+        for position in range(len(x)):
+            low = max(0, position + 1 - self.window) if self.window else 0
+            for head in range(self.heads):
+                kv = head * self.kv_heads // self.heads
+                scores = k[low : position + 1, kv] @ q[position, head] * self.dim**-0.5
+                if self.softcap:
+                    scores = self.softcap * np.tanh(scores / self.softcap)
+                weights = np.exp(scores - scores.max())
+                out.append(weights / weights.sum() @ v[low : position + 1, kv])
+        return np.array(out).reshape(len(x), -1)
+
+    def _rotate(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        y, pairs = x.copy(), self.rotary // 2
+        cos, sin = self.cos[: len(x), None], self.sin[: len(x), None]
+        a, b = (
+            (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
+            if self.interleaved
+            else (slice(pairs), slice(pairs, 2 * pairs))
+        )
+        y[..., a] = x[..., a] * cos - x[..., b] * sin
+        y[..., b] = x[..., b] * cos + x[..., a] * sin
+        return y
+
+
+CASES = {
+    "plain": Case(),
+    "one head each": Case(heads=2, kv_heads=2),
+    "many heads": Case(heads=8, kv_heads=1, dim=128, rotary=128),
+    "partial, interleaved": Case(rotary=32, interleaved=True),
+    "no positions": Case(rotary=0),
+    "head norms": Case(norms=True),
+    "soft cap": Case(softcap=3.0),
+    "window": Case(window=40),
+    "window of one": Case(window=1),
+    "odd size": Case(dim=24, rotary=16),
+    "size 80": Case(dim=80, rotary=80),
+    "size 256": Case(heads=2, kv_heads=1, dim=256, rotary=256),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_agrees_with_the_plain_twin(case: Case) -> None:
+    case.sequences.clear()
+    case.add(331)  # over a segment of 256
+    case.add(5)
+    cache = case.cache()
+    rows: list[list[NDArray[np.float32]]] = [[], []]
+    for parts in ([(0, 0, 100), (1, 0, 3)], [(0, 100, 101), (1, 3, 4)], [(0, 101, 330)], [(1, 4, 5), (0, 330, 331)]):
+        for (sequence, _, _), y in zip(parts, case.forward(cache, parts), strict=True):
+            rows[sequence].append(y)
+    for sequence in (0, 1):
+        # keys and values are float16: about 2**-11 of each, and scores of the size of these
+        np.testing.assert_allclose(np.concatenate(rows[sequence]), case.twin(sequence), atol=6e-3, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_token_does_not_depend_on_how_it_is_fed(case: Case) -> None:
+    case.sequences.clear()
+    case.add(300)
+    case.add(40)
+    whole = case.forward(case.cache(), [(0, 0, 300)])[0]
+    cache = case.cache()
+    pieces = [case.forward(cache, [(0, 0, 7)])[0], case.forward(cache, [(0, 7, 270), (1, 0, 40)])[0]]
+    pieces += [case.forward(cache, [(0, start, start + 1)])[0] for start in range(270, 300)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
+def test_only_its_own_layer_and_blocks_are_written() -> None:
+    case = Case()
+    case.add(40)
+    cache = case.cache()
+    before = cache.copy()
+    case.forward(cache, [(0, 0, 40)])
+    changed = np.argwhere((cache != before).any((2, 3, 4)))
+    assert {int(layer) for _, layer in changed} == {1}
+    assert {int(block) for block, _ in changed} == set(case.tables()[0, :2].tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("table", np.full((1, 1), 99, np.int32), "outside the KV cache"),
+        ("past", np.array([32], np.int32), "longer than its row"),
+        ("past", np.array([-1], np.int32), "without tokens"),
+        ("begins", np.array([0, 2], np.int32), "cover all tokens"),
+        ("qkv", np.zeros((1, 8), np.float32), "qkv must be"),
+        ("cache", np.zeros((4, LAYERS, 2, 1, 8), np.float16), "another shape"),
+    ],
+)
+def test_wrong_inputs_are_refused(name: str, value: NDArray[Any], message: str) -> None:
+    case = Case()
+    case.add(1)
+    inputs: Arrays = {
+        "qkv": case.sequences[0],
+        "cache": case.cache(),
+        "begins": np.array([0, 1], np.int32),
+        "past": np.zeros(1, np.int32),
+        "table": np.zeros((1, 1), np.int32),
+        "positions": np.zeros(1, np.int64),
+        "cos": case.cos,
+        "sin": case.sin,
+    }
+    with pytest.raises(Exception, match=message):
+        run("PagedAttention", {**inputs, name: value}, **case.attributes())
+
+
+@pytest.mark.parametrize("n", [1, 8, 19, 64])
+@pytest.mark.parametrize("activation", [0, 1, 2])
+def test_gates(activation: int, n: int) -> None:
+    x = np.random.default_rng(n).normal(0, 4, (5, 2 * n)).astype(np.float32)
+    x[0, 0], x[1, 0] = 200, -200
+    gate, up = np.split(x.astype(np.float64), 2, axis=1)
+    if activation == 0:
+        gate = gate / (1 + np.exp(-gate))
+    elif activation == 1:
+        gate = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+    else:
+        gate = 0.5 * gate * (1 + np.vectorize(math.erf)(gate / math.sqrt(2)))
+    y = run("GatedUnit", {"x": x}, activation=activation)
+    np.testing.assert_allclose(y, gate * up, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,143 @@
+"""Products of packed matrices against the plain twin in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from exporters.edge_weights import pack
+from exporters.weights import QuantizedTensor
+from tests.kernels.operators import matmul, run
+
+SHAPES = [(bits, group, activation) for bits, activation in ((4, 8), (4, 16), (8, 16)) for group in (16, 32, 64)]
+
+
+def matrix(rows: int, columns: int, bits: int, group: int, seed: int = 0) -> QuantizedTensor:
+    rng = np.random.default_rng(seed)
+    shape = (rows, columns // group)
+    codes = rng.integers(0, 2**bits, (rows, columns)).astype(np.uint8)
+    # constants that float16 holds, so that the twin has the very same
+    scale = rng.uniform(0.5, 1.5, shape).astype(np.float16).astype(np.float32) / 2**bits
+    zero = np.float32(2 ** (bits - 1)) + rng.integers(-8, 9, shape).astype(np.float32) / 4
+    return QuantizedTensor(codes, scale, zero, bits)
+
+
+def rounded(blocks: NDArray[np.float32], bits: int) -> NDArray[np.float64]:
+    """To whole multiples of one step for each block."""
+    top = np.float32(2 ** (bits - 1) - 1)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    factor = np.divide(top, largest, out=np.zeros_like(largest), where=largest > 0)
+    codes: NDArray[np.float64] = np.rint(blocks * factor).astype(np.float64)
+    return codes * (largest / top)
+
+
+def twin(x: NDArray[np.float32], tensor: QuantizedTensor, activation_bits: int) -> NDArray[np.float64]:
+    """x·Wᵀ with the activations rounded as the kernels round them."""
+    block = 32 if tensor.group % 32 == 0 else 16
+    blocks = x.reshape(len(x), -1, block)
+    if (tensor.bits, activation_bits) == (4, 16):  # two digits of 8 bits
+        first = rounded(blocks, 8)
+        values = first + rounded((blocks - first).astype(np.float32), 8)
+    else:
+        values = rounded(blocks, activation_bits)
+    middle = 0 if tensor.bits == 4 else 128
+    repeat = tensor.group // block
+    scale = tensor.scale.repeat(repeat, 1).astype(np.float16).astype(np.float64)
+    offset = (tensor.scale * (middle - tensor.zero)).repeat(repeat, 1).astype(np.float16).astype(np.float64)
+    weights = (tensor.codes.astype(np.float64) - middle).reshape(len(tensor.codes), -1, block)
+    main = np.einsum("tbk,nbk,nb->tn", values, weights, scale)
+    return main + values.sum(-1) @ offset.T
+
+
+def activations(tokens: int, columns: int) -> NDArray[np.float32]:
+    rng = np.random.default_rng(tokens)
+    x = rng.normal(0, 1, (tokens, columns)).astype(np.float32)
+    x[:, 5] *= 40  # an outlier, as models have them
+    x[0, :16] = 0
+    return x
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 9, 33])
+@pytest.mark.parametrize(("bits", "group", "activation"), SHAPES)
+def test_agrees_with_the_plain_twin(bits: int, group: int, activation: int, tokens: int) -> None:
+    tensor = matrix(37, 192, bits, group)
+    x = activations(tokens, 192)
+    expected = twin(x, tensor, activation)
+    np.testing.assert_allclose(
+        matmul(x, pack(tensor), activation), expected, rtol=0, atol=2e-6 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize(("bits", "group", "activation"), SHAPES)
+def test_a_row_does_not_depend_on_the_others(bits: int, group: int, activation: int) -> None:
+    tensor = pack(matrix(50, 320, bits, group))
+    x = activations(23, 320)
+    together = matmul(x, tensor, activation)
+    alone = np.concatenate([matmul(row[None], tensor, activation) for row in x])
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_the_largest_sums_fit() -> None:
+    """Every code and activation at its extreme: integer sums are as large as they get."""
+    for bits, activation in ((4, 8), (4, 16), (8, 16)):
+        codes = np.full((16, 64), 2**bits - 1, np.uint8)
+        low = QuantizedTensor(np.zeros_like(codes), np.ones((16, 2), np.float32), np.zeros((16, 2), np.float32), bits)
+        high = QuantizedTensor(codes, low.scale, low.zero, bits)
+        for tensor in (low, high):
+            for sign in (1, -1):
+                x = np.full((3, 64), sign, np.float32)
+                expected = x @ tensor.dequantize().T
+                np.testing.assert_allclose(matmul(x, pack(tensor), activation), expected, rtol=1e-6)
+
+
+def test_bias() -> None:
+    tensor, x = matrix(37, 64, 4, 32), activations(3, 64)
+    bias = np.random.default_rng(1).normal(0, 1, 37).astype(np.float32)
+    plain = matmul(x, pack(tensor), 16)
+    np.testing.assert_allclose(matmul(x, pack(tensor), 16, bias), plain + bias, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-42, 1e-30, 3e38])
+def test_extreme_activations(value: float) -> None:
+    tensor = matrix(16, 32, 4, 32)
+    y = matmul(np.full((1, 32), value, np.float32), pack(tensor), 8)
+    assert np.isfinite(y).all() or value == 3e38
+    if value == 0.0:
+        assert (y == 0).all()
+
+
+def test_no_tokens() -> None:
+    assert matmul(np.zeros((0, 64), np.float32), pack(matrix(20, 64, 4, 32)), 8).shape == (0, 20)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, 32), (8, 16), (8, 64)])
+def test_rows_of_a_table(bits: int, group: int) -> None:
+    tensor = matrix(53, 128, bits, group)
+    packed, ids = pack(tensor), np.array([0, 52, 16, 15, 31])
+    attributes = {"K": 128, "N": 53, "bits": bits, "block": packed.block}
+    y = run("QuantizedGather", {"ids": ids, "weight": packed.data}, **attributes)
+    expected = tensor.dequantize()[ids]
+    np.testing.assert_allclose(y, expected, atol=2**-10 * np.abs(expected).max(), rtol=0)  # of the constants' float16
+    with pytest.raises(Exception, match="outside the table"):
+        run("QuantizedGather", {"ids": np.array([53]), "weight": packed.data}, **attributes)
+
+
+def test_a_weight_of_another_size_is_refused() -> None:
+    packed = pack(matrix(16, 64, 4, 32))
+    with pytest.raises(Exception, match="not the size of its matrix"):
+        run(
+            "QuantizedMatMul",
+            {"x": activations(1, 64), "weight": packed.data[:-1].copy()},
+            K=64,
+            N=16,
+            bits=4,
+            block=32,
+            activation_bits=8,
+        )
+
+
+def test_attributes_are_checked() -> None:
+    packed = pack(matrix(16, 64, 8, 32))
+    with pytest.raises(Exception, match="4-bit weights only"):
+        matmul(activations(1, 64), packed, 8)

@@ -1,0 +1,70 @@
+"""Which device gets a model, by what is here and what can be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from devices.errors import DeviceUnavailable, UnknownDevice
+from edge_runtime.errors import ModelNotFound
+from edge_runtime.fetch import Fetched
+from edge_runtime.paths import Home
+from edge_runtime.placement import place
+from edge_runtime.store import Store, export_package
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """On a machine where our own kernels are the best."""
+    monkeypatch.setattr("devices.edge_kernels.instructions", lambda: "avx2")
+    return Store(Home(tmp_path / "home", tmp_path / "home" / "cache"))
+
+
+def test_a_new_model_is_made_for_the_best_device(store: Store) -> None:
+    device, package, variant = place(store, "synthetic:tiny", "auto")
+    assert (device.name, variant.name) == ("edge:cpu", "onnx-edge-int4")
+    assert variant.engine == package.spec(variant).engine == "onnxruntime-edge"
+    assert place(store, "synthetic:tiny", "auto", "int4") == (device, package, variant)
+
+
+def test_what_is_here_already_is_taken(store: Store) -> None:
+    store.ensure("synthetic:tiny", "openvino", "int4")
+    device, _, variant = place(store, "synthetic:tiny", "cpu")
+    assert (device.name, variant.name) == ("openvino:cpu", "openvino-int4")
+    device, _, variant = place(store, "synthetic:tiny", "cpu", "int8")
+    assert (device.name, variant.name) == ("edge:cpu", "onnx-edge-int8")
+
+
+def test_unless_the_best_is_asked_for(store: Store) -> None:
+    store.ensure("synthetic:tiny", "onnxruntime")
+    device, package, variant = place(store, "synthetic:tiny", "auto", best=True)
+    assert (device.name, variant.name) == ("edge:cpu", "onnx-edge-int4")
+    assert [each.name for each in package.manifest.variants] == ["onnx-int4", "onnx-edge-int4"]
+
+
+def test_a_package_by_path_stays_as_it_is(store: Store, tmp_path: Path) -> None:
+    export_package("synthetic:tiny", tmp_path / "made", ["onnxruntime"], "int4")
+    for best in (False, True):
+        device, package, variant = place(store, str(tmp_path / "made"), "auto", best=best)
+        assert (device.name, variant.name) == ("onnxruntime:cpu", "onnx-int4")
+        assert package.folder == tmp_path / "made"
+    with pytest.raises(DeviceUnavailable, match=r"no onnxruntime-edge variant \(export --engine onnx-edge\)"):
+        place(store, str(tmp_path / "made"), "edge:cpu")
+
+
+def test_a_package_from_the_hub_has_what_it_has(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = export_package("synthetic:tiny", tmp_path / "made", ["openvino"], "int4")
+    monkeypatch.setattr("edge_runtime.store.fetch_hub", lambda *_: Fetched(made.folder, {"source": "hf:org/tiny"}))
+    for best in (True, False):
+        device, package, variant = place(store, "hf:org/tiny", "auto", best=best)
+        assert (device.name, variant.name) == ("openvino:cpu", "openvino-int4")
+        assert package.folder.parent == store.home.models
+    with pytest.raises(ModelNotFound, match="no onnxruntime variant; it has: openvino-int4"):
+        place(store, "hf:org/other", "onnxruntime:cpu")
+
+
+def test_names_are_checked_first(store: Store) -> None:
+    with pytest.raises(UnknownDevice):
+        place(store, "hf:org/none", "tpu")
+    assert not store.home.models.exists()
