@@ -7,8 +7,12 @@ temperature → top-k → top-p → min-p → draw.
 from __future__ import annotations
 
 import math
+import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import neg
 from types import MappingProxyType
 from typing import Any
 
@@ -240,16 +244,31 @@ class _Seen:
 # --- choice -----------------------------------------------------------------------------------------------------------
 
 Choose = Callable[[Logits], int]
-Weights = NDArray[np.float32]
-"""exp((logit - largest) / temperature): 1 for the likeliest token."""
-Candidates = Callable[[Logits, np.float32], tuple[NDArray[np.int64], Weights, float | None]]
-"""Logits (vocab,) and the largest of them → the ids that top-k leaves and their weights, likeliest first. Those that
-top-p or min-p will cut off anyway may be missing; then the third is the sum of all weights."""
+Ranked = tuple[list[int], list[float]]
+"""Token ids and a number for each, largest first, equal ones by id."""
+Candidates = Callable[[Logits], tuple[Ranked, float | None]]
+"""Logits (vocab,) → what top-k leaves, by their weights: exp((logit - largest) / temperature). Tokens that top-p or
+min-p will cut off anyway may be missing; then the sum of all weights comes with them."""
 
 
 def _chooser(params: SamplingParams, index: int) -> Choose:
     assert params.temperature is not None  # resolved
-    return _greedy if params.temperature == 0 else _drawn(params, params.temperature, index)
+    assert params.top_k is not None
+    assert params.top_p is not None
+    assert params.min_p is not None
+    if params.temperature == 0:
+        return _greedy
+    temperature = min(max(params.temperature, 1e-30), 1e30)  # what float32 can hold
+    draw = random.Random(None if params.seed is None else f"{params.seed % 2**64} {index}").random
+    if params.top_k > 0:
+        candidates = _top_k(params.top_k, temperature)
+    elif params.min_p > 0:
+        candidates = _above(params.min_p, temperature, summed=params.top_p < 1)
+    elif params.top_p < 1:
+        candidates = _nucleus(params.top_p, temperature)
+    else:
+        return _uncut(temperature, draw)
+    return _cut(candidates, params.top_p, params.min_p, draw)
 
 
 def _greedy(logits: Logits) -> int:
@@ -263,58 +282,51 @@ def _greedy(logits: Logits) -> int:
     return token
 
 
-def _drawn(params: SamplingParams, temperature: float, index: int) -> Choose:
-    assert params.top_k is not None  # resolved
-    assert params.top_p is not None
-    assert params.min_p is not None
-    top_p, min_p = params.top_p, params.min_p
-    temperature = max(temperature, 1e-30)  # float32 would round less to zero
-    entropy = None if params.seed is None else [params.seed % 2**64, index]
-    generator = np.random.default_rng(np.random.SeedSequence(entropy))
-    candidates = _candidates(params.top_k, top_p, min_p, temperature)
+def _largest(logits: Logits) -> float:
+    """EngineError if it is no number."""
+    largest: float = logits.item(_greedy(logits))
+    return largest
 
+
+def _uncut(temperature: float, draw: Callable[[], float]) -> Choose:
     def choose(logits: Logits) -> int:
-        ids, weights, total = candidates(logits, logits[_greedy(logits)])
-        mass = weights.cumsum(dtype=np.float64)
-        count = len(ids)
-        if top_p < 1:
-            whole = mass[-1] if total is None else total
-            count = min(count, int(mass.searchsorted(top_p * whole)) + 1)
-        if min_p > 0:
-            count = min(count, len(ids) - int(weights[::-1].searchsorted(min_p)))
-        drawn = int(mass[:count].searchsorted(generator.random() * mass[count - 1], side="right"))
-        return int(ids[min(drawn, count - 1)])
+        mass = _weights(logits, _largest(logits), temperature).cumsum(dtype=np.float64)
+        return min(int(mass.searchsorted(draw() * mass[-1], side="right")), len(logits) - 1)
 
     return choose
 
 
-def _candidates(top_k: int, top_p: float, min_p: float, temperature: float) -> Candidates:
-    """The cheapest that do: the whole vocabulary is compared, but neither sorted nor, if it can be helped, weighed."""
-    if top_k > 0:
-        return _top_k(top_k, temperature)
-    if min_p > 0:
-        return _above(min_p, temperature, summed=top_p < 1)
-    if top_p < 1:
-        return _nucleus(top_p, temperature)
-    return _everything(temperature)
+def _cut(candidates: Candidates, top_p: float, min_p: float, draw: Callable[[], float]) -> Choose:
+    """Lists, since for some tens of tokens numpy's calls would take longer than what they compute."""
+
+    def choose(logits: Logits) -> int:
+        (ids, weights), total = candidates(logits)
+        mass = list(accumulate(weights))
+        count = len(ids)
+        if top_p < 1:
+            count = min(count, bisect_left(mass, top_p * (mass[-1] if total is None else total)) + 1)
+        if min_p > 0:
+            count = min(count, bisect_right(weights, -min_p, key=neg))
+        return ids[min(bisect_right(mass, draw() * mass[count - 1], 0, count), count - 1)]
+
+    return choose
 
 
 def _top_k(k: int, temperature: float) -> Candidates:
-    def candidates(logits: Logits, largest: np.float32) -> tuple[NDArray[np.int64], Weights, float | None]:
-        ids = likeliest(logits, k)
-        return ids, _weights(logits[ids], largest, temperature), None
+    def candidates(logits: Logits) -> tuple[Ranked, float | None]:
+        return _weighed(likeliest(logits, k), temperature), None
 
     return candidates
 
 
 def _above(min_p: float, temperature: float, summed: bool) -> Candidates:
     """The tokens that min-p leaves. Not ``summed``: nobody will ask for the sum."""
-    reach = np.float32(temperature * math.log(min_p))
+    reach = temperature * math.log(min_p)
 
-    def candidates(logits: Logits, largest: np.float32) -> tuple[NDArray[np.int64], Weights, float | None]:
-        ids = _from(logits, largest + reach)
+    def candidates(logits: Logits) -> tuple[Ranked, float | None]:
+        largest = _largest(logits)
         total = _total(logits, largest, temperature) if summed else None
-        return ids, _weights(logits[ids], largest, temperature), total
+        return _weighed(_from(logits, largest + reach), temperature), total
 
     return candidates
 
@@ -322,52 +334,59 @@ def _above(min_p: float, temperature: float, summed: bool) -> Candidates:
 def _nucleus(top_p: float, temperature: float) -> Candidates:
     """By growing selections: text models rarely need more than the first."""
 
-    def candidates(logits: Logits, largest: np.float32) -> tuple[NDArray[np.int64], Weights, float | None]:
-        total = _total(logits, largest, temperature)
+    def candidates(logits: Logits) -> tuple[Ranked, float | None]:
+        total = _total(logits, _largest(logits), temperature)
         size = 64
         while True:
-            ids = likeliest(logits, size)
-            weights = _weights(logits[ids], largest, temperature)
-            if weights.sum(dtype=np.float64) >= top_p * total or size >= len(logits):
-                return ids, weights, total
+            ids, weights = _weighed(likeliest(logits, size), temperature)
+            if sum(weights) >= top_p * total or size >= len(logits):
+                return (ids, weights), total
             size *= 8
 
     return candidates
 
 
-def _everything(temperature: float) -> Candidates:
-    """In any order: nothing will be cut off."""
-
-    def candidates(logits: Logits, largest: np.float32) -> tuple[NDArray[np.int64], Weights, float | None]:
-        return np.arange(len(logits)), _weights(logits, largest, temperature), None
-
-    return candidates
-
-
-def _weights(logits: Logits, largest: np.float32, temperature: float) -> Weights:
-    weights: Weights = np.exp((logits - largest) / np.float32(temperature))
+def _weights(logits: Logits, largest: float, temperature: float) -> NDArray[np.float32]:
+    weights: NDArray[np.float32] = np.exp((logits - np.float32(largest)) / np.float32(temperature))
     return weights
 
 
-def _total(logits: Logits, largest: np.float32, temperature: float) -> float:
+def _total(logits: Logits, largest: float, temperature: float) -> float:
     return float(_weights(logits, largest, temperature).sum(dtype=np.float64))
 
 
-def likeliest(logits: Logits, k: int) -> NDArray[np.int64]:
-    """The ids of the ``k`` largest, largest first, equal ones by id; as sorting all would give, in a tenth of the time.
+def _weighed(ranked: Ranked, temperature: float) -> Ranked:
+    ids, values = ranked
+    largest = values[0]
+    return ids, [math.exp((value - largest) / temperature) for value in values]
 
-    The k largest are at least as large as the k-th largest maximum of any groups, which few others are.
+
+def likeliest(logits: Logits, k: int) -> Ranked:
+    """The ``k`` largest logits, as sorting all would give them, in a hundredth of the time.
+
+    They are as large as the k-th largest maximum of any groups of logits, which few others are. EngineError if the
+    logits hold no number to choose by.
     """
     k = min(k, len(logits))
     groups = len(logits) // GROUP
-    maxima = logits if k > groups else logits[: groups * GROUP].reshape(GROUP, groups).max(axis=0)
-    return _from(logits, np.partition(maxima, -k)[-k])[:k]
+    if k > groups:
+        maxima = logits.copy()
+    else:
+        maxima = np.maximum.reduce(logits[: groups * GROUP].reshape(GROUP, groups))
+        if len(logits) % GROUP:
+            maxima = np.append(maxima, logits[groups * GROUP :])
+    _largest(maxima)
+    maxima.partition(len(maxima) - k)
+    ids, values = _from(logits, maxima.item(-k))
+    return ids[:k], values[:k]
 
 
-def _from(logits: Logits, bound: np.float32) -> NDArray[np.int64]:
-    """The ids of logits from ``bound`` up, largest first, equal ones by id."""
-    ids = (logits >= bound).nonzero()[0]
-    return ids[(-logits[ids]).argsort(kind="stable")]
+def _from(logits: Logits, bound: float) -> Ranked:
+    """All logits from ``bound`` up."""
+    ids = (logits >= np.float32(bound)).nonzero()[0]
+    values = logits[ids]
+    order = (-values).argsort(kind="stable")
+    return ids[order].tolist(), values[order].tolist()
 
 
 # --- logprobs ---------------------------------------------------------------------------------------------------------
@@ -381,17 +400,17 @@ def _describer(alternatives: int | None) -> Callable[[Logits, int], TokenLogprob
 
     def describe(logits: Logits, token: int) -> TokenLogprob:
         normalizer = log_sum_exp(logits)
-        top = likeliest(logits, count).tolist() if count else []
-        pairs = tuple((i, float(logits[i]) - normalizer) for i in top)
-        return TokenLogprob(token, float(logits[token]) - normalizer, pairs)
+        top = zip(*likeliest(logits, count), strict=True) if count else ()
+        pairs = tuple((other, value - normalizer) for other, value in top)
+        return TokenLogprob(token, logits.item(token) - normalizer, pairs)
 
     return describe
 
 
 def log_sum_exp(logits: Logits) -> float:
     """log Σ exp over the last (only) axis."""
-    largest = logits.max()
-    return float(largest) + math.log(_total(logits, largest, 1.0))
+    largest = float(logits.max())
+    return largest + math.log(_total(logits, largest, 1.0))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

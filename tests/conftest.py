@@ -9,11 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from devices.errors import DeviceUnavailable
+from devices.registry import choose_device
 from edge_runtime.package import Package
 from exporters.export import export
 from exporters.formats import open_checkpoint
+from exporters.graphs import Engine
 
 FIXTURES = Path(__file__).parent / "fixtures"
+EXPORTS: tuple[Engine, ...] = ("onnx-edge", "onnx", "openvino")
+
+
+def usable(device: str) -> str:
+    """``device``; skips the test, with the reason, where it cannot be used (tests/devices look after what must be)."""
+    try:
+        choose_device(device)
+    except DeviceUnavailable as error:
+        pytest.skip(str(error))
+    return device
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +50,7 @@ def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_package(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Package:
-    """It, exported to int4 for both engines."""
+    """It, exported to int4 for every device of a CPU."""
     folder = tmp_path_factory.mktemp("real") / "smollm2"
-    export(open_checkpoint(smollm2_gguf), folder, engines=("onnx", "openvino"), weights="int4")
+    export(open_checkpoint(smollm2_gguf), folder, engines=EXPORTS, weights="int4")
     return Package.open(folder)

@@ -1,9 +1,9 @@
 """The real model at 4 bits: what a sequence answers hardly depends on what else runs, and not at all if so asked.
 
-Both engines compute a step of two or more tokens bit for bit alike however it is cut and batched. A single token goes
-through a matrix-vector kernel, which sums in another order; the last bit that differs flips a rounding to int8
-somewhere, and after 30 layers logits differ by about as much as int8 activations cost anyway. ``batch_invariant``
-keeps away from that kernel.
+Our own kernels compute each token alike, always. Both engines compute a step of two or more tokens bit for bit alike
+however it is cut and batched; with them a single token goes through a matrix-vector kernel, which sums in another
+order; the last bit that differs flips a rounding to int8 somewhere, and after 30 layers logits differ by about as much
+as int8 activations cost anyway. ``batch_invariant`` keeps away from that kernel.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from edge_runtime import EdgeLLM, SamplingParams
 from edge_runtime.bench.workload import bundled_text
 from edge_runtime.package import Package
 from edge_runtime.server.app import create_app
-from tests.bench.fidelity import REFERENCES
+from tests.bench.fidelity import DEVICES, REFERENCES
+from tests.conftest import usable
 from tests.server.served import running
 
-ENGINES = ("onnxruntime", "openvino")
 QUESTIONS = (
     "Why is the sky blue?",
     "Name three primary colours.",
@@ -39,12 +39,17 @@ QUESTIONS = (
 )
 
 
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return usable(request.param)
+
+
 @contextmanager
-def opened(package: Package, engine: str, invariant: bool) -> Iterator[Decoder]:
-    variant = package.variant(engine, "int4")
+def opened(package: Package, device: str, invariant: bool) -> Iterator[Decoder]:
+    variant = package.variant(DEVICES[device], "int4")
     assert variant is not None
     options = DecoderOptions(max_sequences=9, batch_invariant=invariant)
-    decoder = open_decoder(package.spec(variant), f"{engine}:cpu", options)
+    decoder = open_decoder(package.spec(variant), device, options)
     try:
         yield decoder
     finally:
@@ -57,11 +62,10 @@ def ids() -> NDArray[np.int64]:
         return np.asarray(arrays["ids"], np.int64)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 def test_steps_of_several_tokens_are_bit_for_bit_alike(
-    smollm2_package: Package, engine: str, ids: NDArray[np.int64]
+    smollm2_package: Package, device: str, ids: NDArray[np.int64]
 ) -> None:
-    with opened(smollm2_package, engine, invariant=False) as decoder:
+    with opened(smollm2_package, device, invariant=False) as decoder:
         whole_sequence, cut, other = (decoder.new_sequence() for _ in range(3))
         (whole,) = decoder.forward([Step(whole_sequence, ids[:96], rows=96)])
         (first,) = decoder.forward([Step(cut, ids[:64], rows=64)])
@@ -70,12 +74,11 @@ def test_steps_of_several_tokens_are_bit_for_bit_alike(
         assert 64 % decoder.limits.kv_block == 0
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 def test_decoding_among_others_is_bit_for_bit_like_alone(
-    smollm2_package: Package, engine: str, ids: NDArray[np.int64]
+    smollm2_package: Package, device: str, ids: NDArray[np.int64]
 ) -> None:
     prompts = [ids[50 * i : 50 * i + 20 + 3 * i] for i in range(8)]
-    with opened(smollm2_package, engine, invariant=True) as decoder:
+    with opened(smollm2_package, device, invariant=True) as decoder:
 
         def decode(chosen: list[int]) -> list[NDArray[np.float32]]:
             sequences = [decoder.new_sequence() for _ in chosen]
@@ -99,12 +102,11 @@ def test_decoding_among_others_is_bit_for_bit_like_alone(
             assert np.array_equal(alone, together[i])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunk", [1, 12, 50])
 def test_decoding_beside_a_chunk_is_bit_for_bit_like_alone(
-    smollm2_package: Package, engine: str, chunk: int, ids: NDArray[np.int64]
+    smollm2_package: Package, device: str, chunk: int, ids: NDArray[np.int64]
 ) -> None:
-    with opened(smollm2_package, engine, invariant=True) as decoder:
+    with opened(smollm2_package, device, invariant=True) as decoder:
         alone, beside, other = (decoder.new_sequence() for _ in range(3))
         decoder.forward([Step(alone, ids[:45])])
         decoder.forward([Step(beside, ids[:45])])
@@ -113,37 +115,33 @@ def test_decoding_beside_a_chunk_is_bit_for_bit_like_alone(
         assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_same_prompt_twice_answers_the_same(smollm2_package: Package, engine: str) -> None:
+def test_the_same_prompt_twice_answers_the_same(smollm2_package: Package, device: str) -> None:
     """The second time most of the prompt comes from the prefix cache."""
     params = SamplingParams(temperature=0, max_tokens=48)
     prompt = "Write a short story about a lighthouse keeper who finds a strange bottle on the beach one morning, " * 3
-    with EdgeLLM(str(smollm2_package.folder), f"{engine}:cpu") as llm:
+    with EdgeLLM(str(smollm2_package.folder), device) as llm:
         first, second = (llm.generate(prompt, params) for _ in range(2))
         assert second.usage.cached_tokens >= 32
         assert second.token_ids == first.token_ids
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_drafts_change_nothing(smollm2_package: Package, engine: str) -> None:
+def test_drafts_change_nothing(smollm2_package: Package, device: str) -> None:
     """Answers that copy and answers that do not; the first differ at token 15 or 17 without ``batch_invariant``."""
     text = " ".join(bundled_text().split())[:1200]
     prompts = [f"Repeat this text word for word, without any change:\n\n{text}", *QUESTIONS[:2]]
     params = SamplingParams(temperature=0, max_tokens=64)
     answers = []
     for lookup in (False, True):
-        device = f"{engine}:cpu"
         with EdgeLLM(str(smollm2_package.folder), device, batch_invariant=True, prompt_lookup=lookup) as llm:
             answers.append([llm.generate(prompt, params).token_ids for prompt in prompts])
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("invariant", [True, False])
-def test_eight_clients_at_once_get_their_own_answers(smollm2_package: Package, engine: str, invariant: bool) -> None:
+def test_eight_clients_at_once_get_their_own_answers(smollm2_package: Package, device: str, invariant: bool) -> None:
     """Exactly those they get alone; without ``batch_invariant`` up to a choice between nearly equal tokens."""
     with (
-        EdgeLLM(str(smollm2_package.folder), f"{engine}:cpu", batch_invariant=invariant, prefix_cache_bytes=0) as llm,
+        EdgeLLM(str(smollm2_package.folder), device, batch_invariant=invariant, prefix_cache_bytes=0) as llm,
         running(create_app(llm)) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
     ):
@@ -173,6 +171,7 @@ def test_eight_clients_at_once_get_their_own_answers(smollm2_package: Package, e
             assert len(one) == len(many)
             continue
         assert not invariant
+        assert device != "edge:cpu"
         likeliest, other = different[0].top_logprobs
         assert other.token == different[1].token
         assert likeliest.logprob - other.logprob < 0.5

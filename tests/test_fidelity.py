@@ -12,14 +12,16 @@ import pytest
 
 from devices import Decoder, DecoderOptions, open_decoder
 from edge_runtime.package import Package
-from tests.bench.fidelity import TEXTS, all_logits, measure_loss
+from tests.bench.fidelity import DEVICES, TEXTS, all_logits, measure_loss
+from tests.conftest import usable
 
 
-@pytest.fixture(params=["onnxruntime", "openvino"])
+@pytest.fixture(params=DEVICES)
 def decoder(request: pytest.FixtureRequest, smollm2_package: Package) -> Iterator[Decoder]:
-    variant = smollm2_package.variant(request.param, "int4")
+    device = usable(request.param)
+    variant = smollm2_package.variant(DEVICES[device], "int4")
     assert variant is not None
-    opened = open_decoder(smollm2_package.spec(variant), f"{request.param}:cpu", DecoderOptions(max_sequences=2))
+    opened = open_decoder(smollm2_package.spec(variant), device, DecoderOptions(max_sequences=2))
     yield opened
     opened.close()
 

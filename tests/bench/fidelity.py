@@ -31,7 +31,12 @@ from exporters.formats import open_checkpoint
 REFERENCES = Path(__file__).parents[1] / "fixtures" / "smollm2"
 TEXTS = ("text", "heldout")
 RATES = ("prefill", "decode", "streams")
-ENGINES: tuple[Engine, ...] = ("onnxruntime", "openvino")
+DEVICES: dict[str, Engine] = {
+    "edge:cpu": "onnxruntime-edge",
+    "onnxruntime:cpu": "onnxruntime",
+    "openvino:cpu": "openvino",
+}
+EXPORTS = ("onnx-edge", "onnx", "openvino")
 
 
 @dataclass(frozen=True)
@@ -127,26 +132,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         packages = {}
         for weights in args.weights:
-            export(open_checkpoint(args.gguf), Path(folder) / weights, engines=("onnx", "openvino"), weights=weights)
+            export(open_checkpoint(args.gguf), Path(folder) / weights, engines=EXPORTS, weights=weights)
             packages[weights] = Package.open(Path(folder) / weights)
         for round_ in range(max(args.rounds, 1)):
             for weights, package in packages.items():
-                for engine in ENGINES:
+                for device, engine in DEVICES.items():
                     variant = package.variant(engine)
                     if variant is None:
                         raise SystemExit(f"the export has no variant for {engine}")
-                    decoder = open_decoder(package.spec(variant), f"{engine}:cpu", DecoderOptions(max_sequences=9))
+                    decoder = open_decoder(package.spec(variant), device, DecoderOptions(max_sequences=9))
                     if round_ == 0:
-                        losses[engine, weights] = [measure_loss(partial(all_logits, decoder), text) for text in TEXTS]
-                        sizes[engine, weights] = sum(file.bytes for file in variant.files)
+                        losses[device, weights] = [measure_loss(partial(all_logits, decoder), text) for text in TEXTS]
+                        sizes[device, weights] = sum(file.bytes for file in variant.files)
                     if args.rounds:
-                        rates.setdefault((engine, weights), []).append(measure_speed(decoder))
+                        rates.setdefault((device, weights), []).append(measure_speed(decoder))
                     decoder.close()
     with suppress(ImportError):
         run = llama_cpp_logits(args.gguf)
         losses["llama.cpp", "as it is"] = [measure_loss(run, text) for text in TEXTS]
         sizes["llama.cpp", "as it is"] = args.gguf.stat().st_size
-    print("| engine | weights | NLL, top-1 on text | on held-out text | MB | prefill 512 | decode at 512 | 8 streams |")
+    print("| device | weights | NLL, top-1 on text | on held-out text | MB | prefill 512 | decode at 512 | 8 streams |")
     print("|---|---|---|---|---|---|---|---|")
     for key, both in losses.items():
         measured = rates.get(key, [])

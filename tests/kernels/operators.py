@@ -17,7 +17,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def run(op: str, inputs: Arrays, absent: tuple[str, ...] = (), **attributes: Any) -> NDArray[np.float32]:
-    """The output; ``inputs`` in the operator's order, without those named in ``absent``. Arrays are bound, not copied."""
+    """The output; ``inputs`` in the operator's order, without those in ``absent``. Arrays are bound."""
     dims = {name: [f"{name}_{i}" for i in range(value.ndim)] for name, value in inputs.items()}
     kinds = {name: helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in inputs.items()}
     given = [name for name in inputs if name not in absent]
