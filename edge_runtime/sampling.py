@@ -273,17 +273,19 @@ def _chooser(params: SamplingParams, index: int) -> Choose:
 
 def _greedy(logits: Logits) -> int:
     token = int(logits.argmax())  # of NaN, argmax returns the first
-    largest = logits.item(token)
+    _require_number(logits.item(token))
+    return token
+
+
+def _require_number(largest: float) -> None:
     if not math.isfinite(largest):
         raise EngineError(
             f"the model's largest logit is {largest}: its weights or this device's arithmetic are broken; "
             "try another device or a wider weight format"
         )
-    return token
 
 
 def _largest(logits: Logits) -> float:
-    """EngineError if it is no number."""
     largest: float = logits.item(_greedy(logits))
     return largest
 
@@ -326,7 +328,7 @@ def _above(min_p: float, temperature: float, summed: bool) -> Candidates:
     def candidates(logits: Logits) -> tuple[Ranked, float | None]:
         largest = _largest(logits)
         total = _total(logits, largest, temperature) if summed else None
-        return _weighed(_from(logits, largest + reach), temperature), total
+        return _weighed(_from(logits, np.float32(largest + reach)), temperature), total
 
     return candidates
 
@@ -375,15 +377,15 @@ def likeliest(logits: Logits, k: int) -> Ranked:
         maxima = np.maximum.reduce(logits[: groups * GROUP].reshape(GROUP, groups))
         if len(logits) % GROUP:
             maxima = np.append(maxima, logits[groups * GROUP :])
-    _largest(maxima)
-    maxima.partition(len(maxima) - k)
-    ids, values = _from(logits, maxima.item(-k))
+    maxima.partition((-k, -1))  # the last is the largest, or NaN if there is one
+    _require_number(maxima.item(-1))
+    ids, values = _from(logits, maxima[-k])
     return ids[:k], values[:k]
 
 
-def _from(logits: Logits, bound: float) -> Ranked:
+def _from(logits: Logits, bound: np.float32) -> Ranked:
     """All logits from ``bound`` up."""
-    ids = (logits >= np.float32(bound)).nonzero()[0]
+    ids = (logits >= bound).nonzero()[0]
     values = logits[ids]
     order = (-values).argsort(kind="stable")
     return ids[order].tolist(), values[order].tolist()

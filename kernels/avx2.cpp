@@ -138,34 +138,32 @@ inline void wide_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec 
   const int64_t columns = job.weight.columns, stride = job.weight.block_bytes();
   const int16_t* x = static_cast<const int16_t*>(job.x.codes) + row * columns;
   for (int64_t block = 0; block < columns / BLOCK; ++block, panel += stride, x += BLOCK) {
-    __m256i sums[R][4];  // by four rows of the panel; each row in two lanes
-    for (int r = 0; r < R; ++r) {
-      for (int q = 0; q < 4; ++q) sums[r][q] = _mm256_setzero_si256();
-    }
-    for (int c = 0; c < BLOCK / 4; ++c) {
+    __m256i whole[R][2];
+    for (int h = 0; h < 2; ++h) {
+      __m256i sums[R][2];  // by four rows of the panel; each row in two lanes
+      for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+      const __m128i* codes = reinterpret_cast<const __m128i*>(panel + 32 * h);
+      for (int c = 0; c < BLOCK / 4; ++c, codes += 4) {
+        const __m256i first = _mm256_cvtepi8_epi16(_mm_loadu_si128(codes));
+        const __m256i second = _mm256_cvtepi8_epi16(_mm_loadu_si128(codes + 1));
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) {
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + 64 * c + 16 * q));
-        const __m256i codes = _mm256_cvtepi8_epi16(bytes);
         for (int r = 0; r < R; ++r) {
           const __m256i four = broadcast4(x + r * columns + 4 * c);
-          sums[r][q] = _mm256_add_epi32(sums[r][q], _mm256_madd_epi16(codes, four));
-          keep_order(sums[r][q]);
+          sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(first, four));
+          sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(second, four));
+          keep_order(sums[r][0]);
+          keep_order(sums[r][1]);
         }
       }
-    }
-    __m256i whole[R][2];
-    for (int r = 0; r < R; ++r) {
-      for (int h = 0; h < 2; ++h) {
-        const __m256i pairs = _mm256_hadd_epi32(sums[r][2 * h], sums[r][2 * h + 1]);
-        whole[r][h] = _mm256_permute4x64_epi64(pairs, 0b11011000);
+      for (int r = 0; r < R; ++r) {
+        whole[r][h] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[r][0], sums[r][1]), 0b11011000);
       }
     }
     scale_block<R>(job, panel + BLOCK * 16, row, block, whole, out);
   }
 }
 
-constexpr int kNarrowRows = 4, kWideRows = 2;  // rows of activations at once, by the registers there are
+constexpr int kNarrowRows = 4, kWideRows = 4;  // rows of activations at once, by the registers there are
 
 #include "common.inl"
 
