@@ -273,16 +273,13 @@ def _chooser(params: SamplingParams, index: int) -> Choose:
 
 def _greedy(logits: Logits) -> int:
     token = int(logits.argmax())  # of NaN, argmax returns the first
-    _require_number(logits.item(token))
-    return token
-
-
-def _require_number(largest: float) -> None:
+    largest = logits.item(token)
     if not math.isfinite(largest):
         raise EngineError(
             f"the model's largest logit is {largest}: its weights or this device's arithmetic are broken; "
             "try another device or a wider weight format"
         )
+    return token
 
 
 def _largest(logits: Logits) -> float:
@@ -377,8 +374,8 @@ def likeliest(logits: Logits, k: int) -> Ranked:
         maxima = np.maximum.reduce(logits[: groups * GROUP].reshape(GROUP, groups))
         if len(logits) % GROUP:
             maxima = np.append(maxima, logits[groups * GROUP :])
-    maxima.partition((-k, -1))  # the last is the largest, or NaN if there is one
-    _require_number(maxima.item(-1))
+    _greedy(maxima)  # raises if there is a NaN
+    maxima.partition(len(maxima) - k)
     ids, values = _from(logits, maxima[-k])
     return ids[:k], values[:k]
 

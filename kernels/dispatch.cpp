@@ -9,7 +9,7 @@ namespace edge {
 
 const Kernels* choose_kernels() {
   static const Kernels* const chosen = []() -> const Kernels* {
-    const char* wanted = std::getenv("EDGE_GLM_INSTRUCTIONS");  // for tests and benchmarks: not the best, but this one
+    const char* wanted = std::getenv("EDGE_KERNELS_INSTRUCTIONS");  // for tests and benchmarks: not the best, but this one
     for (const Kernels* kernels : {&avx512_kernels, &avx2_kernels}) {
       if (wanted && *wanted && std::strcmp(wanted, kernels->instructions) != 0) continue;
       if (kernels->supported()) return kernels;

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,8 @@ def ids() -> NDArray[np.int64]:
 def test_steps_of_several_tokens_are_bit_for_bit_alike(
     smollm2_package: Package, device: str, ids: NDArray[np.int64]
 ) -> None:
+    if device == "openvino:cpu" and "vnni" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("without VNNI OpenVINO multiplies floats, by kernels that go by the number of tokens")
     with opened(smollm2_package, device, invariant=False) as decoder:
         whole_sequence, cut, other = (decoder.new_sequence() for _ in range(3))
         (whole,) = decoder.forward([Step(whole_sequence, ids[:96], rows=96)])

@@ -62,8 +62,19 @@ def sentence_piece() -> Tokenizer:
 TOKENIZERS = {"byte-level": byte_level(), "sentencepiece": sentence_piece()}
 
 
-def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    decoder = StreamDecoder(tokenizer)
+class Forgetful(dict[int, str]):
+    """Keeps nothing, so that every token is decoded where it stands."""
+
+    def __setitem__(self, token: int, text: str) -> None:
+        pass
+
+
+ADDITIONS: dict[str, dict[int, str]] = {name: {} for name in TOKENIZERS}
+"""What tokens add, kept from one stream to the next as the engine does."""
+
+
+def stream(tokenizer: Tokenizer, ids: list[int], additions: dict[int, str] | None = None) -> list[str]:
+    decoder = StreamDecoder(tokenizer, additions)
     return [*(decoder.add(token) for token in ids), decoder.flush()]
 
 
@@ -90,9 +101,41 @@ def test_valid_text_in_bytes_joins_to_the_whole_text(name: str, text: str, offse
     else:
         ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
     ids = [*ids[:offset], tokenizer.get_vocab_size() + 1, *ids[offset:]]
-    pieces = stream(tokenizer, ids)
+    pieces = stream(tokenizer, ids, ADDITIONS[name])
+    assert pieces == stream(tokenizer, ids, Forgetful())
     assert "".join(pieces) == tokenizer.decode(ids)
     assert "".join(pieces) == (text if name == "byte-level" else text.removeprefix(" "))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_what_is_looked_up_is_what_is_decoded(name: str, data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() + 3), max_size=120))
+    assert stream(tokenizer, ids, ADDITIONS[name]) == stream(tokenizer, ids, Forgetful())
+
+
+def test_a_known_token_is_not_decoded_again() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    calls: list[list[int]] = []
+
+    class Counting:
+        def decode(self, ids: list[int], skip_special: bool = True, /) -> str:
+            calls.append(ids)
+            return str(tokenizer.decode(ids, skip_special))
+
+        def id_to_token(self, token_id: int, /) -> str | None:
+            token: str | None = tokenizer.id_to_token(token_id)
+            return token
+
+    additions: dict[int, str] = {}
+    ids = [tokenizer.token_to_id(char) for char in "abcabc"]
+    for _ in range(2):
+        calls.clear()
+        decoder = StreamDecoder(Counting(), additions)
+        assert [decoder.add(token) for token in ids] == list("abcabc")
+    assert len(calls) == 2, "only the first token, which has no text before it"
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge_runtime.errors import EngineError, InvalidRequest
-from edge_runtime.sampling import SamplingParams, make_sampler
+from edge_runtime.sampling import GROUP, SamplingParams, likeliest, make_sampler
 
 VOCAB = 300
 UNCUT: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -152,6 +152,47 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     only = make_sampler(SamplingParams(temperature=0, logprobs=0), VOCAB)(logits, [0], 1)
     assert only.logprob is not None
     assert only.logprob.top == ()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([1, 40, GROUP * 8, GROUP * 8 + 1, GROUP * 50, GROUP * 50 + 17]),
+    k=st.sampled_from([1, 2, 7, 8, 9, 40, 5000]),
+    levels=st.sampled_from([1, 3, 100, 10**6]),
+    cut=st.booleans(),
+)
+def test_the_likeliest_are_those_of_a_full_sort(seed: int, size: int, k: int, levels: int, cut: bool) -> None:
+    """``levels``: few make many equal logits. ``cut``: most are -inf."""
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(0, levels, size).astype(np.float32)
+    if cut:
+        logits[1:][rng.random(size - 1) < 0.9] = -np.inf
+    before = logits.copy()
+    ids, values = likeliest(logits, k)
+    assert ids == sorted(range(size), key=lambda token: (-logits[token], token))[:k]
+    assert values == logits[ids].tolist()
+    assert np.array_equal(logits, before), "the logits were changed"
+
+
+@pytest.mark.parametrize("size", [40, GROUP * 50, GROUP * 50 + 17])
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {}, {"top_k": 0}, {"top_k": 0, "min_p": 0.0}, {"top_k": 0, "top_p": 1.0}, UNCUT]
+)
+def test_a_single_nan_is_refused(options: dict[str, Any], size: int, place: int) -> None:
+    logits = np.zeros(size, np.float32)
+    logits[place] = np.nan
+    with pytest.raises(EngineError, match="largest logit is nan"):
+        make_sampler(SamplingParams(**options), size)(logits, [0], 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 0}, {"top_k": 0, "min_p": 0.0}, {"top_k": 0, "top_p": 1.0}, UNCUT])
+@pytest.mark.parametrize("temperature", [1e-300, 1e300])
+def test_extreme_temperatures(options: dict[str, Any], temperature: float) -> None:
+    logits = random_logits(3)
+    drawn = draws(SamplingParams(temperature=temperature, seed=1, **options), logits, 50)
+    assert len(drawn) > 10 if temperature > 1 else set(drawn) == {int(logits.argmax())}
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
