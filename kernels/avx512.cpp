@@ -57,7 +57,16 @@ inline void store_codes(int16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
 }
 
+// Into the cache; beyond the end of memory it does nothing.
+inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T0);
+}
+
 // ---- products of codes
+
+// Bytes of weights asked for ahead of use where few rows wait for memory: the processor's own prefetching ends with each
+// page of 4 KiB.
+constexpr int64_t kAhead = 2048;
 
 constexpr int kPanelVectors = 1;
 
@@ -95,6 +104,7 @@ inline void narrow_tile(const MatMul& job, const uint8_t* panel, int64_t row, Ve
   const int8_t* x = static_cast<const int8_t*>(job.x.codes) + row * columns;
   const __m512i low_nibbles = _mm512_set1_epi8(15);
   for (int64_t block = 0; block < columns / BLOCK; ++block, panel += stride, x += BLOCK) {
+    if (R <= 2) prefetch(panel + kAhead, stride);
     __m512i sums[R];
     for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_si512();
 #pragma GCC unroll 4
@@ -119,6 +129,7 @@ inline void wide_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec 
   const int64_t columns = job.weight.columns, stride = job.weight.block_bytes();
   const int16_t* x = static_cast<const int16_t*>(job.x.codes) + row * columns;
   for (int64_t block = 0; block < columns / BLOCK; ++block, panel += stride, x += BLOCK) {
+    if (R <= 2) prefetch(panel + kAhead, stride);
     __m512i sums[R][2];  // by eight rows of the panel; each row in two lanes
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
     for (int c = 0; c < BLOCK / 4; ++c) {

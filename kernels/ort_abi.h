@@ -27,6 +27,7 @@ enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 // Positions in OrtApi.
 enum Entry : size_t {
   kCreateStatus = 0,
+  kErrorMessage = 2,
   kCreateCustomOpDomain = 26,
   kCustomOpDomainAdd = 27,
   kAddCustomOpDomain = 28,
@@ -39,6 +40,7 @@ enum Entry : size_t {
   kInputCount = 88,
   kInput = 90,
   kOutput = 91,
+  kReleaseStatus = 93,
   kReleaseShapeInfo = 99,
   kParallelFor = 274,
 };
