@@ -19,6 +19,8 @@
 namespace edge {
 namespace avx2 {
 
+constexpr const char* kInstructions = "avx2";
+
 // ---- vectors of floats, for common.inl
 
 using Vec = __m256;
@@ -67,7 +69,6 @@ inline void prefetch(const void* p, int64_t bytes) {
 // Bytes of weights asked for ahead of use where few rows wait for memory: the processor's own prefetching ends with each
 // page of 4 KiB.
 constexpr int64_t kAhead = 2048;
-
 
 constexpr int kPanelVectors = 2;
 
@@ -177,16 +178,17 @@ inline void wide_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec 
 
 constexpr int kNarrowRows = 4, kWideRows = 4;  // rows of activations at once, by the registers there are
 
-#include "common.inl"
+#include "arithmetic.inl"
+#include "attention.inl"
+#include "products.inl"
 
 bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-}  // namespace avx2
+#include "table.inl"
 
-const Kernels avx2_kernels = {"avx2",           avx2::supported, avx2::quantize, avx2::matmul,
-                              avx2::matrix_row, avx2::append,    avx2::attend,   avx2::gated_unit};
+}  // namespace avx2
 
 }  // namespace edge
 

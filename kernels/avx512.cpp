@@ -23,6 +23,8 @@
 namespace edge {
 namespace avx512 {
 
+constexpr const char* kInstructions = "avx512vnni";
+
 // ---- vectors of floats, for common.inl
 
 using Vec = __m512;
@@ -157,7 +159,9 @@ inline void wide_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec 
 
 constexpr int kNarrowRows = 8, kWideRows = 4;  // rows of activations at once, by the registers there are
 
-#include "common.inl"
+#include "arithmetic.inl"
+#include "attention.inl"
+#include "products.inl"
 
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -165,10 +169,9 @@ bool supported() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
 }
 
-}  // namespace avx512
+#include "table.inl"
 
-const Kernels avx512_kernels = {"avx512vnni",       avx512::supported, avx512::quantize, avx512::matmul,
-                                avx512::matrix_row, avx512::append,    avx512::attend,   avx512::gated_unit};
+}  // namespace avx512
 
 }  // namespace edge
 

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "export.h"
 #include "kernels.h"
 
 namespace edge {
@@ -10,7 +11,7 @@ namespace edge {
 const Kernels* choose_kernels() {
   static const Kernels* const chosen = []() -> const Kernels* {
     const char* wanted = std::getenv("EDGE_KERNELS_INSTRUCTIONS");  // for tests and benchmarks: not the best, but this one
-    for (const Kernels* kernels : {&avx512_kernels, &avx2_kernels}) {
+    for (const Kernels* kernels : {&avx512::kernels, &avx2::kernels}) {
       if (wanted && *wanted && std::strcmp(wanted, kernels->instructions) != 0) continue;
       if (kernels->supported()) return kernels;
     }
@@ -20,12 +21,6 @@ const Kernels* choose_kernels() {
 }
 
 }  // namespace edge
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 // The instruction set in use, "" where there is none to use.
 EXPORT const char* edge_kernels_instructions() {

@@ -32,6 +32,20 @@ struct PackedMatrix {
   int64_t bytes() const { return panels() * panel_bytes(); }
 };
 
+enum class Gate : int { kNone = -1, kSilu = 0, kGeluTanh = 1, kGelu = 2 };
+
+// What the weights of a product meet: x, gated and normed on the way, so that what lies between two products needs
+// neither an operator nor memory of its own.
+struct Input {
+  const float* x;     // (tokens, width())
+  int64_t columns;
+  Gate gate;          // not kNone: x has 2 · columns, and gate(x[:, :columns]) · x[:, columns:] counts
+  const float* norm;  // (columns): weight of a root-mean-square norm over the row; or null
+  float epsilon;
+
+  int64_t width() const { return gate == Gate::kNone ? columns : 2 * columns; }
+};
+
 // Activations (rows, columns) as integers with a scale per block: x ≈ scale · code. `sum` is scale · Σ code over a block,
 // not Σ x: a block's codes of weights are all positive, so that rounding errors cancel only if its constant sees them too.
 //
@@ -50,11 +64,10 @@ struct MatMul {
   PackedMatrix weight;
   Activations x;
   int64_t tokens;
-  const float* bias;  // (weight.rows) or null
-  float* y;           // (tokens, weight.rows)
+  const float* bias;    // (weight.rows) or null
+  const float* addend;  // (tokens, weight.rows) or null: added to the product
+  float* y;             // (tokens, weight.rows)
 };
-
-enum class Gate : int { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 struct Attention {
   int64_t heads, kv_heads, head_dim, rotary_dim;  // rotary_dim 0: no positions
@@ -76,6 +89,11 @@ struct Attention {
 
   int64_t group() const { return heads / kv_heads; }
   int64_t tile_tokens() const { return group() < kTileRows ? kTileRows / group() : 1; }
+  int64_t position(int64_t sequence, int64_t token) const { return past[sequence] + token - begins[sequence]; }
+  // The first position that the one at `position` sees.
+  int64_t lowest(int64_t position) const { return window && position >= window ? position + 1 - window : 0; }
+  int64_t wide_dim() const { return (head_dim + 31) / 32 * 32; }
+  int64_t share_stride() const { return wide_dim() + 2; }  // floats of one row of a share
   // Keys of one head in a block: (head_dim, kBlockTokens); values: (kBlockTokens, head_dim).
   half* keys(int64_t block, int64_t head) const {
     return cache + block * block_stride + head * kBlockTokens * head_dim;
@@ -83,25 +101,38 @@ struct Attention {
   half* values(int64_t block, int64_t head) const { return keys(block, kv_heads + head); }
 };
 
+// `count` tokens from `token` on, all of `sequence`, in the query heads of one KV head: count · group() rows.
+struct Tile {
+  int64_t sequence, token, count, kv_head;
+};
+
 struct Kernels {
   const char* instructions;
   bool (*supported)();
-  // Rows [first, last) of x (rows, columns) into `into`.
-  void (*quantize)(const float* x, int64_t first, int64_t last, int64_t columns, int block, const Activations& into);
+  // Rows [first, last) of the input.
+  void (*quantize)(const Input& input, int64_t first, int64_t last, int block, const Activations& into);
   // Panels [first, last) of the product, all tokens.
   void (*matmul)(const MatMul& job, int64_t first, int64_t last);
   // Row `index` of the matrix as floats.
   void (*row)(const PackedMatrix& matrix, int64_t index, float* out);
   // Head norms and rotation of a token's queries and keys; keys and values go to the cache.
   void (*append)(const Attention& job, int64_t sequence, int64_t token);
-  // Attention of `count` tokens from `token` on, all of `sequence`, in the query heads of one KV head.
-  void (*attend)(const Attention& job, int64_t sequence, int64_t token, int64_t count, int64_t kv_head);
+  // Attention of a tile: `total` begins empty, joins the share of each segment of keys in their order, and is finished.
+  // Totals and shares are (rows of the tile, share_stride()).
+  void (*begin_share)(const Attention& job, const Tile& tile, float* total);
+  void (*attend)(const Attention& job, const Tile& tile, int64_t segment, float* share);
+  void (*join_share)(const Attention& job, const Tile& tile, float* total, const float* share);
+  void (*finish_share)(const Attention& job, const Tile& tile, const float* total);
   // gate(x[:, :n]) · x[:, n:] for one row of 2·n.
   void (*gated_unit)(const float* x, int64_t n, Gate gate, float* out);
 };
 
-extern const Kernels avx2_kernels;
-extern const Kernels avx512_kernels;
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
 
 // The best table for this processor; null if there is none.
 const Kernels* choose_kernels();

@@ -90,20 +90,31 @@ class Attributes {
  public:
   Attributes(const ort::Api* api, const ort::KernelInfo* info) : api_(api), info_(info) {}
 
-  int64_t integer(const char* name) const {
-    int64_t value = 0;
-    using Get = ort::Status*(const ort::KernelInfo*, const char*, int64_t*);
-    check(api_, api_->get<Get>(Entry::kAttributeInt64)(info_, name, &value), name);
-    return value;
-  }
-  float real(const char* name) const {
-    float value = 0;
-    using Get = ort::Status*(const ort::KernelInfo*, const char*, float*);
-    check(api_, api_->get<Get>(Entry::kAttributeFloat)(info_, name, &value), name);
+  int64_t integer(const char* name) const { return required<int64_t>(Entry::kAttributeInt64, name); }
+  int64_t integer(const char* name, int64_t absent) const { return get(Entry::kAttributeInt64, name, absent); }
+  float real(const char* name) const { return required<float>(Entry::kAttributeFloat, name); }
+  float real(const char* name, float absent) const { return get(Entry::kAttributeFloat, name, absent); }
+
+ private:
+  template <class T>
+  using Get = ort::Status*(const ort::KernelInfo*, const char*, T*);
+
+  template <class T>
+  T required(Entry entry, const char* name) const {
+    T value{};
+    check(api_, api_->get<Get<T>>(entry)(info_, name, &value), name);
     return value;
   }
 
- private:
+  template <class T>
+  T get(Entry entry, const char* name, T absent) const {
+    T value{};
+    ort::Status* status = api_->get<Get<T>>(entry)(info_, name, &value);
+    if (!status) return value;
+    api_->get<void(ort::Status*)>(Entry::kReleaseStatus)(status);
+    return absent;
+  }
+
   const ort::Api* api_;
   const ort::KernelInfo* info_;
 };
