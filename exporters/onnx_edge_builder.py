@@ -9,8 +9,10 @@ memory, though it is only an input. Output: ``logits`` [rows, vocab] float32.
 
 Operators of the domain ``edge_glm``, version 1; activations are float32:
 
-- ``QuantizedMatMul(x [tokens, K], weight [bytes] uint8, bias [N]?) → [tokens, N]``, attributes ``K``, ``N``, ``bits``,
-  ``block`` (see exporters/edge_weights.py) and ``activation_bits``: 8 or 16, to which ``x`` is rounded.
+- ``QuantizedMatMul(x [tokens, K], weight [bytes] uint8, bias [N]?, norm [K]?, addend [tokens, N]?) → [tokens, N]``,
+  attributes ``K``, ``N``, ``bits``, ``block`` (see exporters/edge_weights.py), ``activation_bits``: 8 or 16, to which
+  ``x`` is rounded, ``epsilon``, and ``gate``: −1 (none) or as GatedUnit's, whose ``gate_up [tokens, 2 · K]`` then comes
+  for ``x``. With ``norm`` it multiplies the root-mean-square norm of ``x``; ``addend`` is added to the product.
 - ``QuantizedGather(ids [tokens] int64, weight [bytes] uint8) → [tokens, K]``, attributes ``K``, ``N``, ``bits``,
   ``block``: rows of such a matrix.
 - ``PagedAttention(qkv, kv_cache, begins, past, block_table, positions, cos?, sin?, q_norm?, k_norm?)``
@@ -30,6 +32,7 @@ import numpy as np
 from edge_runtime.errors import UnsupportedModel
 from exporters.architecture import Activation, Architecture
 from exporters.builder import AttentionSpec
+from exporters.edge_fusion import fuse
 from exporters.edge_weights import PackedMatrix, pack
 from exporters.onnx_graph import EDGE
 from exporters.onnx_operators import OnnxOperators, WeightFormat
@@ -105,6 +108,10 @@ class OnnxEdgeBuilder(OnnxOperators[_Matrix]):
 
     def glu(self, gate_up: str, activation: Activation) -> str:
         return self._graph.one("GatedUnit", [gate_up], EDGE, activation=_ACTIVATIONS[activation])
+
+    def save(self, folder: Path) -> None:
+        self._graph.rewrite(fuse)
+        super().save(folder)
 
 
 def _form(packed: PackedMatrix) -> dict[str, int]:

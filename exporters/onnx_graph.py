@@ -10,7 +10,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -134,6 +134,10 @@ class OnnxGraph:
         twin.dims.extend(dims)
         self._constants.append(twin)
         return name
+
+    def rewrite(self, change: Callable[[list[onnx.NodeProto], list[str]], list[onnx.NodeProto]]) -> None:
+        """Replace the nodes by ``change(nodes, names of the outputs)``."""
+        self._nodes = change(self._nodes, [output.name for output in self._outputs])
 
     def save(self, folder: Path, producer: str, metadata: dict[str, str]) -> None:
         """Write ``model.onnx`` and ``model.onnx.data`` into ``folder`` (made if missing). Once.

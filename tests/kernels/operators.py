@@ -49,11 +49,18 @@ def run(op: str, inputs: Arrays, absent: tuple[str, ...] = (), **attributes: Any
 
 
 def matmul(
-    x: NDArray[np.float32], packed: PackedMatrix, activation_bits: int, bias: NDArray[np.float32] | None = None
+    x: NDArray[np.float32],
+    packed: PackedMatrix,
+    activation_bits: int,
+    bias: NDArray[np.float32] | None = None,
+    norm: NDArray[np.float32] | None = None,
+    addend: NDArray[np.float32] | None = None,
+    **attributes: Any,
 ) -> NDArray[np.float32]:
     """``x`` (tokens, columns) times the packed matrix."""
+    optional = {"bias": bias, "norm": norm, "addend": addend}
+    absent = tuple(name for name, value in optional.items() if value is None)
     inputs: Arrays = {"x": x, "weight": packed.data}
-    if bias is not None:
-        inputs["bias"] = bias
+    inputs |= {name: x if value is None else value for name, value in optional.items()}
     shape = {"K": packed.columns, "N": packed.rows, "bits": packed.bits, "block": packed.block}
-    return run("QuantizedMatMul", inputs, **shape, activation_bits=activation_bits)
+    return run("QuantizedMatMul", inputs, absent, **shape, activation_bits=activation_bits, **attributes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -96,6 +98,49 @@ def test_bias() -> None:
     bias = np.random.default_rng(1).normal(0, 1, 37).astype(np.float32)
     plain = matmul(x, pack(tensor), 16)
     np.testing.assert_allclose(matmul(x, pack(tensor), 16, bias), plain + bias, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "group", "activation"), SHAPES)
+def test_a_norm_in_front(bits: int, group: int, activation: int) -> None:
+    tensor, x = matrix(37, 192, bits, group), activations(9, 192)
+    weight = np.random.default_rng(2).uniform(0.5, 1.5, 192).astype(np.float32)
+    normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-3) * weight
+    expected = twin(normed.astype(np.float32), tensor, activation)
+    y = matmul(x, pack(tensor), activation, norm=weight, epsilon=1e-3)
+    # the norms differ in their last place, so that a code here and there is the one beside it
+    assert np.linalg.norm(y - expected) < {8: 1e-3, 16: 1e-5}[activation] * np.linalg.norm(expected)
+    alone = [matmul(row[None], pack(tensor), activation, norm=weight, epsilon=1e-3) for row in x]
+    np.testing.assert_array_equal(np.concatenate(alone), y)
+
+
+@pytest.mark.parametrize("gate", [0, 1, 2])
+@pytest.mark.parametrize(("bits", "group", "activation"), SHAPES)
+def test_a_gate_in_front(bits: int, group: int, activation: int, gate: int) -> None:
+    tensor, x = pack(matrix(37, 192, bits, group)), activations(9, 2 * 192)
+    gated = run("GatedUnit", {"x": x}, activation=gate)
+    np.testing.assert_array_equal(matmul(x, tensor, activation, gate=gate), matmul(gated, tensor, activation))
+
+
+def test_an_addend_behind() -> None:
+    tensor, x = pack(matrix(37, 64, 4, 32)), activations(6, 64)
+    bias, addend = np.random.default_rng(1).normal(0, 1, (7, 37)).astype(np.float32)[0], activations(6, 37)
+    both = matmul(x, tensor, 8, bias, addend=addend)
+    np.testing.assert_array_equal(both, matmul(x, tensor, 8, bias) + addend)
+    np.testing.assert_array_equal(matmul(x, tensor, 8, addend=addend), matmul(x, tensor, 8) + addend)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"norm": np.ones(32, np.float32)}, r"norm must be \(K\)"),
+        ({"addend": np.ones((3, 16), np.float32)}, r"addend must be \(tokens, N\)"),
+        ({"gate": 0}, r"x must be \(tokens, K\), or \(tokens, 2"),
+        ({"gate": 3}, "gate must be"),
+    ],
+)
+def test_wrong_companions_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        matmul(activations(2, 64), pack(matrix(16, 64, 4, 32)), 8, **given)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-42, 1e-30, 3e38])
