@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -149,6 +148,8 @@ class EngineGeneration:
         return chunk
 
     async def _arrival(self) -> Chunk | None:
+        import asyncio  # late: it brings ssl, and 40 ms, for those who iterate from a thread too
+
         outlet = self._outlet
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()

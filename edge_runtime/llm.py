@@ -18,6 +18,7 @@ from edge_runtime.engine import Engine
 from edge_runtime.errors import BudgetError, InvalidRequest, PromptTooLong
 from edge_runtime.footprint import kv_tokens_within
 from edge_runtime.generation import Generation
+from edge_runtime.heap import return_free_heap
 from edge_runtime.memory import parse_bytes
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.paths import home
@@ -105,6 +106,7 @@ class EdgeLLM:
         )
         decoder = open_decoder(self._package.spec(self._variant), chosen.name, options)
         self._device = decoder.device
+        return_free_heap()  # reading the tokenizer and the model left some
         try:
             prefixes = None
             if store_bytes:

@@ -2,13 +2,14 @@
 
 A value is ``d · code + m`` with 4 bits and ``d · (code − 128) + m`` with 8: one scale ``d`` and one constant ``m`` for
 each row of a block of columns, so a fractional zero point (GGUF's Q4_1 and Q4_K) costs nothing. Both are float16,
-rounded once: by up to 2**-11 of themselves, below 2**-14 by up to 2**-25.
+rounded once: by up to 2**-11 of themselves, below 2**-14 by up to 2**-25. A matrix of 8 bits whose zero points are all
+128 (GGUF's Q8_0) has no ``m``.
 
 Sixteen rows make a panel, the last one filled up with zeros: a vector register then holds one value of each. A panel
-is its blocks one after another, and a block is its codes, ``d`` of the sixteen rows and ``m`` of the sixteen rows.
-Codes lie as the instructions take them that multiply four neighbouring bytes: 64 bytes are four columns of sixteen
-rows, row by row. Codes of 8 bits are int8; with 4 bits a byte holds the code of a column in the block's first half
-(low) and of the same column in its second half (high), so that unpacking is a mask and a shift.
+is its blocks one after another, and a block is its codes, ``d`` of the sixteen rows and, if any, their ``m``. Codes lie
+as the instructions take them that multiply four neighbouring bytes: 64 bytes are four columns of sixteen rows, row by
+row. Codes of 8 bits are int8; with 4 bits a byte holds the code of a column in the block's first half (low) and of the
+same column in its second half (high), so that unpacking is a mask and a shift.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class PackedMatrix:
     """4 or 8."""
     block: int
     """16 or 32 columns."""
+    offsets: bool
+    """Whether there is an ``m``."""
 
 
 def pack(tensor: QuantizedTensor) -> PackedMatrix:
@@ -51,7 +54,8 @@ def pack(tensor: QuantizedTensor) -> PackedMatrix:
     rows, columns = tensor.shape
     bits, block = tensor.bits, _block(tensor.group)
     panels, code_bytes = -(-rows // PANEL), PANEL * block * bits // 8
-    data = np.empty((panels, columns // block, code_bytes + 2 * _CONSTANT_BYTES), np.uint8)
+    offsets = bits == 4 or bool((tensor.zero != 128).any())
+    data = np.empty((panels, columns // block, code_bytes + (2 if offsets else 1) * _CONSTANT_BYTES), np.uint8)
     step = max(_CHUNK_VALUES // (PANEL * columns), 1)
     for start in range(0, panels, step):
         part = tensor.take_rows(slice(start * PANEL, (start + step) * PANEL))
@@ -59,8 +63,9 @@ def pack(tensor: QuantizedTensor) -> PackedMatrix:
         codes[...] = _codes(part, block)
         scale, offset = _scale_and_offset(part)
         d[...] = _constants("scale", scale, part.group // block)
-        m[...] = _constants("offset", offset, part.group // block)
-    return PackedMatrix(data.reshape(-1), rows, columns, bits, block)
+        if offsets:
+            m[...] = _constants("offset", offset, part.group // block)
+    return PackedMatrix(data.reshape(-1), rows, columns, bits, block, offsets)
 
 
 def _block(group: int) -> int:

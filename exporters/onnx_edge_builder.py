@@ -10,11 +10,12 @@ memory, though it is only an input. Output: ``logits`` [rows, vocab] float32.
 Operators of the domain ``edge_glm``, version 1; activations are float32:
 
 - ``QuantizedMatMul(x [tokens, K], weight [bytes] uint8, bias [N]?, norm [K]?, addend [tokens, N]?) → [tokens, N]``,
-  attributes ``K``, ``N``, ``bits``, ``block`` (see exporters/edge_weights.py), ``activation_bits``: 8 or 16, to which
-  ``x`` is rounded, ``epsilon``, and ``gate``: −1 (none) or as GatedUnit's, whose ``gate_up [tokens, 2 · K]`` then comes
-  for ``x``. With ``norm`` it multiplies the root-mean-square norm of ``x``; ``addend`` is added to the product.
+  attributes ``K``, ``N``, ``bits``, ``block``, ``offsets`` (see exporters/edge_weights.py), ``activation_bits``: 8 or
+  16, to which ``x`` is rounded, ``epsilon``, and ``gate``: −1 (none) or as GatedUnit's, whose ``gate_up
+  [tokens, 2 · K]`` then comes for ``x``. With ``norm`` it multiplies the root-mean-square norm of ``x``; ``addend`` is
+  added to the product.
 - ``QuantizedGather(ids [tokens] int64, weight [bytes] uint8) → [tokens, K]``, attributes ``K``, ``N``, ``bits``,
-  ``block``: rows of such a matrix.
+  ``block``, ``offsets``: rows of such a matrix.
 - ``PagedAttention(qkv, kv_cache, begins, past, block_table, positions, cos?, sin?, q_norm?, k_norm?)``
   ``→ [tokens, heads · head_dim]``, attributes ``layer``, ``num_heads``, ``kv_num_heads``, ``head_dim``,
   ``rotary_interleaved``, ``window`` (0: none), ``scale``, ``softcap`` (0: none), ``epsilon``: it norms heads, rotates
@@ -115,4 +116,10 @@ class OnnxEdgeBuilder(OnnxOperators[_Matrix]):
 
 
 def _form(packed: PackedMatrix) -> dict[str, int]:
-    return {"K": packed.columns, "N": packed.rows, "bits": packed.bits, "block": packed.block}
+    return {
+        "K": packed.columns,
+        "N": packed.rows,
+        "bits": packed.bits,
+        "block": packed.block,
+        "offsets": int(packed.offsets),
+    }

@@ -96,14 +96,16 @@ inline void scale_block(const MatMul& job, const uint8_t* parameters, int64_t ro
                         const __m256i (&sums)[R][2], Vec (&out)[R][2]) {
   const half* d = reinterpret_cast<const half*>(parameters);
   const int64_t blocks = job.weight.blocks();
-  const Vec scale[2] = {load(d), load(d + 8)}, offset[2] = {load(d + 16), load(d + 24)};
+  const bool offsets = job.weight.offsets;
+  const Vec scale[2] = {load(d), load(d + 8)};
+  const Vec offset[2] = {offsets ? load(d + 16) : all(0.0f), offsets ? load(d + 24) : all(0.0f)};
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     const Vec x_scale = all(job.x.scale[(row + r) * blocks + block]);
     const Vec x_sum = all(job.x.sum[(row + r) * blocks + block]);
     for (int h = 0; h < 2; ++h) {
       out[r][h] = fma(_mm256_cvtepi32_ps(sums[r][h]), mul(scale[h], x_scale), out[r][h]);
-      out[r][h] = fma(offset[h], x_sum, out[r][h]);
+      if (offsets) out[r][h] = fma(offset[h], x_sum, out[r][h]);
     }
   }
 }

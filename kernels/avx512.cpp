@@ -89,12 +89,13 @@ inline void scale_block(const MatMul& job, const uint8_t* parameters, int64_t ro
                         const __m512i (&sums)[R], Vec (&out)[R][1]) {
   const half* d = reinterpret_cast<const half*>(parameters);
   const int64_t blocks = job.weight.blocks();
-  const Vec scale = load(d), offset = load(d + 16);
+  const bool offsets = job.weight.offsets;
+  const Vec scale = load(d), offset = offsets ? load(d + 16) : all(0.0f);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const int64_t at = (row + r) * blocks + block;
     out[r][0] = fma(_mm512_cvtepi32_ps(sums[r]), mul(scale, all(job.x.scale[at])), out[r][0]);
-    out[r][0] = fma(offset, all(job.x.sum[at]), out[r][0]);
+    if (offsets) out[r][0] = fma(offset, all(job.x.sum[at]), out[r][0]);
   }
 }
 

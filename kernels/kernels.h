@@ -17,17 +17,19 @@ constexpr int64_t kTileRows = 48;    // query vectors (tokens × heads) that one
 
 using half = uint16_t;  // IEEE 754 binary16
 
-// A matrix (rows, columns) of `scale · code + offset` in blocks of `block` columns; exporters/edge_weights.py packs it.
+// A matrix (rows, columns) of `scale · code + offset` in blocks of `block` columns, or of `scale · code`;
+// exporters/edge_weights.py packs it.
 struct PackedMatrix {
   const uint8_t* data;
   int64_t rows, columns;
   int bits;   // 4: codes 0..15; 8: codes −128..127
   int block;  // 16 or 32
+  bool offsets;
 
   int64_t blocks() const { return columns / block; }
   int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
   int64_t codes_bytes() const { return block * kPanel * bits / 8; }
-  int64_t block_bytes() const { return codes_bytes() + 2 * kPanel * int64_t(sizeof(half)); }
+  int64_t block_bytes() const { return codes_bytes() + (offsets ? 2 : 1) * kPanel * int64_t(sizeof(half)); }
   int64_t panel_bytes() const { return blocks() * block_bytes(); }
   int64_t bytes() const { return panels() * panel_bytes(); }
 };

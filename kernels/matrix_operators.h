@@ -17,7 +17,7 @@ constexpr int64_t kPartBytes = 32 << 10;
 
 inline PackedMatrix matrix_of(const Attributes& attributes) {
   PackedMatrix matrix{nullptr, attributes.integer("N"), attributes.integer("K"), int(attributes.integer("bits")),
-                      int(attributes.integer("block"))};
+                      int(attributes.integer("block")), attributes.integer("offsets", 1) != 0};
   require(matrix.bits == 4 || matrix.bits == 8, "bits must be 4 or 8");
   require(matrix.block == 16 || matrix.block == 32, "block must be 16 or 32");
   require(matrix.rows > 0 && matrix.columns > 0 && matrix.columns % matrix.block == 0, "K must be whole blocks");

@@ -137,7 +137,7 @@ void matrix_row(const PackedMatrix& matrix, int64_t index, float* out) {
   const uint8_t* data = matrix.data + index / kPanel * matrix.panel_bytes();
   for (int64_t block = 0; block < matrix.blocks(); ++block, data += matrix.block_bytes()) {
     const half* parameters = reinterpret_cast<const half*>(data + matrix.codes_bytes());
-    const float scale = to_float(parameters[row]), offset = to_float(parameters[kPanel + row]);
+    const float scale = to_float(parameters[row]), offset = matrix.offsets ? to_float(parameters[kPanel + row]) : 0.0f;
     for (int64_t k = 0; k < matrix.block; ++k) {
       const int64_t stored = matrix.bits == 8 ? k : k % half_block;
       const uint8_t byte = data[stored / 4 * 64 + row * 4 + stored % 4];

@@ -32,7 +32,7 @@ def unpack(packed: PackedMatrix) -> tuple[NDArray[np.int64], Constants]:
     data, block = packed.data.tobytes(), packed.block
     rows, blocks = -(-packed.rows // 16) * 16, packed.columns // block
     code_bytes = block * 16 if packed.bits == 8 else block * 8
-    size = code_bytes + 64
+    size = code_bytes + (64 if packed.offsets else 32)
     assert len(data) == rows // 16 * blocks * size
     codes = np.zeros((rows, packed.columns), np.int64)
     d, m = np.zeros((rows, blocks)), np.zeros((rows, blocks))
@@ -51,7 +51,8 @@ def unpack(packed: PackedMatrix) -> tuple[NDArray[np.int64], Constants]:
                 codes[row, index * block + k] = code
             constants = start + code_bytes
             d[row, index] = np.frombuffer(data, "<f2", 1, constants + lane * 2)[0]
-            m[row, index] = np.frombuffer(data, "<f2", 1, constants + 32 + lane * 2)[0]
+            if packed.offsets:
+                m[row, index] = np.frombuffer(data, "<f2", 1, constants + 32 + lane * 2)[0]
     return codes, (d, m)
 
 

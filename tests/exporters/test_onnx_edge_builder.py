@@ -158,10 +158,10 @@ class TestForm:
         assert [(each.pop("K"), each.pop("N")) for each in found] == shapes
         narrow = 8 if bits == 4 else 16
         assert [each.pop("activation_bits") for each in found] == [16, narrow, narrow, narrow] * 2
-        assert all(each.pop("bits") == bits and each.pop("block") == 32 for each in found)
+        assert all((each.pop("bits"), each.pop("block"), each.pop("offsets")) == (bits, 32, 1) for each in found)
         norm = {"epsilon": pytest.approx(1e-5)}
         assert found == [norm, {}, norm, {"gate": 0}] * 2
-        form = {"K": 64, "N": 150, "bits": head_bits, "block": 32, "activation_bits": 16}
+        form = {"K": 64, "N": 150, "bits": head_bits, "block": 32, "offsets": 1, "activation_bits": 16}
         assert attributes(head) == {**form, **norm}
         given = [[place for place, name in enumerate(node.input) if name] for node in layers]
         assert given == [[0, 1, 2, 3], [0, 1, 4], [0, 1, 3], [0, 1, 4]] * 2  # bias, norm, addend
@@ -191,14 +191,16 @@ class TestForm:
     def test_a_tied_head_is_the_embedding_s_bytes(self, head_bits: int, tmp_path: Path) -> None:
         sizes = []
         for tied in (True, False):
-            checkpoint = RandomCheckpoint(replace(ARCH, tied_head=tied), blocks("integer", head_bits=head_bits))
+            checkpoint = RandomCheckpoint(replace(ARCH, tied_head=tied), blocks("middle", head_bits=head_bits))
             model = export(checkpoint, "int4", tmp_path / str(tied))
             (rows,) = nodes(model, "QuantizedGather")
-            assert attributes(rows) == {"K": 64, "N": 150, "bits": head_bits, "block": 32}
+            offsets = int(head_bits == 4)  # the zero points of 8 bits are all 128
+            assert attributes(rows) == {"K": 64, "N": 150, "bits": head_bits, "block": 32, "offsets": offsets}
             head = nodes(model, "QuantizedMatMul")[-1]
             assert (head.input[1] == rows.input[1]) == tied
             sizes.append((tmp_path / str(tied) / DATA_FILE).stat().st_size)
-        table = 160 * 64 * head_bits // 8 + 160 * 2 * 4  # 150 rows in whole panels, two blocks' d and m each
+        # 150 rows in whole panels, two blocks' d each and, with 4 bits, m
+        table = 160 * 64 * head_bits // 8 + 160 * 2 * (4 if offsets else 2)
         assert 0 <= sizes[1] - sizes[0] - table < 4096  # up to alignment
 
     def test_float_matrices_beside_quantized_ones(self, tmp_path: Path) -> None:

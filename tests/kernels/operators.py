@@ -63,4 +63,5 @@ def matmul(
     inputs: Arrays = {"x": x, "weight": packed.data}
     inputs |= {name: x if value is None else value for name, value in optional.items()}
     shape = {"K": packed.columns, "N": packed.rows, "bits": packed.bits, "block": packed.block}
-    return run("QuantizedMatMul", inputs, absent, **shape, activation_bits=activation_bits, **attributes)
+    attributes |= {**shape, "offsets": int(packed.offsets), "activation_bits": activation_bits}
+    return run("QuantizedMatMul", inputs, absent, **attributes)

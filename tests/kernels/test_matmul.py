@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,20 @@ def test_a_row_does_not_depend_on_the_others(bits: int, group: int, activation: 
     together = matmul(x, tensor, activation)
     alone = np.concatenate([matmul(row[None], tensor, activation) for row in x])
     np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_a_matrix_without_offsets(group: int, tokens: int) -> None:
+    affine = matrix(37, 192, 8, group)
+    tensor = replace(affine, zero=np.full_like(affine.zero, 128))
+    packed, x = pack(tensor), activations(tokens, 192)
+    assert not packed.offsets
+    expected = twin(x, tensor, 16)
+    np.testing.assert_allclose(matmul(x, packed, 16), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    attributes = {"K": 192, "N": 37, "bits": 8, "block": packed.block, "offsets": 0}
+    rows = run("QuantizedGather", {"ids": np.array([36, 0]), "weight": packed.data}, **attributes)
+    np.testing.assert_allclose(rows, tensor.dequantize()[[36, 0]], rtol=1e-6)
 
 
 def test_the_largest_sums_fit() -> None:
