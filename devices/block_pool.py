@@ -109,7 +109,7 @@ class BlockPool:
     def _needed(self, growth: Sequence[tuple[BlockTable, int]]) -> int:
         """Free blocks that :meth:`append` will take, copies included."""
         needed = 0
-        copied: Counter[int] = Counter()
+        copied: dict[int, int] = {}
         for table, count in growth:
             if count == 0:
                 continue
@@ -117,9 +117,9 @@ class BlockPool:
             if self._last_is_partial(table):
                 last = table.blocks[-1]
                 # of n users, the first n − 1 writers copy; the one left over owns the block
-                if self._users[last] - copied[last] > 1:
+                if self._users[last] - copied.get(last, 0) > 1:
                     needed += 1
-                    copied[last] += 1
+                    copied[last] = copied.get(last, 0) + 1
         return needed
 
     def _own_last(self, table: BlockTable) -> Copy | None:
