@@ -8,7 +8,7 @@ of their devices is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from devices.base import Decoder, DecoderOptions, DecoderSpec, Engine
 
 PREFERENCE: tuple[str, ...] = ("edge:cpu", "onnxruntime:cpu", "openvino:cpu")
-"""What ``auto`` tries, best first; the one place where the choice is made.
+"""What ``auto`` tries, best first, where nothing was measured on this machine (edge_runtime/measurements.py).
 
 First our own kernels (``edge``) in ONNX Runtime, where they were built and the processor has what they need. Of the
 engines' own, ONNX Runtime is the faster one at decoding one stream, starts sooner and takes less memory; OpenVINO is
@@ -60,6 +60,10 @@ _RUNNABLE = frozenset((*PREFERENCE, "onnxruntime:cuda"))
 """Devices that have a decoder in this version."""
 
 
+Order = Callable[[Sequence[str]], Sequence[str]]
+"""Names of devices, best first → the same in another order."""
+
+
 @dataclass(frozen=True)
 class Device:
     """A device as found on this machine."""
@@ -94,21 +98,25 @@ def parse_device(name: str) -> tuple[str, ...]:
 
 def list_devices() -> list[Device]:
     """Every known device and whether it can be used here. Imports both engines."""
-    return [_probe(name) for name in _KNOWN]
+    return [probe_device(name) for name in _KNOWN]
 
 
-def choose_device(name: str = "auto", engines: Collection[str] | None = None) -> Device:
+def choose_device(
+    name: str = "auto", engines: Collection[str] | None = None, order: Order = lambda names: names
+) -> Device:
     """The best usable device that ``name`` stands for, among those of ``engines`` (None: any).
+
+    ``order`` puts the candidates in another order than :data:`PREFERENCE`'s, as measurements may.
 
     UnknownDevice, or DeviceUnavailable naming why each candidate is not usable.
     """
     reasons = []
-    for candidate in parse_device(name):
+    for candidate in order(parse_device(name)):
         engine = _KNOWN[candidate][0]
         if engines is not None and engine not in engines:
             reasons.append(f"{candidate}: the model has no {engine} variant (export --engine {_export_name(engine)})")
             continue
-        device = _probe(candidate)
+        device = probe_device(candidate)
         if device.problem is None:
             return device
         reasons.append(f"{candidate}: {device.problem}")
@@ -140,7 +148,8 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
     return OnnxRuntimeDecoder(spec, options)
 
 
-def _probe(name: str) -> Device:
+def probe_device(name: str) -> Device:
+    """The device of that full name, ``engine:hardware``, and whether it can be used here. KeyError: there is none."""
     engine, own_name = _KNOWN[name]
     library = engine.split("-")[0]
     try:

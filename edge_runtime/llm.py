@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from devices.base import DecoderOptions
 from devices.registry import open_decoder
 from edge_runtime.engine import Engine
-from edge_runtime.errors import BudgetError, InvalidRequest, PromptTooLong
+from edge_runtime.errors import BudgetError, ConfigError, InvalidRequest, PromptTooLong
 from edge_runtime.footprint import kv_tokens_within
 from edge_runtime.generation import Generation
 from edge_runtime.heap import return_free_heap
+from edge_runtime.measurements import WORKLOADS, Workload
 from edge_runtime.memory import parse_bytes
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.paths import home
@@ -62,7 +63,9 @@ class EdgeLLM:
     before come faster (:mod:`edge_runtime.prompt_lookup`). ``prefix_cache_bytes``: KV cache that finished requests may
     go on holding (None: what running ones do not need). ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of
     prompts that were used twice, or are long when the model is closed; 0: none are written or read
-    (:mod:`edge_runtime.prefix_store`). ``progress`` hears of downloads and exports.
+    (:mod:`edge_runtime.prefix_store`). ``workload``: what ``auto`` and ``cpu`` choose a device for, by what
+    ``edge-glm bench`` measured here (:data:`edge_runtime.measurements.Workload`). ``progress`` hears of downloads and
+    exports.
 
     **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
     chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an
@@ -85,12 +88,15 @@ class EdgeLLM:
         prompt_lookup: bool = False,
         prefix_cache_bytes: int | None = None,
         prefix_store_bytes: str | int = DEFAULT_SIZE,
+        workload: Workload = "one",
         progress: Progress | None = None,
     ) -> None:
+        if workload not in WORKLOADS:
+            raise ConfigError(f"workload is {', '.join(WORKLOADS)}, not {workload!r}")
         store = Store(home())
         budget = None if memory_budget is None else parse_bytes(memory_budget)
         store_bytes = 0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes)
-        chosen, self._package, self._variant = place(store, ref, device, weights, progress)
+        chosen, self._package, self._variant = place(store, ref, device, weights, progress, workload=workload)
         store.verify(self._package, self._variant)
         self._created = int(time.time())
         self.tokenizer = _tokenizer(self._package)

@@ -33,6 +33,11 @@ class Home:
         return self.cache / "compiled"
 
     @property
+    def measurements(self) -> Path:
+        """What ``edge-glm bench`` measured (:mod:`edge_runtime.measurements`)."""
+        return self.cache / "measurements.json"
+
+    @property
     def prefixes(self) -> Path:
         """KV cache of prompts seen before (:mod:`edge_runtime.prefix_store`)."""
         return self.cache / "prefixes"

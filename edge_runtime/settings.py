@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.measurements import Workload
 from edge_runtime.package import Weights
 from edge_runtime.paths import APP
 from edge_runtime.prefix_store import DEFAULT_SIZE
@@ -27,6 +28,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What ``serve`` serves without a reference."""
     device: str = "auto"
     weights: Weights | None = None
+    workload: Workload | None = None
+    """What to choose a device for; ``serve`` takes many streams if nothing is said, all else one."""
     memory_budget: str | None = None
     threads: int | None = None
     batch_invariant: bool = False

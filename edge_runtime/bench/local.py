@@ -22,6 +22,7 @@ from edge_runtime.engine import EngineStats
 from edge_runtime.errors import ConfigError
 from edge_runtime.generation import Generation
 from edge_runtime.llm import EdgeLLM
+from edge_runtime.measurements import Shape
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import Progress
 
@@ -69,6 +70,7 @@ def open_model(
         prompt_lookup=prompt_lookup,
         prefix_cache_bytes=None if prefix_cache else 0,
         prefix_store_bytes=0,
+        workload=Shape(job.prompt_tokens, job.new_tokens, job.concurrency).workload,
         progress=progress,
     )
     try:

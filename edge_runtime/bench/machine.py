@@ -5,26 +5,23 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from edge_runtime.bench.result import Machine
-from edge_runtime.version import installed, version
-
-LIBRARIES = ("onnxruntime", "openvino", "numpy", "tokenizers")
+from edge_runtime.machine import cores, processor, versions
 
 
 def this_machine() -> Machine:
     return Machine(
-        cpu=_cpu(),
-        cores=_cores(),
+        cpu=processor(),
+        cores=cores(),
         memory_bytes=_memory(),
         os=platform.platform(),
         python=platform.python_version(),
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        versions={"edge-glm": version(), **installed(LIBRARIES)},
+        versions=versions(),
     )
 
 
@@ -41,24 +38,6 @@ def peak_rss_bytes() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _cpu() -> str:
-    with suppress(OSError):  # Linux on x86; on ARM the file has no names
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-        if found:
-            return found[1].strip()
-    if sys.platform == "darwin":
-        with suppress(OSError, subprocess.CalledProcessError):
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return platform.processor() or platform.machine() or "unknown"
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory() -> int | None:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from devices.registry import parse_device, probe_device
 from edge_runtime.bench.compare import compare, read_baseline
 from edge_runtime.bench.html import report
 from edge_runtime.bench.job import Goodput, Job, LoadJob
 from edge_runtime.bench.result import Result
 from edge_runtime.bench.table import table
-from edge_runtime.errors import ConfigError, StorageError
+from edge_runtime.errors import ConfigError, EdgeError, StorageError
+from edge_runtime.machine import fingerprint
+from edge_runtime.measurements import Measurements
+from edge_runtime.paths import home
 from edge_runtime.settings import load_settings
 
 _LOADING = ("device", "weights", "memory_budget", "threads", "batch_invariant")
 _LOCAL = ("repeats", "shared_prefix", "copy", "nll")
 _SERVER = ("model", "chat", "rate", "requests", "goodput", "api_key")
+_ONE_RESULT = ("output", "html", "compare", "shared_prefix", "copy")
 _SHAPE = ("prompt_tokens", "new_tokens", "concurrency", "seed")
 
 
@@ -27,6 +33,8 @@ def bench(arguments: argparse.Namespace) -> int:
     for target in filter(None, (arguments.output, arguments.html)):
         if not Path(target).absolute().parent.is_dir():  # told now, not after minutes of measuring
             raise ConfigError(f"cannot write {target}: there is no folder {Path(target).absolute().parent}")
+    if arguments.every_device:
+        return _every(arguments)
     result = _local(arguments) if arguments.url is None else _server(arguments)
     comparison = None if baseline is None else compare(result, baseline, arguments.compare)
     data = msgspec.json.format(msgspec.json.encode(result))
@@ -38,17 +46,50 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _every(arguments: argparse.Namespace) -> int:
+    _refuse(arguments, ("url", "device", *_ONE_RESULT), "--{} is of one device; leave it out with --every-device")
+    job = _job(arguments)
+    from edge_runtime.bench.every import every_table, measure
+    from edge_runtime.bench.process import run
+
+    devices = [name for name in parse_device("auto") if probe_device(name).ready]
+    found = measure(job, devices, run, lambda result: _keep(job, result))
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(found)).decode())
+    else:
+        print(every_table(job, found))
+    return 0
+
+
 def _local(arguments: argparse.Namespace) -> Result:
+    job = _job(arguments)
+    from edge_runtime.bench.process import run
+
+    result = run(job)
+    _keep(job, result)
+    return result
+
+
+def _job(arguments: argparse.Namespace) -> Job:
     _refuse(arguments, _SERVER, "--{} needs --url")
     if arguments.ref is None:
         raise ConfigError("bench needs a model reference to measure here, or --url for a server")
     settings = load_settings({name: getattr(arguments, name) for name in _LOADING})
     loading = {name: getattr(settings, name) for name in _LOADING}
-    job = Job(ref=arguments.ref, **loading, **_given(arguments, *_LOCAL, *_SHAPE))
+    return Job(ref=arguments.ref, **loading, **_given(arguments, *_LOCAL, *_SHAPE))
 
-    from edge_runtime.bench.process import run
 
-    return run(job)
+def _keep(job: Job, result: Result) -> None:
+    """For ``auto`` to go by, unless it was measured otherwise than models are opened when nothing is said."""
+    if job.memory_budget is not None or job.threads is not None or job.batch_invariant:
+        return
+    from edge_runtime.bench.every import measurement
+
+    machine = fingerprint()
+    try:
+        Measurements(home().measurements, machine).keep(measurement(result, machine))
+    except (EdgeError, OSError) as error:  # the figures themselves are worth more
+        print(f"edge-glm: the measurement is not kept for auto: {error}", file=sys.stderr)
 
 
 def _server(arguments: argparse.Namespace) -> Result:

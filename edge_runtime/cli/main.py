@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_weights(run)
     _add_loading(run)
     _add_prefixes(run)
+    _add_workload(run, "one")
     run.add_argument("--system", metavar="TEXT", help="system message")
     run.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: to the end of the context)")
     run.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
@@ -131,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_weights(serve)
     _add_loading(serve)
     _add_prefixes(serve)
+    _add_workload(serve, "many")
     serve.add_argument("--host", metavar="ADDRESS", help="default: 127.0.0.1")
     serve.add_argument("--port", type=int, metavar="N", help="default: 8000")
     serve.add_argument("--api-key", metavar="KEY", help="ask clients for this key; better set EDGE_GLM_API_KEY")
@@ -167,6 +169,12 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     here = bench.add_argument_group("a model here")
     for add in (_add_device, _add_weights, _add_loading):
         add(here)
+    here.add_argument(
+        "--every-device",
+        action="store_true",
+        default=None,
+        help="measure all devices that auto may choose, with one stream, many and long prompts; auto then goes by it",
+    )
     here.add_argument("--repeats", type=int, metavar="N", help="measured rounds, after one to warm up (default: 5)")
     here.add_argument("--shared-prefix", type=int, metavar="N", help="also: first token after N tokens known already")
     here.add_argument(
@@ -209,6 +217,15 @@ def _add_prefixes(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prefix-store", metavar="SIZE", help="disk for what prompts leave in the KV cache; 0: none (default: 1GiB)"
+    )
+
+
+def _add_workload(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--workload",
+        choices=("one", "many", "long"),
+        help="choose the device that bench found fastest here with one stream, many, or long prompts "
+        f"(default: {default})",
     )
 
 

@@ -9,6 +9,7 @@ from contextlib import closing, suppress
 from edge_runtime.cli.progress import Bars
 from edge_runtime.errors import InvalidRequest, RequestError
 from edge_runtime.llm import EdgeLLM, Prompt
+from edge_runtime.measurements import Workload
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.settings import Settings, load_settings
 
@@ -22,7 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
         {
             name: getattr(arguments, name)
             for name in (
-                *("device", "weights", "memory_budget", "threads", "batch_invariant", "prompt_lookup", "prefix_store"),
+                *("device", "weights", "workload", "memory_budget", "threads"),
+                *("batch_invariant", "prompt_lookup", "prefix_store"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
         }
@@ -37,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
 
 
-def open_model(ref: str, settings: Settings) -> EdgeLLM:
+def open_model(ref: str, settings: Settings, workload: Workload = "one") -> EdgeLLM:
     """Load, showing bars for whatever has to be fetched or prepared first."""
     with Bars() as bars:
         return EdgeLLM(
@@ -49,6 +51,7 @@ def open_model(ref: str, settings: Settings) -> EdgeLLM:
             batch_invariant=settings.batch_invariant,
             prompt_lookup=settings.prompt_lookup,
             prefix_store_bytes=settings.prefix_store,
+            workload=settings.workload or workload,
             progress=bars,
         )
 

@@ -15,6 +15,7 @@ def serve(arguments: argparse.Namespace) -> int:
     names = (
         "device",
         "weights",
+        "workload",
         "memory_budget",
         "threads",
         "batch_invariant",
@@ -26,7 +27,7 @@ def serve(arguments: argparse.Namespace) -> int:
     )
     settings = load_settings({"model": arguments.ref, **{name: getattr(arguments, name) for name in names}})
     ref = settings.model or _only_model(Store(home()))
-    with open_model(ref, settings) as llm:
+    with open_model(ref, settings, "many") as llm:
         from edge_runtime.server.app import create_app
         from edge_runtime.server.run import serve as serve_app
 

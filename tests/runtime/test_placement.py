@@ -9,6 +9,8 @@ import pytest
 from devices.errors import DeviceUnavailable, UnknownDevice
 from edge_runtime.errors import ModelNotFound
 from edge_runtime.fetch import Fetched
+from edge_runtime.machine import fingerprint
+from edge_runtime.measurements import Measurement, Measurements, Shape
 from edge_runtime.paths import Home
 from edge_runtime.placement import place
 from edge_runtime.store import Store, export_package
@@ -68,3 +70,15 @@ def test_names_are_checked_first(store: Store) -> None:
     with pytest.raises(UnknownDevice):
         place(store, "hf:org/none", "tpu")
     assert not store.home.models.exists()
+
+
+def test_measurements_decide_among_what_is_here(store: Store) -> None:
+    for engine in ("onnxruntime", "openvino", "onnxruntime-edge"):
+        package, _ = store.ensure("synthetic:tiny", engine, "int4")
+    kept = Measurements(store.home.measurements, fingerprint())
+    for device, seconds in (("edge:cpu", 3), ("onnxruntime:cpu", 2), ("openvino:cpu", 1)):
+        kept.keep(Measurement(package.name, device, "int4", Shape(512, 64, 8), seconds, fingerprint()))
+    assert place(store, "synthetic:tiny", "auto")[0].name == "edge:cpu"
+    assert place(store, "synthetic:tiny", "cpu", workload="many")[0].name == "openvino:cpu"
+    assert place(store, "synthetic:tiny", "edge:cpu", workload="many")[0].name == "edge:cpu"
+    assert place(store, "synthetic:tiny", "auto", workload="many", best=True)[0].name == "edge:cpu"

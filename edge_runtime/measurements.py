@@ -1,0 +1,103 @@
+"""What ``edge-glm bench`` measured on this machine, kept so that ``auto`` picks a device by it.
+
+One file in the cache. A measurement speaks for its model, weight format and shape, and only as long as the processor
+and the versions of the engines are those it was made with.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, get_args
+
+import msgspec
+
+from edge_runtime.locks import file_lock
+
+Workload = Literal["one", "many", "long"]
+"""``one``: a stream at a time; ``many``: streams at once; ``long``: long prompts with short answers."""
+WORKLOADS: tuple[Workload, ...] = get_args(Workload)
+LONG = 16
+"""Prompt tokens for each new one from which a workload is called long."""
+_KEPT = 500
+_log = logging.getLogger(__name__)
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """Of the requests that were measured."""
+
+    prompt_tokens: int
+    new_tokens: int
+    concurrency: int
+
+    @property
+    def workload(self) -> Workload:
+        if self.concurrency > 1:
+            return "many"
+        return "long" if self.prompt_tokens >= LONG * self.new_tokens else "one"
+
+
+class Measurement(msgspec.Struct, frozen=True):
+    model: str
+    device: str
+    """``engine:hardware``."""
+    weights: str
+    shape: Shape
+    seconds: float
+    """Of the machine's time for each request: prefill and decoding at the rates of all streams together."""
+    machine: str
+    """Processor, cores and versions, in words; measurements of others do not count."""
+
+
+class Measurements:
+    """The file. Reading never fails: what is broken counts as nothing measured, and is said in the log."""
+
+    def __init__(self, file: Path, machine: str) -> None:
+        self._file = file
+        self._machine = machine
+
+    def read(self) -> list[Measurement]:
+        """Of this machine as it is, oldest first."""
+        try:
+            found = msgspec.json.decode(self._file.read_bytes(), type=list[Measurement])
+        except FileNotFoundError:
+            return []
+        except (OSError, msgspec.DecodeError) as error:
+            _log.warning("measurements in %s are not used: %s; bench again to replace them", self._file, error)
+            return []
+        return [each for each in found if each.machine == self._machine and each.seconds > 0]
+
+    def keep(self, measurement: Measurement) -> None:
+        """In place of an earlier one of the same kind. StorageError if it cannot be written."""
+        with file_lock(self._file.with_suffix(".lock")):
+            kept = [each for each in self.read() if _kind(each) != _kind(measurement)]
+            fresh = self._file.with_suffix(".new")
+            try:
+                fresh.write_bytes(msgspec.json.encode([*kept, measurement][-_KEPT:]))
+                fresh.replace(self._file)
+            finally:
+                with suppress(OSError):
+                    fresh.unlink()
+
+    def order(self, devices: Sequence[str], model: str, weights: str | None, workload: Workload) -> list[str]:
+        """``devices``, of which the measured ones change places so that the fastest is first.
+
+        Only measurements of one shape are compared: that of the workload which was measured on most devices, the
+        latest of several. A device that was not measured keeps its place.
+        """
+        by_shape: dict[Shape, dict[str, float]] = {}
+        for each in self.read():
+            if each.model == model and weights in (None, each.weights) and each.shape.workload == workload:
+                times = by_shape.pop(each.shape, {})  # to the end: the latest
+                if each.device in devices:
+                    times[each.device] = min(each.seconds, times.get(each.device, each.seconds))
+                by_shape[each.shape] = times
+        times = max(reversed(by_shape.values()), key=len, default={})
+        ranked = iter(sorted(times, key=lambda device: times[device]))
+        return [next(ranked) if device in times else device for device in devices]
+
+
+def _kind(measurement: Measurement) -> tuple[object, ...]:
+    return measurement.model, measurement.device, measurement.weights, measurement.shape

@@ -1,0 +1,89 @@
+"""What was measured here decides, and only where it speaks for the same work."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_runtime.measurements import Measurement, Measurements, Shape
+
+HERE = "a processor, 2 cores"
+ALL = ("edge:cpu", "onnxruntime:cpu", "openvino:cpu")
+ONE, MANY, LONG = Shape(512, 64, 1), Shape(512, 64, 8), Shape(2048, 32, 1)
+
+
+def measured(device: str, seconds: float, shape: Shape = ONE, **other: str) -> Measurement:
+    values = {"model": "m", "weights": "int4", "machine": HERE, **other}
+    return Measurement(device=device, shape=shape, seconds=seconds, **values)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Measurements:
+    return Measurements(tmp_path / "cache" / "measurements.json", HERE)
+
+
+def keep(kept: Measurements, *measurements: Measurement) -> None:
+    for each in measurements:
+        kept.keep(each)
+
+
+def test_workloads() -> None:
+    assert [shape.workload for shape in (ONE, MANY, LONG, Shape(2048, 32, 2))] == ["one", "many", "long", "many"]
+
+
+def test_nothing_measured_changes_nothing(kept: Measurements) -> None:
+    assert kept.order(ALL, "m", "int4", "one") == list(ALL)
+
+
+def test_the_fastest_of_a_workload_is_first(kept: Measurements) -> None:
+    keep(kept, measured("edge:cpu", 2), measured("onnxruntime:cpu", 3), measured("openvino:cpu", 1))
+    keep(kept, measured("edge:cpu", 2, MANY), measured("onnxruntime:cpu", 1, MANY), measured("openvino:cpu", 3, MANY))
+    assert kept.order(ALL, "m", "int4", "one") == ["openvino:cpu", "edge:cpu", "onnxruntime:cpu"]
+    assert kept.order(ALL, "m", None, "many") == ["onnxruntime:cpu", "edge:cpu", "openvino:cpu"]
+    assert kept.order(ALL, "m", "int4", "long") == list(ALL)
+
+
+def test_what_was_not_measured_keeps_its_place(kept: Measurements) -> None:
+    keep(kept, measured("openvino:cpu", 1), measured("onnxruntime:cpu", 2), measured("openvino:gpu", 0.1))
+    assert kept.order(ALL, "m", "int4", "one") == ["edge:cpu", "openvino:cpu", "onnxruntime:cpu"]
+
+
+def test_shapes_are_not_mixed(kept: Measurements) -> None:
+    """A short request takes less time on any device."""
+    keep(kept, measured("edge:cpu", 2), measured("openvino:cpu", 1, Shape(64, 64, 1)), measured("onnxruntime:cpu", 1))
+    assert kept.order(ALL, "m", "int4", "one")[0] == "onnxruntime:cpu"
+
+
+@pytest.mark.parametrize("other", [{"model": "another"}, {"weights": "int8"}, {"machine": "another processor"}])
+def test_others_do_not_count(kept: Measurements, other: dict[str, str]) -> None:
+    keep(kept, measured("edge:cpu", 2), measured("onnxruntime:cpu", 1, **other))
+    assert kept.order(ALL, "m", "int4", "one")[0] == "edge:cpu"
+
+
+def test_the_latest_replaces_the_earlier(kept: Measurements) -> None:
+    keep(kept, measured("edge:cpu", 2), measured("onnxruntime:cpu", 1), measured("onnxruntime:cpu", 3))
+    assert [each.seconds for each in kept.read()] == [2, 3]
+    assert kept.order(ALL, "m", "int4", "one")[0] == "edge:cpu"
+
+
+@pytest.mark.parametrize("broken", [b"", b"{", b'[{"model": 1}]', b"\xff\xfe", b"null"])
+def test_a_broken_file_is_nothing_measured(
+    kept: Measurements, tmp_path: Path, broken: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "cache" / "measurements.json"
+    file.parent.mkdir()
+    file.write_bytes(broken)
+    with caplog.at_level(logging.WARNING):
+        assert kept.order(ALL, "m", "int4", "one") == list(ALL)
+    assert "bench again to replace them" in caplog.text
+    keep(kept, measured("edge:cpu", 2))
+    assert len(msgspec.json.decode(file.read_bytes())) == 1
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_times_that_are_none(kept: Measurements) -> None:
+    keep(kept, measured("edge:cpu", 2), measured("onnxruntime:cpu", 0.0), measured("openvino:cpu", -1))
+    assert kept.order(ALL, "m", "int4", "one") == list(ALL)
