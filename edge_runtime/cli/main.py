@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 130, 141
 
@@ -88,15 +89,30 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Intermixed(argparse.ArgumentParser):
+    """Takes ``run REF --max-tokens 9 PROMPT`` too: argparse ends the positional arguments at the first flag."""
+
+    _inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._inside:  # parse_known_intermixed_args comes back here
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common = _Intermixed(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--verbose", action="store_true", help="show the traceback of an error")
 
     parser = argparse.ArgumentParser(
         prog="edge-glm", description="Run language models on this machine.", parents=[common]
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Intermixed)
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", parents=[common])

@@ -1,10 +1,10 @@
 """How much of the memory bandwidth a model's decoding uses: bytes read per token × tokens per second / bandwidth.
 
-    python -m tests.bench.bandwidth PACKAGE [--device onnxruntime:cpu]
+    python -m tests.bench.bandwidth PACKAGE [--device edge:cpu]
 
-PACKAGE is a folder with a variant for ONNX Runtime, whose file says how large each matrix is; other engines read as
-much. The bandwidth is what a thread per core reaches in reading 512 MiB, the median of several rounds before and after
-the model, which runs in a process of its own. Run it alone on the machine.
+PACKAGE is a folder with an int4 variant for ONNX Runtime, with our kernels or without, whose file says how large each
+matrix is; other engines read as much. The bandwidth is what a thread per core reaches in reading 512 MiB, the median of
+several rounds before and after the model, which runs in a process of its own. Run it alone on the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ READ_BYTES = 512 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path, metavar="PACKAGE")
-    parser.add_argument("--device", nargs="+", default=["onnxruntime:cpu"])
+    parser.add_argument("--device", nargs="+", default=["edge:cpu"])
     args = parser.parse_args()
     read = bytes_per_token(Package.open(args.package))
     print(f"{read / 1e6:.0f} MB of weights are read for a token")
@@ -42,10 +42,10 @@ def main() -> None:
 
 
 def bytes_per_token(package: Package) -> int:
-    """Of all weights but an embedding that is only looked up in."""
+    """Of all matrices but an embedding that is only looked up in."""
     import onnx
 
-    variant = package.variant("onnxruntime", "int4")
+    variant = package.variant("onnxruntime-edge", "int4") or package.variant("onnxruntime", "int4")
     if variant is None:
         raise SystemExit(f"{package.folder} has no int4 variant for ONNX Runtime, which says how large matrices are")
     model = onnx.load(str(package.folder / variant.model), load_external_data=False)
@@ -53,7 +53,7 @@ def bytes_per_token(package: Package) -> int:
         tensor.name: int(entry.value)
         for tensor in model.graph.initializer
         for entry in tensor.external_data
-        if entry.key == "length"
+        if entry.key == "length" and not tensor.name.startswith("rope")
     }
     tied = not any(name.startswith("head") for name in sizes)
     return sum(size for name, size in sizes.items() if tied or not name.startswith("embed"))

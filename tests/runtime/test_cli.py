@@ -96,6 +96,19 @@ def test_run_end_to_end(edge: Run, device: str) -> None:
     assert edge("run", "synthetic:tiny", "hi", *options, "--system", "Be brief.").returncode == 0
 
 
+def test_a_prompt_may_follow_flags(edge: Run) -> None:
+    flags = ["--temperature", "0", "--max-tokens", "4"]
+    orders = (
+        ["synthetic:tiny", "hello", *flags],
+        ["synthetic:tiny", *flags, "hello"],
+        [*flags, "synthetic:tiny", "hello"],
+    )
+    first, *others = [edge("run", *order) for order in orders]
+    assert first.returncode == 0
+    assert first.stdout.strip()
+    assert [each.stdout for each in others] == [first.stdout] * 2
+
+
 def test_seed(edge: Run) -> None:
     options = ["run", "synthetic:tiny", "hi", "--max-tokens", "12", "--temperature", "2"]
     answers = [edge(*options, "--seed", seed).stdout for seed in ("1", "1", "2")]
