@@ -168,6 +168,17 @@ def test_a_token_does_not_depend_on_how_it_is_fed(case: Case) -> None:
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
 
 
+def test_shares_that_would_take_too_much_memory_are_not_held_at_once() -> None:
+    """31 tiles of 48 heads over 3 segments: too few tiles to be many, too many floats for all segments together."""
+    case = Case(heads=48, kv_heads=1, dim=256, rotary=0)
+    case.add(631)
+    cache = case.cache()
+    case.forward(cache, [(0, 0, 600)])
+    together = case.forward(cache, [(0, 600, 631)])[0]
+    alone = [case.forward(cache, [(0, token, token + 1)])[0] for token in range(600, 631)]
+    np.testing.assert_array_equal(np.concatenate(alone), together)
+
+
 def test_only_its_own_layer_and_blocks_are_written() -> None:
     case = Case()
     case.add(40)
