@@ -11,6 +11,8 @@ from edge_runtime.bench.result import Result
 from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.measurements import LONG, WORKLOADS, Measurement, Shape, Workload
 
+Found = dict[str, dict[Workload, Result | str]]
+"""Device → workload → its result, or why there is none."""
 _STREAMS = 8
 _NEW = 32
 """Tokens after a long prompt."""
@@ -36,14 +38,12 @@ def measurement(result: Result, machine: str) -> Measurement:
     return Measurement(result.model, result.device, result.weights, shape, seconds, machine)
 
 
-def measure(
-    job: Job, devices: Sequence[str], run: Callable[[Job], Result], keep: Callable[[Result], None]
-) -> dict[str, dict[Workload, Result | str]]:
-    """Device → workload → its result, or why there is none. ``keep`` gets each result as it comes.
+def measure(job: Job, devices: Sequence[str], run: Callable[[Job], Result], keep: Callable[[Result], None]) -> Found:
+    """``keep`` gets each result as it comes. ConfigError if there is none at all.
 
     The devices take turns under each workload, so that what drifts on the machine meets all of them.
     """
-    found: dict[str, dict[Workload, Result | str]] = {device: {} for device in devices}
+    found: Found = {device: {} for device in devices}
     for workload, shape in shapes(job).items():
         for device in devices:
             one = msgspec.structs.replace(job, device=device, nll=False, **msgspec.structs.asdict(shape))
@@ -60,8 +60,8 @@ def measure(
     return found
 
 
-def every_table(job: Job, found: dict[str, dict[Workload, Result | str]]) -> str:
-    """Seconds of each request, the fastest of each workload marked, and its rates."""
+def every_table(job: Job, found: Found, kept: bool) -> str:
+    """Seconds of each request, the fastest of each workload marked, and its rates. ``kept``: ``auto`` goes by them."""
     lines = ["seconds for each request: prefill and decoding at the rates of all streams together", ""]
     lines += [
         f"{workload:5} {shape.prompt_tokens} prompt tokens, {shape.new_tokens} new, {shape.concurrency} at once"
@@ -83,11 +83,12 @@ def every_table(job: Job, found: dict[str, dict[Workload, Result | str]]) -> str
             rates = f"({result.prefill_tps:,.0f}, {result.decode_tps:,.0f})"
             cells.append(f"{f'{_seconds(result):.2f} s {rates}{mark}':>24}")
         lines.append(f"{device:{width}}  " + "  ".join(cells))
-    lines += ["", "in brackets tokens/s of prefill and decoding; * is what auto takes for such work from now on"]
+    use = "what auto takes for such work from now on" if kept else "the fastest"
+    lines += ["", f"in brackets tokens/s of prefill and decoding; * is {use}"]
     return "\n".join([*lines, *problems])
 
 
-def _fastest(found: dict[str, dict[Workload, Result | str]], workload: Workload) -> str | None:
+def _fastest(found: Found, workload: Workload) -> str | None:
     times = {
         device: _seconds(result) for device, results in found.items() if isinstance(result := results[workload], Result)
     }

@@ -57,7 +57,7 @@ def _every(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
     else:
-        print(every_table(job, found))
+        print(every_table(job, found, _speaks_for_auto(job)))
     return 0
 
 
@@ -80,8 +80,8 @@ def _job(arguments: argparse.Namespace) -> Job:
 
 
 def _keep(job: Job, result: Result) -> None:
-    """For ``auto`` to go by, unless it was measured otherwise than models are opened when nothing is said."""
-    if job.memory_budget is not None or job.threads is not None or job.batch_invariant:
+    """For ``auto`` to go by."""
+    if not _speaks_for_auto(job):
         return
     from edge_runtime.bench.every import measurement
 
@@ -90,6 +90,11 @@ def _keep(job: Job, result: Result) -> None:
         Measurements(home().measurements, machine).keep(measurement(result, machine))
     except (EdgeError, OSError) as error:  # the figures themselves are worth more
         print(f"edge-glm: the measurement is not kept for auto: {error}", file=sys.stderr)
+
+
+def _speaks_for_auto(job: Job) -> bool:
+    """Whether the model is opened for it as when nothing is said."""
+    return job.memory_budget is None and job.threads is None and not job.batch_invariant
 
 
 def _server(arguments: argparse.Namespace) -> Result:

@@ -75,7 +75,7 @@ def test_devices_take_turns_and_what_fails_is_told() -> None:
     found = measure(JOB, ["edge:cpu", "onnxruntime:cpu", "openvino:cpu"], noted, kept.append)
     assert order == ["edge:cpu", "onnxruntime:cpu", "openvino:cpu"] * 3
     assert [each.device for each in kept] == ["edge:cpu", "onnxruntime:cpu"] * 3
-    lines = every_table(JOB, found).splitlines()
+    lines = every_table(JOB, found, kept=True).splitlines()
     edge, onnxruntime = (next(line for line in lines if line.startswith(name)) for name in ("edge", "onnxruntime"))
     assert "1.15 s (1,000, 100)*" in edge
     assert [cell.strip().endswith("*") for cell in edge.split("  ") if "s (" in cell] == [True, False, True]
@@ -83,6 +83,15 @@ def test_devices_take_turns_and_what_fails_is_told() -> None:
     assert [line for line in lines if "no such luck" in line] == [
         f"openvino:cpu, {workload}: no such luck" for workload in ("one", "many", "long")
     ]
+
+
+def test_what_auto_does_not_go_by_is_not_said_to_be(tmp_path: Path) -> None:
+    found = measure(JOB, ["edge:cpu"], run, lambda _: None)
+    assert every_table(JOB, found, kept=True).endswith("* is what auto takes for such work from now on")
+    assert every_table(JOB, found, kept=False).endswith("* is the fastest")
+    done = command(tmp_path, "synthetic:tiny", "--threads", "1", "--prompt-tokens", "20", "--new-tokens", "20")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "cache" / "measurements.json").exists()
 
 
 def test_no_device_at_all() -> None:
