@@ -41,7 +41,7 @@ def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str, oper
     return session
 
 
-class engine_errors:  # a generator would cost a token four times as much
+class engine_errors:  # a generator made a token 17 µs longer
     """A context in which ONNX Runtime's exceptions, which share no base class but Exception, become EngineError."""
 
     def __init__(self, doing: str) -> None:
