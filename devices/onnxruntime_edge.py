@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderOptions, DecoderSpec
 from devices.block_pool import BlockPool
-from devices.edge_binding import EdgeBinding, Shape
+from devices.edge_binding import EdgeBinding, LogitsBuffer, Shape
 from devices.edge_kernels import kernels_library
 from devices.errors import EngineError
 from devices.kv_blocks import KVBlocks
-from devices.onnxruntime_binding import KEPT_ROWS, LogitsBuffer
 from devices.onnxruntime_session import engine_errors, open_session
 from devices.paged_decoder import PagedDecoder, Part, blocks_to_hold, tokens_to_hold
 
@@ -25,9 +24,9 @@ BLOCK = 32
 """Tokens of a block of the KV cache; the kernels know no other."""
 _WIDTH_STEP = 8
 """Block tables are wider by so many blocks at once: a sequence that grows keeps its binding for 256 tokens."""
-_KEPT_TOKENS = KEPT_ROWS
-"""Calls of up to so many tokens, as decoding and verifying drafts make them, keep their bindings; all write to the kept
-logits."""
+_KEPT_TOKENS = 16
+"""Calls of up to so many tokens, as decoding and verifying drafts make them, keep their bindings; all write to one
+buffer."""
 _KEPT_BINDINGS = 64
 """Of the shapes used last."""
 
@@ -48,7 +47,7 @@ class OnnxRuntimeEdgeDecoder(PagedDecoder):
         _check_cache(self._session, spec)
         blocks = blocks_to_hold(tokens, options.max_sequences, BLOCK)
         self._kv = KVBlocks(blocks, spec.num_layers, spec.num_kv_heads, BLOCK * spec.head_dim)
-        self._logits = LogitsBuffer(spec.vocab_size)
+        self._logits = LogitsBuffer(_KEPT_TOKENS, spec.vocab_size)
         self._bindings: dict[Shape, EdgeBinding] = {}
         super().__init__(
             "edge:cpu",
@@ -86,24 +85,30 @@ class OnnxRuntimeEdgeDecoder(PagedDecoder):
             rows=sum(part.rows for part in parts),
         )
         with engine_errors("running a batch"):
-            bound = self._binding(shape)
+            if shape.tokens > _KEPT_TOKENS:  # takes so long that binding anew is nothing
+                logits = np.empty((shape.rows, self._vocab_size), np.float32)
+                bound = EdgeBinding(self._session, self._kv.values, logits, shape)
+            else:
+                bound = self._kept(shape)
+                logits = self._logits.view(shape.rows)
             bound.write(parts)
             with self._stopwatch:
                 self._session.run_with_iobinding(bound.binding)
         results, end = [], 0
         for part in parts:
-            results.append(bound.logits[end : end + part.rows].copy())
+            results.append(logits[end : end + part.rows])
             end += part.rows
         return results
 
-    def _binding(self, shape: Shape) -> EdgeBinding:
+    def _kept(self, shape: Shape) -> EdgeBinding:
+        if self._logits.renew():
+            self._bindings.clear()
         bound = self._bindings.pop(shape, None)
         if bound is None:
-            bound = EdgeBinding(self._session, self._kv.values, self._logits.rows(shape.rows), shape)
-        if shape.tokens <= _KEPT_TOKENS:  # a longer step takes so long that binding anew is nothing
-            self._bindings[shape] = bound  # the last: what was not used for longest is the first
-            if len(self._bindings) > _KEPT_BINDINGS:
-                del self._bindings[next(iter(self._bindings))]
+            bound = EdgeBinding(self._session, self._kv.values, self._logits.view(shape.rows), shape)
+        self._bindings[shape] = bound  # the last: what was not used for longest is the first
+        if len(self._bindings) > _KEPT_BINDINGS:
+            del self._bindings[next(iter(self._bindings))]
         return bound
 
     # ---- the end

@@ -247,8 +247,7 @@ class Engine:
         error = EngineStopped("the engine has been closed")
         try:
             while self._collect():
-                batch, results = self._forward(self._scheduler.next())
-                self._postprocess(batch, results)
+                self._postprocess(*self._forward(self._scheduler.next()))  # keeps no logits: the next take their place
         except BaseException as cause:
             error = EngineStopped(f"the engine's thread died: {type(cause).__name__}: {cause}; open the model again")
             error.__cause__ = cause

@@ -12,43 +12,53 @@ if TYPE_CHECKING:
     from edge_runtime.sampling import SamplingParams
 
 Logits = NDArray[np.float32]
-Adjust = Callable[[Logits, Sequence[int], int], Logits]
-Change = Callable[[Logits, Sequence[int], int], None]
+Changed = tuple[NDArray[np.int64], Logits]
+"""Different tokens, and what their logits were."""
+Change = Callable[[Logits, Sequence[int], int], Changed]
 """In place."""
 
 
-def make_adjuster(params: SamplingParams, vocab_size: int) -> Adjust | None:
-    """What ``params`` ask for, in one function of the logits, all tokens and the prompt's length; None: nothing.
+class Adjuster:
+    """What a request asks to have changed, of the few tokens that it concerns: a copy of all logits would take longer
+    than the rest."""
 
-    The array that it returns is its own, and changes at the next call.
-    """
-    steps: list[Change] = []
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self._changes = changes
+        self._changed: list[Changed] = []
+
+    def apply(self, logits: Logits, tokens: Sequence[int], prompt_length: int) -> None:
+        """Change ``logits`` (vocab,), which follow on ``tokens``, until :meth:`restore`."""
+        for change in self._changes:
+            self._changed.append(change(logits, tokens, prompt_length))
+
+    def restore(self, logits: Logits) -> None:
+        """To the last bit."""
+        while self._changed:
+            ids, values = self._changed.pop()
+            logits[ids] = values
+
+
+def make_adjuster(params: SamplingParams, vocab_size: int) -> Adjuster | None:
+    """What ``params`` ask for; None: nothing."""
+    changes: list[Change] = []
     if params.logit_bias:
-        steps.append(_bias(params.logit_bias))
+        changes.append(_bias(params.logit_bias))
     if params.repetition_penalty != 1.0:
         assert params.repetition_penalty is not None  # resolved
-        steps.append(_repetition(params.repetition_penalty, vocab_size))
+        changes.append(_repetition(params.repetition_penalty, vocab_size))
     if params.presence_penalty or params.frequency_penalty:
-        steps.append(_presence_frequency(params.presence_penalty, params.frequency_penalty, vocab_size))
-    if not steps:
-        return None
-    adjusted = np.empty(vocab_size, np.float32)  # kept: the pages of a new one cost more than the copy
-
-    def adjust(logits: Logits, tokens: Sequence[int], prompt_length: int) -> Logits:
-        adjusted[:] = logits
-        for step in steps:
-            step(adjusted, tokens, prompt_length)
-        return adjusted
-
-    return adjust
+        changes.append(_presence_frequency(params.presence_penalty, params.frequency_penalty, vocab_size))
+    return Adjuster(changes) if changes else None
 
 
 def _bias(biases: Mapping[int, float]) -> Change:
     ids = np.fromiter(biases, np.int64)
-    values = np.fromiter(biases.values(), np.float32)
+    added = np.fromiter(biases.values(), np.float32)
 
-    def change(logits: Logits, tokens: Sequence[int], prompt_length: int) -> None:
-        logits[ids] += values
+    def change(logits: Logits, tokens: Sequence[int], prompt_length: int) -> Changed:
+        values = logits[ids]
+        logits[ids] = values + added
+        return ids, values
 
     return change
 
@@ -57,10 +67,11 @@ def _repetition(penalty: float, vocab_size: int) -> Change:
     seen = _Seen(vocab_size)
     factor = np.float32(penalty)
 
-    def change(logits: Logits, tokens: Sequence[int], prompt_length: int) -> None:
+    def change(logits: Logits, tokens: Sequence[int], prompt_length: int) -> Changed:
         ids, _ = seen.count(tokens)
         values = logits[ids]
         logits[ids] = np.where(values > 0, values / factor, values * factor)
+        return ids, values
 
     return change
 
@@ -68,9 +79,11 @@ def _repetition(penalty: float, vocab_size: int) -> Change:
 def _presence_frequency(presence: float, frequency: float, vocab_size: int) -> Change:
     seen = _Seen(vocab_size)
 
-    def change(logits: Logits, tokens: Sequence[int], prompt_length: int) -> None:
+    def change(logits: Logits, tokens: Sequence[int], prompt_length: int) -> Changed:
         ids, counts = seen.count(tokens, prompt_length)
-        logits[ids] -= np.float32(presence) + np.float32(frequency) * counts
+        values = logits[ids]
+        logits[ids] = values - (np.float32(presence) + np.float32(frequency) * counts)
+        return ids, values
 
     return change
 

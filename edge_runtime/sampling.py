@@ -43,8 +43,9 @@ class Sampled(msgspec.Struct, frozen=True):
 
 
 Sampler = Callable[[Logits, Sequence[int], int], Sampled]
-"""``sampler(logits, tokens, prompt_length)``: logits (vocab,) float32 are not changed; ``tokens`` is prompt and
-output so far. A sampler belongs to one completion: its penalties count ``tokens`` as they grow."""
+"""``sampler(logits, tokens, prompt_length)``: logits (vocab,) float32 are as before when it returns, but must be
+writable; ``tokens`` is prompt and output so far. A sampler belongs to one completion: its penalties count ``tokens`` as
+they grow."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,14 @@ def make_sampler(params: SamplingParams, vocab_size: int, index: int = 0) -> Sam
     describe = _describer(params.logprobs)
 
     def sample(logits: Logits, tokens: Sequence[int], prompt_length: int) -> Sampled:
-        token = choose(logits if adjust is None else adjust(logits, tokens, prompt_length))
+        if adjust is None:
+            token = choose(logits)
+        else:
+            try:
+                adjust.apply(logits, tokens, prompt_length)
+                token = choose(logits)
+            finally:
+                adjust.restore(logits)
         return Sampled(token, None if describe is None else describe(logits, token))
 
     return sample

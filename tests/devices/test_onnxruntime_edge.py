@@ -93,7 +93,31 @@ def test_a_sequence_that_grows_keeps_its_binding(opening: Open) -> None:
     for token, row in zip(ids(2, 260), expected, strict=True):
         (got,) = decoder.forward([Step(sequence, np.array([token]))])
         assert np.array_equal(got[0], row)
+        del got
     assert len(session.bound) == made + 2  # tables of 8 blocks, and of 16
+
+
+def test_logits_are_written_over_only_once_nobody_holds_them(opening: Open) -> None:
+    decoder, session = opening()
+    text = ids(1, 8)
+    expected = everything(opening()[0], text)
+    sequence = decoder.new_sequence()
+    decoder.forward([Step(sequence, text[:6], 0)])
+
+    def last(rows: int) -> NDArray[np.float32]:
+        sequence.crop(6)
+        return decoder.forward([Step(sequence, text[6:], rows)])[0]
+
+    place = last(2).ctypes.data
+    made = len(session.bound)
+    kept = last(2)[1]  # a view of a view
+    assert (kept.ctypes.data - kept.nbytes, len(session.bound)) == (place, made)
+    other, another = last(2), last(1)
+    assert len({place, other.ctypes.data, another.ctypes.data}) == 3
+    other[:], another[:] = 0, 0
+    assert np.array_equal(kept, expected[7])
+    del other, another
+    assert np.array_equal(last(2), expected[6:])
 
 
 def test_a_block_that_another_takes_over_is_noticed(opening: Open) -> None:
