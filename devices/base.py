@@ -17,6 +17,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from devices.kv_types import KVType
+
 Engine = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-edge", "openvino"]
 """What a graph is made for. ONNX Runtime's CPU provider, its CUDA provider and our own operators on the CPU (``edge``)
 take different ones."""
@@ -54,6 +56,8 @@ class DecoderOptions:
     kv_tokens: int | None = None
     """Tokens of KV cache over all sequences. None: one full context, at least."""
     threads: int | None = None
+    kv_type: KVType | None = None
+    """Of the KV cache. Devices have their own choice of types; DeviceUnavailable for others."""
     batch_invariant: bool = False
     """A sequence's logits do not depend, to the last bit, on what else is in the batch. Engines multiply a single
     token by another kernel than several, which rounds differently, and int8 activations amplify that; so a token

@@ -50,7 +50,7 @@ class LogitsBuffer:
 class EdgeBinding:
     """The arrays of calls of one shape. Between such calls, as decoding makes them, only their values change."""
 
-    def __init__(self, session: Any, cache: NDArray[np.float16], logits: NDArray[np.float32], shape: Shape) -> None:
+    def __init__(self, session: Any, cache: NDArray[np.uint8], logits: NDArray[np.float32], shape: Shape) -> None:
         """``cache``: the whole KV cache; ``logits`` (rows, vocab_size): where calls write them. Holds neither."""
         self._ids = np.zeros(shape.tokens, np.int64)
         self._positions = np.zeros(shape.tokens, np.int64)

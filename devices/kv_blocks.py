@@ -1,4 +1,4 @@
-"""Blocks of KV cache in host memory: float16 [blocks, layers, 2 (keys, values), kv_heads, values of a head's block]."""
+"""Blocks of KV cache in host memory: bytes [blocks, layers, 2 (keys, values), kv_heads, bytes of a head's block]."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from devices.lazy_memory import lazy_memory
 class KVBlocks:
     """One piece of memory, of which the system gives what is written to; a block of all layers lies together."""
 
-    def __init__(self, blocks: int, layers: int, kv_heads: int, head_values: int) -> None:
+    def __init__(self, blocks: int, layers: int, kv_heads: int, head_bytes: int) -> None:
         """EngineError, naming the size, if the address space cannot be had."""
-        shape = (blocks, layers, 2, kv_heads, head_values)
-        count = blocks * layers * 2 * kv_heads * head_values
-        self.dtype = np.dtype(np.float16)
-        size = count * self.dtype.itemsize
+        shape = (blocks, layers, 2, kv_heads, head_bytes)
+        size = blocks * layers * 2 * kv_heads * head_bytes
         try:
-            self.values = np.frombuffer(lazy_memory(size), self.dtype).reshape(shape)
+            self.values = np.frombuffer(lazy_memory(size), np.uint8).reshape(shape)
         except (OSError, MemoryError, OverflowError, ValueError) as error:
             raise EngineError(
                 f"no address space for a KV cache of {size} bytes ({error}); lower kv_tokens or max_sequences"
@@ -33,8 +31,8 @@ class KVBlocks:
         """One block to another."""
         self.values[target] = self.values[source]
 
-    def read(self, blocks: list[int]) -> tuple[NDArray[np.float16], ...]:
-        """Copies, (len(blocks), kv_heads, head_values) each: keys and values, layer by layer."""
+    def read(self, blocks: list[int]) -> tuple[NDArray[np.uint8], ...]:
+        """Copies, (len(blocks), kv_heads, head_bytes) each: keys and values, layer by layer."""
         _, layers, kinds, _, _ = self.values.shape
         return tuple(self.values[blocks, layer, kind] for layer in range(layers) for kind in range(kinds))
 
@@ -46,8 +44,8 @@ class KVBlocks:
     def form(self, blocks: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and type of the arrays that :meth:`read` gives of so many blocks."""
         _, layers, kinds, *head = self.values.shape
-        return [((blocks, *head), self.dtype)] * (layers * kinds)
+        return [((blocks, *head), self.values.dtype)] * (layers * kinds)
 
     def close(self) -> None:
         """Give the memory back. Its address is no longer valid."""
-        self.values = np.empty((0, *self.values.shape[1:]), self.dtype)
+        self.values = np.empty((0, *self.values.shape[1:]), np.uint8)

@@ -19,6 +19,7 @@ from devices.cuda_inputs import StepInputs
 from devices.cuda_kv import CudaBlocks
 from devices.cuda_memory import CudaRuntime
 from devices.errors import EngineError
+from devices.kv_types import choose_kv_type
 from devices.onnxruntime_cuda_session import open_cuda_session
 from devices.onnxruntime_session import engine_errors
 from devices.paged_decoder import PagedDecoder, Part, blocks_to_hold, tokens_to_hold
@@ -51,6 +52,7 @@ class OnnxRuntimeCudaDecoder(PagedDecoder):
         if cache is None or cache.type not in _STORAGE:
             raise EngineError(f"{spec.model} was not exported for CUDA; export it with --engine onnx-cuda")
         self._element, storage = _STORAGE[cache.type]
+        choose_kv_type("onnxruntime:cuda", options.kv_type, ("float16",))
         size = cache.shape[1]
         tokens = tokens_to_hold(spec, options)
         pool = BlockPool(blocks_to_hold(tokens, options.max_sequences, size), size)

@@ -17,6 +17,7 @@ from devices.edge_binding import EdgeBinding, LogitsBuffer, Shape
 from devices.edge_kernels import kernels_library
 from devices.errors import EngineError
 from devices.kv_blocks import KVBlocks
+from devices.kv_types import KVType, choose_kv_type
 from devices.onnxruntime_session import engine_errors, open_session
 from devices.paged_decoder import PagedDecoder, Part, blocks_to_hold, tokens_to_hold
 
@@ -35,18 +36,19 @@ class OnnxRuntimeEdgeDecoder(PagedDecoder):
     """Implements :class:`devices.base.Decoder` on a CPU that has the instructions which our kernels use.
 
     ``options.batch_invariant`` changes nothing: the kernels compute every token alike, to the last bit, whatever is
-    beside it, and so does ONNX Runtime with matrices that are not quantized. The KV cache is float16; the system gives
-    its memory when it is written to.
+    beside it, and so does ONNX Runtime with matrices that are not quantized. The KV cache is float16, or int8 with a
+    scale for each token of a head; the system gives its memory when it is written to.
     """
 
     def __init__(self, spec: DecoderSpec, options: DecoderOptions) -> None:
-        """DeviceUnavailable without the kernels or onnxruntime; EngineError if the model is refused or its KV cache
-        finds no address space."""
+        """DeviceUnavailable without the kernels or onnxruntime, or with another KV cache; EngineError if the model is
+        refused or its KV cache finds no address space."""
         tokens = tokens_to_hold(spec, options)
+        kv_type = choose_kv_type("edge:cpu", options.kv_type, ("float16", "int8"))
         self._session = open_session(spec, options, "CPUExecutionProvider", operators=kernels_library())
         _check_cache(self._session, spec)
         blocks = blocks_to_hold(tokens, options.max_sequences, BLOCK)
-        self._kv = KVBlocks(blocks, spec.num_layers, spec.num_kv_heads, BLOCK * spec.head_dim)
+        self._kv = KVBlocks(blocks, spec.num_layers, spec.num_kv_heads, _head_bytes(spec.head_dim, kv_type))
         self._logits = LogitsBuffer(_KEPT_TOKENS, spec.vocab_size)
         self._bindings: dict[Shape, EdgeBinding] = {}
         super().__init__(
@@ -119,9 +121,14 @@ class OnnxRuntimeEdgeDecoder(PagedDecoder):
         self._kv.close()
 
 
+def _head_bytes(head_dim: int, kv_type: KVType) -> int:
+    """Of the keys, or the values, of a head in a block: see :mod:`exporters.onnx_edge_builder`."""
+    return BLOCK * (head_dim + 4 if kv_type == "int8" else 2 * head_dim)
+
+
 def _check_cache(session: Any, spec: DecoderSpec) -> None:
     """EngineError unless the graph's KV cache is as the decoder will make it."""
-    wanted = ["tensor(float16)", spec.num_layers, 2, spec.num_kv_heads, BLOCK * spec.head_dim]
+    wanted = ["tensor(uint8)", spec.num_layers, 2, spec.num_kv_heads, "head_bytes"]
     found = next(([each.type, *each.shape[1:]] for each in session.get_inputs() if each.name == "kv_cache"), None)
     if found != wanted:
         raise EngineError(

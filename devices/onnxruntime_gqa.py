@@ -21,6 +21,7 @@ from devices.errors import (
     OutOfSequences,
 )
 from devices.kv_rows import KVRows
+from devices.kv_types import choose_kv_type
 from devices.onnxruntime_binding import LogitsBuffer, RowsBinding
 from devices.onnxruntime_session import engine_errors, open_session
 from devices.row_pool import RowPool
@@ -89,6 +90,7 @@ class OnnxRuntimeDecoder:
 
     def __init__(self, spec: DecoderSpec, options: DecoderOptions, provider: str = "CPUExecutionProvider") -> None:
         """DeviceUnavailable if the provider cannot be used, EngineError if the model is refused."""
+        choose_kv_type("onnxruntime:cpu", options.kv_type, ("float32",))
         max_context = spec.max_context if options.kv_tokens is None else min(spec.max_context, options.kv_tokens)
         kv_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * np.dtype(np.float32).itemsize
         self._limits = DecoderLimits(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderLimits, DecoderOptions, DecoderSpec, Snapshot, Step
 from devices.errors import DeviceError, EngineError, OutOfKVCache
+from devices.kv_types import choose_kv_type
 from devices.openvino_graph import (
     ROWS,
     compile_model,
@@ -123,6 +124,7 @@ class OpenVinoDenseDecoder(SequenceDecoder[DenseSequence]):
     def __init__(self, spec: DecoderSpec, options: DecoderOptions, device: str = "CPU") -> None:
         if options.kv_tokens is not None and options.kv_tokens < 1:
             raise ValueError(f"kv_tokens must be at least 1, not {options.kv_tokens}")
+        choose_kv_type(f"openvino:{device.lower()}, with this model's attention,", options.kv_type, ("float32",))
         ov, core = new_core()
         model = read_model(core, spec.model)
         self._ov = ov

@@ -15,6 +15,7 @@ from devices.base import DecoderOptions, DecoderSpec
 from devices.block_pool import BlockPool
 from devices.errors import EngineError
 from devices.file_pages import release_file_pages
+from devices.kv_types import KVType, choose_kv_type
 from devices.openvino_graph import (
     ROWS,
     compile_model,
@@ -31,6 +32,7 @@ from devices.paged_decoder import PagedDecoder, Part, tokens_to_hold
 
 _STORAGE = {"u8": np.uint8, "i8": np.int8, "f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 """Element type of a cache → the numpy type of equal width that holds it."""
+_PRECISIONS: dict[KVType, str] = {"float32": "f32", "float16": "f16", "int8": "u8"}
 
 
 class OpenVinoDecoder(PagedDecoder):
@@ -50,7 +52,11 @@ class OpenVinoDecoder(PagedDecoder):
         self._weights: Path | None = spec.model.parent
         long_offset = rope_offset(model, spec)
         defaults = precision_defaults(model)
+        if options.kv_type is not None:
+            kv_type = choose_kv_type(f"openvino:{device.lower()}", options.kv_type, tuple(_PRECISIONS))
+            defaults["KV_CACHE_PRECISION"] = _PRECISIONS[kv_type]
         if options.batch_invariant:  # 8-bit keys share a scale over a block, which a draft would widen
+            choose_kv_type("OpenVINO with batch invariance", options.kv_type, ("float16", "float32"))
             defaults.setdefault("KV_CACHE_PRECISION", "f16")
         to_paged_attention(ov, model, spec)
         gather_rows(model, axis=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from devices.base import Engine
+from devices.kv_types import KVType
 from edge_runtime.memory import MemoryBudget
 from edge_runtime.package import Package, Variant
 from edge_runtime.prefix_store import QUEUED, SEGMENT
@@ -33,8 +34,8 @@ _IN_PLACE = 1.2
 """The same where our own kernels take quantized matrices from the file's pages: 1.05 times with SmolLM2-135M int4.
 Matrices of floats are ONNX Runtime's there too."""
 _KV_BYTES: dict[Engine, int] = {"onnxruntime": 4, "onnxruntime-cuda": 2, "onnxruntime-edge": 2, "openvino": 2}
-"""Bytes of one cached value, at most: float32, on CUDA and in our own kernels 16 bits; OpenVINO takes u8, or 16 bits
-where there is no u8."""
+"""Bytes of one cached value, at most, where the device chooses its type: float32, on CUDA and in our own kernels 16
+bits; OpenVINO takes u8, or 16 bits where there is no u8."""
 _ACTIVATION_COPIES = 24
 """Hidden-sized float32 vectors alive per token of a prefill chunk: projections, MLP and residuals together."""
 
@@ -44,7 +45,13 @@ _STORE_SEGMENTS = QUEUED + 2
 
 
 def kv_tokens_within(
-    total: int, package: Package, variant: Variant, prefill_chunk: int, *, prefix_store: bool = False
+    total: int,
+    package: Package,
+    variant: Variant,
+    prefill_chunk: int,
+    kv_type: KVType | None = None,
+    *,
+    prefix_store: bool = False,
 ) -> int:
     """Tokens of KV cache that a budget of ``total`` bytes leaves, at most the model's context.
 
@@ -57,11 +64,17 @@ def kv_tokens_within(
     budget.reserve("weights", int(variant.bytes * _weight_factor(variant)))
     logits = arch.vocab_size * 4 * 16  # one row for each of the sequences of a batch
     budget.reserve("activations", prefill_chunk * arch.hidden_size * 4 * _ACTIVATION_COPIES + logits)
-    per_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * _KV_BYTES[variant.engine]
+    of_a_head = arch.head_dim * _KV_BYTES[variant.engine] if kv_type is None else _head_bytes(arch.head_dim, kv_type)
+    per_token = 2 * arch.num_layers * arch.num_kv_heads * of_a_head
     if prefix_store:
         budget.reserve("prefix", _STORE_SEGMENTS * SEGMENT * per_token)
     at_least = min(prefill_chunk, arch.max_context)
     return budget.kv_tokens_for(per_token, at_least=at_least, at_most=arch.max_context)
+
+
+def _head_bytes(head_dim: int, kv_type: KVType) -> int:
+    """Of the key, or the value, of a token in a head; with 8 bits a scale, and on OpenVINO an offset, of 4 bytes."""
+    return {"float32": 4 * head_dim, "float16": 2 * head_dim, "int8": head_dim + 8}[kv_type]
 
 
 def _weight_factor(variant: Variant) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import DecoderOptions
+from devices.kv_types import KVType
 from devices.registry import open_decoder
 from edge_runtime.engine import Engine
 from edge_runtime.errors import BudgetError, ConfigError, InvalidRequest, PromptTooLong
@@ -58,8 +59,8 @@ class EdgeLLM:
     ``ref`` is a model reference (``smollm2:135m``, ``hf:org/name``, a path, …); a model that is not on this machine
     is pulled first. ``device`` is ``auto``, ``cpu``, … or ``engine:device``. ``memory_budget`` (``"1GiB"``) bounds what
     loading may use; the KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``, ``int8`` or
-    ``int4``; None takes what a present package has, int4 for a new one. ``threads``, ``max_sequences`` and
-    ``batch_invariant``: see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that repeat what was said
+    ``int4``; None takes what a present package has, int4 for a new one. ``threads``, ``kv_type``, ``max_sequences``
+    and ``batch_invariant``: see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that repeat what was said
     before come faster (:mod:`edge_runtime.prompt_lookup`). ``prefix_cache_bytes``: KV cache that finished requests may
     go on holding (None: what running ones do not need). ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of
     prompts that were used twice, or are long when the model is closed; 0: none are written or read
@@ -83,6 +84,7 @@ class EdgeLLM:
         *,
         weights: Weights | None = None,
         threads: int | None = None,
+        kv_type: KVType | None = None,
         max_sequences: int = DecoderOptions.max_sequences,
         batch_invariant: bool = False,
         prompt_lookup: bool = False,
@@ -102,11 +104,12 @@ class EdgeLLM:
         self.tokenizer = _tokenizer(self._package)
         template = ChatTemplate(self._package.chat_template, self._package.manifest.special_tokens)
         self._chats = template.source is not None
-        kv_tokens, store_bytes = _share_out(budget, store_bytes, self._package, self._variant)
+        kv_tokens, store_bytes = _share_out(budget, store_bytes, self._package, self._variant, kv_type)
         options = DecoderOptions(
             max_sequences=max_sequences,
             kv_tokens=kv_tokens,
             threads=threads,
+            kv_type=kv_type,
             batch_invariant=batch_invariant,
             cache_dir=store.home.compiled,
         )
@@ -288,15 +291,17 @@ def _joined(chunks: Iterator[Chunk]) -> Completion:
     )
 
 
-def _share_out(budget: int | None, store_bytes: int, package: Package, variant: Variant) -> tuple[int | None, int]:
+def _share_out(
+    budget: int | None, store_bytes: int, package: Package, variant: Variant, kv_type: KVType | None
+) -> tuple[int | None, int]:
     """Tokens of KV cache and bytes of disk store: where memory is short the store goes first."""
     if budget is None:
         return None, store_bytes
     chunk = DecoderOptions.prefill_chunk
     if store_bytes:
         with suppress(BudgetError):
-            return kv_tokens_within(budget, package, variant, chunk, prefix_store=True), store_bytes
-    return kv_tokens_within(budget, package, variant, chunk), 0
+            return kv_tokens_within(budget, package, variant, chunk, kv_type, prefix_store=True), store_bytes
+    return kv_tokens_within(budget, package, variant, chunk, kv_type), 0
 
 
 def _tokenizer(package: Package) -> Tokenizer:

@@ -3,9 +3,10 @@
 Inputs: ``input_ids`` [tokens] int64, the tokens of all sequences one after another; ``positions`` [tokens] int64, each
 token's row of the rotary tables; ``begins`` [sequences + 1] int32, where each sequence begins; ``past`` [sequences]
 int32, tokens held before; ``block_table`` [sequences, blocks of a sequence] int32; ``row_index`` [rows] int64, which
-tokens get logits; ``kv_cache`` [blocks, layers, 2, kv_heads, KV_BLOCK · head_dim] float16, keys and then values of a
-layer. Keys of a block are [head_dim][KV_BLOCK], values [KV_BLOCK][head_dim]. Attention writes new ones into this very
-memory, though it is only an input. Output: ``logits`` [rows, vocab] float32.
+tokens get logits; ``kv_cache`` [blocks, layers, 2, kv_heads, bytes] uint8, keys and then values of a layer. Keys of a
+block are [head_dim][KV_BLOCK], values [KV_BLOCK][head_dim]: float16, or int8 followed by a float32 for each token by
+which its codes are multiplied; the number of bytes tells which. Attention writes new ones into this very memory, though
+it is only an input. Output: ``logits`` [rows, vocab] float32.
 
 Operators of the domain ``edge_glm``, version 1; activations are float32:
 
@@ -69,9 +70,8 @@ class OnnxEdgeBuilder(OnnxOperators[_Matrix]):
         self._past = graph.input("past", np.int32, ["sequences"])
         self._table = graph.input("block_table", np.int32, ["sequences", "sequence_blocks"])
         self._row_index = graph.input("row_index", np.int64, ["rows"])
-        block = KV_BLOCK * architecture.head_dim
-        cache: list[int | str] = ["blocks", architecture.num_layers, 2, architecture.num_kv_heads, block]
-        self._cache = graph.input("kv_cache", np.float16, cache)
+        cache: list[int | str] = ["blocks", architecture.num_layers, 2, architecture.num_kv_heads, "head_bytes"]
+        self._cache = graph.input("kv_cache", np.uint8, cache)
 
     def _matrix(self, tensor: QuantizedTensor, name: str) -> _Matrix:
         try:

@@ -16,8 +16,9 @@ inline float max_lanes(Vec v) {
 }
 
 // e**x within 2 units in the last place, for x clamped to −87.3 … 88.3 (Cephes' expf: Cody-Waite reduction, degree 6).
+// What is no number stays so: min and max give their second operand then.
 inline Vec exponential(Vec x) {
-  x = min(max(x, all(-87.3f)), all(88.3f));
+  x = min(all(88.3f), max(all(-87.3f), x));
   const Vec n = nearest(mul(x, all(1.44269504f)));
   Vec r = fma(n, all(-0.693359375f), x);
   r = fma(n, all(2.12194440e-4f), r);

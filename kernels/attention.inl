@@ -17,6 +17,30 @@ void rotate_head(float* x, const float* cos, const float* sin, int64_t pairs, bo
   }
 }
 
+// x (n) as every `stride`-th element from `to` on.
+void put(const float* x, int64_t n, half* to, int64_t stride) {
+  for (int64_t i = 0; i < n; ++i) to[i * stride] = to_half(x[i]);
+}
+
+// The same as codes; `scale` makes them numbers again. Of x that are not all numbers nothing is one.
+void put(const float* x, int64_t n, int8_t* to, int64_t stride, float* scale) {
+  float largest = 0, nothing = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    largest = std::max(largest, std::fabs(x[i]));
+    nothing += x[i] * 0.0f;  // not 0 of an infinity or a NaN
+  }
+  *scale = largest / 127 + nothing;
+  const float factor = largest > 0 && nothing == 0 ? 127 / largest : 0;
+  for (int64_t i = 0; i < n; ++i) {
+    to[i * stride] = int8_t(std::nearbyint(std::min(127.0f, std::max(-127.0f, x[i] * factor))));
+  }
+}
+
+// Where the scales of a head's codes in a block are.
+inline float* scales(const Attention& job, uint8_t* codes) {
+  return reinterpret_cast<float*>(codes + kBlockTokens * job.head_dim);
+}
+
 void append(const Attention& job, int64_t sequence, int64_t token) {
   const int64_t dim = job.head_dim, pairs = job.rotary_dim / 2;
   const int64_t position = job.position(sequence, token);
@@ -37,9 +61,15 @@ void append(const Attention& job, int64_t sequence, int64_t token) {
   for (int64_t i = 0; i < job.heads * dim; ++i) query[i] *= job.scale;
   const float* value = from + (job.heads + job.kv_heads) * dim;
   for (int64_t head = 0; head < job.kv_heads; ++head) {
-    half *keys = job.keys(block, head) + place, *values = job.values(block, head) + place * dim;
-    for (int64_t i = 0; i < dim; ++i) keys[i * kBlockTokens] = to_half(key[head * dim + i]);
-    for (int64_t i = 0; i < dim; ++i) values[i] = to_half(value[head * dim + i]);
+    uint8_t *keys = job.keys(block, head), *values = job.values(block, head);
+    const float *new_key = key.data() + head * dim, *new_value = value + head * dim;
+    if (job.stored == Stored::kHalf) {
+      put(new_key, dim, reinterpret_cast<half*>(keys) + place, kBlockTokens);
+      put(new_value, dim, reinterpret_cast<half*>(values) + place * dim, 1);
+    } else {
+      put(new_key, dim, reinterpret_cast<int8_t*>(keys) + place, kBlockTokens, scales(job, keys) + place);
+      put(new_value, dim, reinterpret_cast<int8_t*>(values) + place * dim, 1, scales(job, values) + place);
+    }
   }
 }
 
@@ -86,8 +116,9 @@ void rows_product(int64_t rows, const float* a, int64_t a_stride, int64_t n, con
   block_product_rest<R - 1>(rows, a, a_stride, n, b, b_stride, c, c_stride, next);
 }
 
-// (rows, columns) halves as floats with the columns filled up with zeros to `wide`.
-void widen(const half* from, int64_t rows, int64_t columns, int64_t wide, float* to) {
+// (rows, columns) halves or codes as floats with the columns filled up with zeros to `wide`.
+template <class Element>
+void widen(const Element* from, int64_t rows, int64_t columns, int64_t wide, float* to) {
   for (int64_t r = 0; r < rows; ++r, from += columns, to += wide) {
     int64_t i = 0;
     for (; i + kLanes <= columns; i += kLanes) store(to + i, load(from + i));
@@ -127,7 +158,16 @@ void begin_share(const Attention& job, const Tile& tile, float* total) {
   for (int64_t r = 0; r < tile.count * job.group(); ++r) total[r * stride] = -std::numeric_limits<float>::infinity();
 }
 
-void attend(const Attention& job, const Tile& tile, int64_t segment, float* share) {
+// Scores, or weights, of (rows, kSegment): those of a block's tokens times their scales.
+void scale_tokens(float* x, int64_t rows, const float* scales) {
+  for (int64_t r = 0; r < rows; ++r, x += kSegment) {
+    for (int64_t i = 0; i < kBlockTokens; i += kLanes) store(x + i, mul(load(x + i), load(scales + i)));
+  }
+}
+
+template <class Element>
+void attend_to(const Attention& job, const Tile& tile, int64_t segment, float* share) {
+  constexpr bool kScaled = std::is_same<Element, int8_t>::value;
   thread_local struct {
     std::vector<float> query, scores, floats;
   } scratch;
@@ -145,18 +185,25 @@ void attend(const Attention& job, const Tile& tile, int64_t segment, float* shar
   const bool direct = rows <= kRowsAtOnce && dim % 32 == 0;  // each key is then converted just once anyway
   const int64_t start = segment * kSegment, stop = std::min(start + kSegment, end);
   const int64_t from = std::max(start, job.lowest(first) / kBlockTokens * kBlockTokens);
-  const auto keys_at = [&](int64_t key) { return job.keys(table[key / kBlockTokens], tile.kv_head); };
-  const auto values_at = [&](int64_t key) { return job.values(table[key / kBlockTokens], tile.kv_head); };
+  const auto keys_at = [&](int64_t key) {
+    return reinterpret_cast<Element*>(job.keys(table[key / kBlockTokens], tile.kv_head));
+  };
+  const auto values_at = [&](int64_t key) {
+    return reinterpret_cast<Element*>(job.values(table[key / kBlockTokens], tile.kv_head));
+  };
+  const auto scales_of = [&](Element* codes) { return scales(job, reinterpret_cast<uint8_t*>(codes)); };
   for (int64_t key = from; key < stop; key += kBlockTokens) {
-    const half* keys = keys_at(key);
+    Element* keys = keys_at(key);
     float* scores = scratch.scores.data() + key - start;
     if (direct) {
-      const half* next = key + kBlockTokens < stop ? keys_at(key + kBlockTokens) : values_at(from);
+      Element* next = key + kBlockTokens < stop ? keys_at(key + kBlockTokens) : values_at(from);
+      if (kScaled) prefetch(scales_of(next), kBlockTokens * sizeof(float));
       rows_product(rows, scratch.query.data(), dim, dim, keys, kBlockTokens, scores, kSegment, next);
     } else {
       widen(keys, dim, kBlockTokens, kBlockTokens, scratch.floats.data());
       rows_product(rows, scratch.query.data(), dim, dim, scratch.floats.data(), kBlockTokens, scores, kSegment);
     }
+    if (kScaled) scale_tokens(scores, rows, scales_of(keys));
   }
   const int64_t width = (stop - start + kBlockTokens - 1) / kBlockTokens * kBlockTokens;
   begin_share(job, tile, share);
@@ -174,10 +221,14 @@ void attend(const Attention& job, const Tile& tile, int64_t segment, float* shar
     }
   }
   for (int64_t key = from; key < stop; key += kBlockTokens) {
-    const half* values = values_at(key);
-    const half* next = key + kBlockTokens < stop ? values_at(key + kBlockTokens) : nullptr;
+    Element* values = values_at(key);
+    Element* next = key + kBlockTokens < stop ? values_at(key + kBlockTokens) : nullptr;
     const int64_t held = std::min(kBlockTokens, stop - key);
-    const float* weights = scratch.scores.data() + key - start;
+    float* weights = scratch.scores.data() + key - start;
+    if (kScaled) {
+      if (direct && next) prefetch(scales_of(next), kBlockTokens * sizeof(float));
+      scale_tokens(weights, rows, scales_of(values));
+    }
     if (!direct) widen(values, held, dim, wide, scratch.floats.data());
     for (int64_t d = 0; d < wide; d += 32) {
       float* sums = share + 2 + d;
@@ -188,6 +239,10 @@ void attend(const Attention& job, const Tile& tile, int64_t segment, float* shar
       }
     }
   }
+}
+
+void attend(const Attention& job, const Tile& tile, int64_t segment, float* share) {
+  (job.stored == Stored::kHalf ? attend_to<half> : attend_to<int8_t>)(job, tile, segment, share);
 }
 
 void join_share(const Attention& job, const Tile& tile, float* total, const float* share) {

@@ -15,7 +15,7 @@ using ort::Element;
 class PagedAttention {
  public:
   static constexpr const char* kName = "PagedAttention";
-  static constexpr Element kInputs[] = {Element::kFloat, Element::kFloat16, Element::kInt32, Element::kInt32,
+  static constexpr Element kInputs[] = {Element::kFloat, Element::kUint8, Element::kInt32, Element::kInt32,
                                         Element::kInt32, Element::kInt64,   Element::kFloat, Element::kFloat,
                                         Element::kFloat, Element::kFloat};
   static constexpr size_t kRequired = 6;
@@ -37,16 +37,16 @@ class PagedAttention {
     const int64_t width = (job.heads + 2 * job.kv_heads) * job.head_dim;
     const auto qkv = context.dims(0), cache = context.dims(1), table = context.dims(4);
     require(qkv.size() == 2 && qkv[1] == width, "qkv must be (tokens, (heads + 2 KV heads) · head size)");
-    require(cache.size() == 5 && layer_ < cache[1] && cache[2] == 2 && cache[3] == job.kv_heads &&
-                cache[4] == kBlockTokens * job.head_dim,
+    require(cache.size() == 5 && layer_ < cache[1] && cache[2] == 2 && cache[3] == job.kv_heads,
             "the KV cache has another shape");
+    job.stored = stored(job, cache[4]);
     job.tokens = qkv[0];
     job.sequences = table.at(0);
     job.table_width = table.at(1);
     job.qkv = context.input<float>(0);
-    job.block_stride = cache[1] * 2 * job.kv_heads * kBlockTokens * job.head_dim;
+    job.block_stride = cache[1] * 2 * job.kv_heads * cache[4];
     // Written in place: the caller binds its own memory, and no other operator reads this layer's part of it.
-    job.cache = const_cast<half*>(context.input<half>(1)) + layer_ * (job.block_stride / cache[1]);
+    job.cache = const_cast<uint8_t*>(context.input<uint8_t>(1)) + layer_ * (job.block_stride / cache[1]);
     job.begins = context.input<int32_t>(2);
     job.past = context.input<int32_t>(3);
     job.table = context.input<int32_t>(4);
@@ -90,6 +90,15 @@ class PagedAttention {
   // Enough to keep all threads busy to the end.
   static constexpr int64_t kManyTiles = 32;
   static constexpr int64_t kShareFloats = 1 << 20;  // held at once for the shares of all segments
+
+  // What a cache with so many bytes for a head's keys in a block holds.
+  static Stored stored(Attention job, int64_t head_bytes) {
+    job.stored = Stored::kHalf;
+    if (head_bytes == job.head_bytes()) return job.stored;
+    job.stored = Stored::kCodes;
+    require(head_bytes == job.head_bytes(), "the KV cache has another shape");
+    return job.stored;
+  }
 
   struct Segments {
     int64_t first, last;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -29,6 +30,9 @@ constexpr int kRowsAtOnce = 3;  // rows of block_product that fit the registers:
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline Vec all(float x) { return _mm256_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -47,6 +51,7 @@ inline Vec power_of_two(Vec n) {
 }
 inline half to_half(float x) { return half(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline float to_float(half x) { return _cvtsh_ss(x); }
+inline float to_float(int8_t x) { return x; }
 // Whole numbers, in range by construction.
 inline void store_codes(int8_t* p, Vec v) {
   const __m256i whole = _mm256_cvtps_epi32(v);

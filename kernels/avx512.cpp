@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -33,6 +34,9 @@ constexpr int kRowsAtOnce = 8;  // rows of block_product that fit the registers:
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline Vec all(float x) { return _mm512_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -51,6 +55,7 @@ inline Vec power_of_two(Vec n) {
 }
 inline half to_half(float x) { return half(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline float to_float(half x) { return _cvtsh_ss(x); }
+inline float to_float(int8_t x) { return x; }
 // Whole numbers, in range by construction.
 inline void store_codes(int8_t* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));

@@ -71,6 +71,10 @@ struct MatMul {
   float* y;             // (tokens, weight.rows)
 };
 
+// What keys and values are in the cache: halves, or int8_t with, behind them, a float for each token by which its codes
+// are multiplied.
+enum class Stored { kHalf, kCodes };
+
 struct Attention {
   int64_t heads, kv_heads, head_dim, rotary_dim;  // rotary_dim 0: no positions
   int64_t window;                                 // 0: none
@@ -84,8 +88,9 @@ struct Attention {
   const int64_t* positions;  // (tokens): rows of cos and sin
   const float *cos, *sin;   // (…, rotary_dim / 2)
   const float *q_norm, *k_norm;  // (head_dim) or null
-  half* cache;              // first block's keys of this layer
-  int64_t block_stride;     // halves from one block to the next
+  uint8_t* cache;           // first block's keys of this layer
+  int64_t block_stride;     // bytes from one block to the next
+  Stored stored;
   float* query;             // scratch (tokens, heads·head_dim): rotated and scaled
   float* y;                 // (tokens, heads·head_dim)
 
@@ -96,11 +101,13 @@ struct Attention {
   int64_t lowest(int64_t position) const { return window && position >= window ? position + 1 - window : 0; }
   int64_t wide_dim() const { return (head_dim + 31) / 32 * 32; }
   int64_t share_stride() const { return wide_dim() + 2; }  // floats of one row of a share
-  // Keys of one head in a block: (head_dim, kBlockTokens); values: (kBlockTokens, head_dim).
-  half* keys(int64_t block, int64_t head) const {
-    return cache + block * block_stride + head * kBlockTokens * head_dim;
+  // Bytes of a head's keys, or its values, in a block.
+  int64_t head_bytes() const {
+    return kBlockTokens * (stored == Stored::kHalf ? head_dim * int64_t(sizeof(half)) : head_dim + int64_t(sizeof(float)));
   }
-  half* values(int64_t block, int64_t head) const { return keys(block, kv_heads + head); }
+  // Keys of one head in a block: (head_dim, kBlockTokens); values: (kBlockTokens, head_dim).
+  uint8_t* keys(int64_t block, int64_t head) const { return cache + block * block_stride + head * head_bytes(); }
+  uint8_t* values(int64_t block, int64_t head) const { return keys(block, kv_heads + head); }
 };
 
 // `count` tokens from `token` on, all of `sequence`, in the query heads of one KV head: count · group() rows.

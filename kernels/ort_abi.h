@@ -20,7 +20,7 @@ struct KernelContext;
 struct Value;
 struct ShapeInfo;
 
-enum class Element : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
+enum class Element : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7 };
 enum class Presence : int { kRequired = 0, kOptional = 1 };
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 

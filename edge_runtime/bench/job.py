@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from devices.kv_types import KVType
 from edge_runtime.errors import ConfigError
 from edge_runtime.package import Weights
 
@@ -22,6 +23,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     weights: Weights | None = None
     memory_budget: str | None = None
     threads: int | None = None
+    kv_type: KVType | None = None
     batch_invariant: bool = False
     prompt_tokens: int = 512
     new_tokens: int = 64

@@ -65,6 +65,7 @@ def open_model(
         job.memory_budget,
         weights=job.weights,
         threads=job.threads,
+        kv_type=job.kv_type,
         max_sequences=max(job.concurrency, DecoderOptions.max_sequences),
         batch_invariant=job.batch_invariant,
         prompt_lookup=prompt_lookup,

@@ -21,7 +21,7 @@ from edge_runtime.measurements import Measurements
 from edge_runtime.paths import home
 from edge_runtime.settings import load_settings
 
-_LOADING = ("device", "weights", "memory_budget", "threads", "batch_invariant")
+_LOADING = ("device", "weights", "memory_budget", "threads", "kv_type", "batch_invariant")
 _LOCAL = ("repeats", "shared_prefix", "copy", "nll")
 _SERVER = ("model", "chat", "rate", "requests", "goodput", "api_key")
 _ONE_RESULT = ("output", "html", "compare", "shared_prefix", "copy")
@@ -94,7 +94,8 @@ def _keep(job: Job, result: Result) -> None:
 
 def _speaks_for_auto(job: Job) -> bool:
     """Whether the model is opened for it as when nothing is said."""
-    return job.memory_budget is None and job.threads is None and not job.batch_invariant
+    given = (job.memory_budget, job.threads, job.kv_type)
+    return not any(each is not None for each in given) and not job.batch_invariant
 
 
 def _server(arguments: argparse.Namespace) -> Result:

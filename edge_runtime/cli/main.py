@@ -249,6 +249,11 @@ def _add_loading(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--memory-budget", metavar="SIZE", help="most memory to use, e.g. 1GiB")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the engine's choice)")
     parser.add_argument(
+        "--kv-type",
+        choices=("float32", "float16", "int8"),
+        help="type of the KV cache; int8 is half as large as float16 (default: the device's choice)",
+    )
+    parser.add_argument(
         "--batch-invariant",
         action="store_true",
         default=None,

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
         {
             name: getattr(arguments, name)
             for name in (
-                *("device", "weights", "workload", "memory_budget", "threads"),
+                *("device", "weights", "workload", "memory_budget", "threads", "kv_type"),
                 *("batch_invariant", "prompt_lookup", "prefix_store"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
@@ -48,6 +48,7 @@ def open_model(ref: str, settings: Settings, workload: Workload = "one") -> Edge
             settings.memory_budget,
             weights=settings.weights,
             threads=settings.threads,
+            kv_type=settings.kv_type,
             batch_invariant=settings.batch_invariant,
             prompt_lookup=settings.prompt_lookup,
             prefix_store_bytes=settings.prefix_store,

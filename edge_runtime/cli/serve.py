@@ -18,6 +18,7 @@ def serve(arguments: argparse.Namespace) -> int:
         "workload",
         "memory_budget",
         "threads",
+        "kv_type",
         "batch_invariant",
         "prompt_lookup",
         "prefix_store",

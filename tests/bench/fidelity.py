@@ -1,16 +1,18 @@
 """Loss, speed and size of every engine and weight format on the real SmolLM2, in one table.
 
-    python -m tests.bench.fidelity SmolLM2-135M-Instruct.Q4_1.gguf [--weights int4 int8 fp32] [--rounds 3]
+    python -m tests.bench.fidelity SmolLM2-135M-Instruct.Q4_1.gguf [--weights int4 int8] [--kv-type int8] [--rounds 3]
 
 Loss is against Transformers in fp32 on the same dequantized weights (tests/fixtures/smollm2), on the text by which
 encodings were chosen and on a held-out one; llama.cpp's too where llama-cpp-python is installed. Rates are medians
-over rounds in which the engines take turns; run it alone on the machine. ``--rounds 0``: loss only.
+over rounds in which the engines take turns; run it alone on the machine. ``--rounds 0``: loss only. ``--kv-type``:
+only the devices that have such a KV cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,12 +20,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from devices import Decoder, DecoderOptions, Step, open_decoder
 from devices.base import Engine
+from devices.errors import DeviceUnavailable
+from devices.kv_types import KVType
 from edge_runtime.package import Package
 from exporters.export import export
 from exporters.formats import open_checkpoint
@@ -124,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--weights", nargs="+", default=["int4", "int8", "fp32"])
+    parser.add_argument("--kv-type", choices=get_args(KVType))
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     losses: dict[tuple[str, str], list[Loss]] = {}
@@ -140,7 +146,12 @@ def main() -> None:
                     variant = package.variant(engine)
                     if variant is None:
                         raise SystemExit(f"the export has no variant for {engine}")
-                    decoder = open_decoder(package.spec(variant), device, DecoderOptions(max_sequences=9))
+                    options = DecoderOptions(max_sequences=9, kv_type=args.kv_type)
+                    try:
+                        decoder = open_decoder(package.spec(variant), device, options)
+                    except DeviceUnavailable as error:
+                        print(error, file=sys.stderr)
+                        continue
                     if round_ == 0:
                         losses[device, weights] = [measure_loss(partial(all_logits, decoder), text) for text in TEXTS]
                         sizes[device, weights] = sum(file.bytes for file in variant.files)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ def test_snapshots_are_blocks_of_each_layer(opening: Open) -> None:
     sequence = decoder.new_sequence()
     decoder.forward([Step(sequence, ids(1, 40))])
     taken = sequence.snapshot()
-    assert [(array.shape, array.dtype) for array in taken.arrays] == [((2, 2, BLOCK * 16), np.float16)] * 6
+    assert [(array.shape, array.dtype) for array in taken.arrays] == [((2, 2, BLOCK * 16 * 2), np.uint8)] * 6
     other = decoder.new_sequence()
     wrong = [
         tuple(array.astype(np.float32) for array in taken.arrays),
@@ -231,7 +232,8 @@ def test_a_cache_without_address_space(opening: Open) -> None:
 
 
 def test_a_graph_with_another_cache(opening: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.devices.edge_session.BLOCK", 16)
+    fixed = SimpleNamespace(name="kv_cache", type="tensor(float16)", shape=["blocks", 3, 2, 2, 32 * 16])
+    monkeypatch.setattr(EdgeSession, "get_inputs", lambda self: [fixed])
     with pytest.raises(EngineError, match=r"model\.onnx has the KV cache .*--engine onnx-edge"):
         opening()
     monkeypatch.setattr(EdgeSession, "get_inputs", lambda self: [])
@@ -354,6 +356,32 @@ def test_a_token_is_computed_alike_whatever_is_beside_it(
         assert np.array_equal(decoder.forward(batch)[place], expected[held : held + len(part)])
         turn += 1
     decoder.close()
+
+
+def test_a_cache_of_codes(specs: dict[WeightFormat, DecoderSpec]) -> None:
+    """Half as large, nearly the same, and as indifferent to what is beside a token."""
+    options = DecoderOptions(max_sequences=3, prefill_chunk=256, kv_tokens=2048, threads=2)
+    wide, narrow = (open_decoder(specs["int4"], "edge:cpu", replace(options, kv_type=t)) for t in ("float16", "int8"))
+    assert narrow.limits.kv_bytes_per_token / wide.limits.kv_bytes_per_token == (LONG.head_dim + 4) / LONG.head_dim / 2
+    text = ids(1, 700)
+    expected = everything(wide, text, sizes=(256, 256))[-1]
+    cut = everything(narrow, text, sizes=(1, 7, 100, 31, 200, *(1,) * 20, 250))
+    assert np.array_equal(cut, everything(narrow, text, sizes=(256, 256)))
+    error = np.abs(cut[-1] - expected).max() / np.abs(expected).max()
+    assert 0 < error < 0.03
+    sequence = narrow.new_sequence()
+    narrow.forward([Step(sequence, text[:250], 0)])
+    other = narrow.new_sequence()
+    other.restore(sequence.snapshot())
+    fork = other.fork(240)
+    steps = [Step(sequence, text[250:260]), Step(other, text[250:260]), Step(fork, text[240:260])]
+    assert all(np.array_equal(row[-1], cut[259]) for row in narrow.forward(steps))
+    with pytest.raises(EngineError, match="another KV precision"):
+        wide.new_sequence().restore(sequence.snapshot())
+    with pytest.raises(DeviceUnavailable, match="edge:cpu keeps keys and values as float16 or int8, not float32"):
+        open_decoder(specs["int4"], "edge:cpu", replace(options, kv_type="float32"))
+    wide.close()
+    narrow.close()
 
 
 @pytest.mark.usefixtures("kernels")

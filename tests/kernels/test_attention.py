@@ -26,6 +26,8 @@ class Case:
     window: int = 0
     softcap: float = 0.0
     norms: bool = False
+    codes: bool = False
+    """The cache holds 8-bit codes with scales, else float16."""
     sequences: list[NDArray[np.float32]] = field(default_factory=list)
     """Per sequence (length, (heads + 2·kv_heads)·dim): everything it will ever hold."""
 
@@ -41,11 +43,12 @@ class Case:
             rng.normal(0, 1, (length, (self.heads + 2 * self.kv_heads) * self.dim)).astype(np.float32)
         )
 
-    def cache(self) -> NDArray[np.float16]:
-        """With rubbish in it, as blocks have that were used before."""
+    def cache(self) -> NDArray[np.uint8]:
+        """With rubbish in it, as blocks have that were used before: also what is no number."""
         blocks = sum(-(-len(each) // BLOCK) for each in self.sequences) + 3
         rng = np.random.default_rng(0)
-        return rng.normal(0, 1, (blocks, LAYERS, 2, self.kv_heads, BLOCK * self.dim)).astype(np.float16)
+        size = self.dim + 4 if self.codes else 2 * self.dim
+        return rng.integers(0, 256, (blocks, LAYERS, 2, self.kv_heads, BLOCK * size)).astype(np.uint8)
 
     def tables(self) -> NDArray[np.int32]:
         """Blocks in no order, each in one table."""
@@ -56,7 +59,7 @@ class Case:
             tables[index, :count], free = free[:count], free[count:]
         return tables
 
-    def forward(self, cache: NDArray[np.float16], parts: list[tuple[int, int, int]]) -> list[NDArray[np.float32]]:
+    def forward(self, cache: NDArray[np.uint8], parts: list[tuple[int, int, int]]) -> list[NDArray[np.float32]]:
         """Run tokens start … stop of some sequences, given as (sequence, start, stop)."""
         tables = self.tables()
         counts = [stop - start for _, start, stop in parts]
@@ -100,6 +103,8 @@ class Case:
             )
         if self.rotary:
             q, k = self._rotate(q), self._rotate(k)
+        if self.codes:
+            k, v = _rounded(k), _rounded(v)
         out = []
         for position in range(len(x)):
             low = max(0, position + 1 - self.window) if self.window else 0
@@ -125,6 +130,12 @@ class Case:
         return y
 
 
+def _rounded(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(tokens, heads, dim) to 8 bits, each vector by its largest element."""
+    scale = np.abs(x).max(-1, keepdims=True) / 127
+    return np.round(x / scale) * scale
+
+
 CASES = {
     "plain": Case(),
     "one head each": Case(heads=2, kv_heads=2),
@@ -138,6 +149,11 @@ CASES = {
     "odd size": Case(dim=24, rotary=16),
     "size 80": Case(dim=80, rotary=80),
     "size 256": Case(heads=2, kv_heads=1, dim=256, rotary=256),
+    "codes": Case(codes=True),
+    "codes, many heads": Case(codes=True, heads=8, kv_heads=1, dim=128, rotary=128),
+    "codes, window, soft cap": Case(codes=True, window=40, softcap=3.0, norms=True),
+    "codes, odd size": Case(codes=True, dim=24, rotary=16),
+    "codes, size 80": Case(codes=True, dim=80, rotary=80),
 }
 
 
@@ -152,7 +168,8 @@ def test_agrees_with_the_plain_twin(case: Case) -> None:
         for (sequence, _, _), y in zip(parts, case.forward(cache, parts), strict=True):
             rows[sequence].append(y)
     for sequence in (0, 1):
-        # keys and values are float16: about 2**-11 of each, and scores of the size of these
+        # keys and values are float16: about 2**-11 of each, and scores of the size of these. Codes are as in the twin,
+        # but for those that float32 and float64 round to different sides
         np.testing.assert_allclose(np.concatenate(rows[sequence]), case.twin(sequence), atol=6e-3, rtol=0)
 
 
@@ -166,6 +183,28 @@ def test_a_token_does_not_depend_on_how_it_is_fed(case: Case) -> None:
     pieces = [case.forward(cache, [(0, 0, 7)])[0], case.forward(cache, [(0, 7, 270), (1, 0, 40)])[0]]
     pieces += [case.forward(cache, [(0, start, start + 1)])[0] for start in range(270, 300)]
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_what_is_no_number_is_not_hidden(codes: bool) -> None:
+    case = Case(heads=4, kv_heads=2, rotary=0, codes=codes)
+    case.add(6)
+    qkv = case.sequences[0]
+    qkv[3, 4 * 64 + 5] = np.nan  # in the key of the first KV head
+    qkv[4, -1] = np.inf  # in the value of the second
+    cache = case.cache()
+    y = np.concatenate([case.forward(cache, [(0, token, token + 1)])[0] for token in range(6)])
+    finite = np.isfinite(y.reshape(6, 4, 64)).all(-1)
+    assert finite.tolist() == [[True] * 4] * 3 + [[False, False, True, True]] + [[False] * 4] * 2
+
+
+def test_a_token_of_zeros_as_codes() -> None:
+    case = Case(rotary=0, codes=True)
+    case.add(3)
+    case.sequences[0][1] = 0
+    y = case.forward(case.cache(), [(0, 0, 3)])[0]
+    expected = case.sequences[0][0, -2 * 64 :].reshape(2, 1, 64).repeat(3, axis=1).reshape(-1) / 2
+    np.testing.assert_allclose(y[1], expected, atol=0.02)
 
 
 def test_shares_that_would_take_too_much_memory_are_not_held_at_once() -> None:
@@ -198,7 +237,8 @@ def test_only_its_own_layer_and_blocks_are_written() -> None:
         ("past", np.array([-1], np.int32), "without tokens"),
         ("begins", np.array([0, 2], np.int32), "cover all tokens"),
         ("qkv", np.zeros((1, 8), np.float32), "qkv must be"),
-        ("cache", np.zeros((4, LAYERS, 2, 1, 8), np.float16), "another shape"),
+        ("cache", np.zeros((4, LAYERS, 2, 1, 128), np.uint8), "another shape"),
+        ("cache", np.zeros((4, LAYERS, 2, 2, 32 * 65), np.uint8), "another shape"),
     ],
 )
 def test_wrong_inputs_are_refused(name: str, value: NDArray[Any], message: str) -> None:
