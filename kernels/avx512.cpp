@@ -90,28 +90,29 @@ inline __m512i broadcast4(const int16_t* p) {
 
 // out += x · panelᵀ over one block, from the integer sums of R rows of x and 16 of the panel.
 template <int R>
-inline void scale_block(const MatMul& job, const uint8_t* parameters, int64_t row, int64_t block,
+inline void scale_block(bool offsets, const uint8_t* parameters, const float* factors,
                         const __m512i (&sums)[R], Vec (&out)[R][1]) {
   const half* d = reinterpret_cast<const half*>(parameters);
-  const int64_t blocks = job.weight.blocks();
-  const bool offsets = job.weight.offsets;
-  const Vec scale = load(d), offset = offsets ? load(d + 16) : all(0.0f);
-#pragma GCC unroll 8
+  const Vec scale = load(d);
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    const int64_t at = (row + r) * blocks + block;
-    out[r][0] = fma(_mm512_cvtepi32_ps(sums[r]), mul(scale, all(job.x.scale[at])), out[r][0]);
-    if (offsets) out[r][0] = fma(offset, all(job.x.sum[at]), out[r][0]);
+    out[r][0] = fma(_mm512_cvtepi32_ps(sums[r]), mul(scale, all(factors[r])), out[r][0]);
   }
+  if (!offsets) return;
+  const Vec offset = load(d + 16);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) out[r][0] = fma(offset, all(factors[R + r]), out[r][0]);
 }
 
 // 4-bit codes with 8-bit activations.
 template <int R, int BLOCK>
 inline void narrow_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec (&out)[R][1]) {
   constexpr int kChunks = BLOCK / 8;  // of 64 bytes: low nibbles are columns 4c…, high ones columns BLOCK/2 + 4c…
-  const int64_t columns = job.weight.columns, stride = job.weight.block_bytes();
-  const int8_t* x = static_cast<const int8_t*>(job.x.codes) + row * columns;
+  const int64_t blocks = job.weight.blocks(), stride = job.weight.block_bytes();
+  const int8_t* x = static_cast<const int8_t*>(job.x.codes) + row * job.weight.columns;
+  const float* factors = job.x.factors + 2 * row * blocks;
   const __m512i low_nibbles = _mm512_set1_epi8(15);
-  for (int64_t block = 0; block < columns / BLOCK; ++block, panel += stride, x += BLOCK) {
+  for (int64_t block = 0; block < blocks; ++block, panel += stride, x += R * BLOCK, factors += 2 * R) {
     if (R <= 2) prefetch(panel + kAhead, stride);
     __m512i sums[R];
     for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_si512();
@@ -120,23 +121,24 @@ inline void narrow_tile(const MatMul& job, const uint8_t* panel, int64_t row, Ve
       const __m512i codes = _mm512_loadu_si512(panel + 64 * c);
       const __m512i low = _mm512_and_si512(codes, low_nibbles);
       const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low_nibbles);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const int8_t* four = x + r * columns + 4 * c;
+        const int8_t* four = x + r * BLOCK + 4 * c;
         sums[r] = _mm512_dpbusd_epi32(sums[r], low, broadcast4(four));
         sums[r] = _mm512_dpbusd_epi32(sums[r], high, broadcast4(four + BLOCK / 2));
       }
     }
-    scale_block<R>(job, panel + BLOCK * 8, row, block, sums, out);
+    scale_block<R>(job.weight.offsets, panel + BLOCK * 8, factors, sums, out);
   }
 }
 
 // 8-bit codes with 16-bit activations. A 32-bit lane takes at most 128 · 32767 · 32.
 template <int R, int BLOCK>
 inline void wide_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec (&out)[R][1]) {
-  const int64_t columns = job.weight.columns, stride = job.weight.block_bytes();
-  const int16_t* x = static_cast<const int16_t*>(job.x.codes) + row * columns;
-  for (int64_t block = 0; block < columns / BLOCK; ++block, panel += stride, x += BLOCK) {
+  const int64_t blocks = job.weight.blocks(), stride = job.weight.block_bytes();
+  const int16_t* x = static_cast<const int16_t*>(job.x.codes) + row * job.weight.columns;
+  const float* factors = job.x.factors + 2 * row * blocks;
+  for (int64_t block = 0; block < blocks; ++block, panel += stride, x += R * BLOCK, factors += 2 * R) {
     if (R <= 2) prefetch(panel + kAhead, stride);
     __m512i sums[R][2];  // by eight rows of the panel; each row in two lanes
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
@@ -146,7 +148,7 @@ inline void wide_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec 
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 64 * c + 32 * h));
         const __m512i codes = _mm512_cvtepi8_epi16(bytes);
         for (int r = 0; r < R; ++r) {
-          sums[r][h] = _mm512_dpwssd_epi32(sums[r][h], codes, broadcast4(x + r * columns + 4 * c));
+          sums[r][h] = _mm512_dpwssd_epi32(sums[r][h], codes, broadcast4(x + r * BLOCK + 4 * c));
         }
       }
     }
@@ -159,11 +161,11 @@ inline void wide_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec 
       }
       whole[r] = _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1);
     }
-    scale_block<R>(job, panel + BLOCK * 16, row, block, whole, out);
+    scale_block<R>(job.weight.offsets, panel + BLOCK * 16, factors, whole, out);
   }
 }
 
-constexpr int kNarrowRows = 8, kWideRows = 4;  // rows of activations at once, by the registers there are
+constexpr int kNarrowRows = 12, kWideRows = 4;  // rows of activations at once, by the registers there are
 
 #include "arithmetic.inl"
 #include "attention.inl"

@@ -11,7 +11,7 @@ namespace edge {
 const Kernels* choose_kernels() {
   static const Kernels* const chosen = []() -> const Kernels* {
     const char* wanted = std::getenv("EDGE_KERNELS_INSTRUCTIONS");  // for tests and benchmarks: not the best, but this one
-    for (const Kernels* kernels : {&avx512::kernels, &avx2::kernels}) {
+    for (const Kernels* kernels : {&avx512::kernels, &avxvnni::kernels, &avx2::kernels}) {
       if (wanted && *wanted && std::strcmp(wanted, kernels->instructions) != 0) continue;
       if (kernels->supported()) return kernels;
     }

@@ -54,12 +54,16 @@ struct Input {
 // With 8 bits a code is an int8_t, −127..127. With 16 bits and 4-bit weights each row stands twice, as two such digits: the
 // row as above, and what it leaves over. That is twice the work of 8 bits, where 16-bit integers would be four times. With
 // 8-bit weights, whose products with 8-bit codes overflow 16 bits anyway, a code is an int16_t, −32767..32767.
+//
+// Rows that meet the weights together lie together, block by block, so that one pointer finds all of them: codes are
+// (tiles, blocks, rows of the tile, block), factors (tiles, blocks, 2, rows of the tile), scales before sums. How many rows
+// a tile has, the instruction set decides; the last one has what is left.
 struct Activations {
   int bits;
-  int digits;    // rows for each row of x: 1 or 2
-  void* codes;   // (rows · digits, columns)
-  float* scale;  // (rows · digits, blocks)
-  float* sum;    // (rows · digits, blocks)
+  int digits;      // rows for each row of x: 1 or 2
+  int64_t rows;    // over all digits
+  void* codes;     // rows · columns
+  float* factors;  // rows · blocks · 2
 };
 
 struct MatMul {
@@ -137,6 +141,9 @@ struct Kernels {
 };
 
 namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avxvnni {
 extern const Kernels kernels;
 }
 namespace avx512 {

@@ -62,8 +62,7 @@ class QuantizedMatMul {
     const int64_t blocks = matrix_.blocks();
     const int digits = bits_ == 16 && matrix_.bits == 4 ? 2 : 1;
     const int64_t rows = job.tokens * digits;
-    job.x = {bits_, digits, scratch.take<int16_t>(rows * matrix_.columns), scratch.take<float>(rows * blocks),
-             scratch.take<float>(rows * blocks)};
+    job.x = {bits_, digits, rows, scratch.take<int16_t>(rows * matrix_.columns), scratch.take<float>(2 * rows * blocks)};
     constexpr int64_t kRows = 16;
     context.parallel((job.tokens + kRows - 1) / kRows, [&](int64_t i) {
       kernels.quantize(input, i * kRows, std::min(job.tokens, (i + 1) * kRows), matrix_.block, job.x);

@@ -43,6 +43,7 @@ inline const float* input_row(const Input& input, int64_t row, float* made) {
 template <class Code, int DIGITS>
 void quantize_rows(const Input& input, int64_t first, int64_t last, int block, const Activations& into) {
   thread_local std::vector<float> made;
+  constexpr int64_t kTile = sizeof(Code) == 1 ? kNarrowRows : kWideRows;
   const int64_t columns = input.columns, blocks = columns / block;
   made.resize(columns);
   for (int64_t row = first; row < last; ++row) {
@@ -51,12 +52,13 @@ void quantize_rows(const Input& input, int64_t first, int64_t last, int block, c
       const float* from = x + b * block;
       float largest = largest_of(from, block), rest[32];
       for (int digit = 0; digit < DIGITS; ++digit) {
-        const int64_t at = row * DIGITS + digit;
-        Code* codes = static_cast<Code*>(into.codes) + at * columns + b * block;
+        const int64_t at = row * DIGITS + digit, tile = at / kTile * kTile, rows = std::min(kTile, into.rows - tile);
+        Code* codes = static_cast<Code*>(into.codes) + tile * columns + (b * rows + at - tile) * block;
+        float* factors = into.factors + 2 * (tile * blocks + b * rows) + at - tile;
         float sum;
         const float scale = quantize_block(from, block, largest, codes, sum);
-        into.scale[at * blocks + b] = scale;
-        into.sum[at * blocks + b] = scale * sum;
+        factors[0] = scale;
+        factors[rows] = scale * sum;
         if (digit + 1 < DIGITS) {
           for (int k = 0; k < block; ++k) rest[k] = from[k] - scale * float(codes[k]);
           from = rest;

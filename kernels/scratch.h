@@ -7,7 +7,7 @@
 
 namespace edge {
 
-// Scratch memory of one operator call, kept by the calling thread for the next. At most three pieces.
+// Scratch memory of one operator call, kept by the calling thread for the next. At most two pieces.
 class Scratch {
  public:
   template <class T>
@@ -24,7 +24,7 @@ class Scratch {
   }
 
  private:
-  std::vector<char> buffers_[3];
+  std::vector<char> buffers_[2];
   size_t next_ = 0;
 };
 
