@@ -32,7 +32,10 @@ def kernels_library() -> Path:
 
 
 def instructions() -> str:
-    """``avx512vnni``, ``avxvnni`` or ``avx2``: what the kernels use here. DeviceUnavailable as :func:`kernels_library`."""
+    """``avx512vnni``, ``avxvnni`` or ``avx2``: what the kernels use here.
+
+    DeviceUnavailable as :func:`kernels_library`.
+    """
     return _ask(kernels_library())
 
 

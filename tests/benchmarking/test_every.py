@@ -89,9 +89,11 @@ def test_what_auto_does_not_go_by_is_not_said_to_be(tmp_path: Path) -> None:
     found = measure(JOB, ["edge:cpu"], run, lambda _: None)
     assert every_table(JOB, found, kept=True).endswith("* is what auto takes for such work from now on")
     assert every_table(JOB, found, kept=False).endswith("* is the fastest")
-    done = command(tmp_path, "synthetic:tiny", "--threads", "1", "--prompt-tokens", "20", "--new-tokens", "20")
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "cache" / "measurements.json").exists()
+    for given in (["--threads", "1"], ["--kv-type", "float32"]):
+        device = ["--device", "onnxruntime:cpu", "--prompt-tokens", "20", "--new-tokens", "20"]
+        done = command(tmp_path, "synthetic:tiny", *given, *device)
+        assert done.returncode == 0, done.stderr
+        assert not (tmp_path / "cache" / "measurements.json").exists()
 
 
 def test_no_device_at_all() -> None:

@@ -236,6 +236,12 @@ def test_other_providers_are_refused(llama: DecoderSpec) -> None:
         OnnxRuntimeDecoder(llama, DecoderOptions(), provider="CUDAExecutionProvider")
 
 
+def test_other_types_of_the_cache_are_refused(llama: DecoderSpec) -> None:
+    OnnxRuntimeDecoder(llama, DecoderOptions(kv_type="float32")).close()
+    with pytest.raises(DeviceUnavailable, match="onnxruntime:cpu keeps keys and values as float32, not int8"):
+        OnnxRuntimeDecoder(llama, DecoderOptions(kv_type="int8"))
+
+
 def test_properties_reach_the_session(llama: DecoderSpec) -> None:
     properties = {"session.set_denormal_as_zero": "1"}
     decoder = OnnxRuntimeDecoder(llama, DecoderOptions(max_sequences=1, threads=1, properties=properties))

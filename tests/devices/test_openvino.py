@@ -7,14 +7,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from devices.base import Decoder, DecoderOptions, DecoderSpec, Snapshot, Step
-from devices.errors import ContextOverflow, DeviceError, EngineError, OutOfKVCache, OutOfSequences
+from devices.errors import ContextOverflow, DeviceError, DeviceUnavailable, EngineError, OutOfKVCache, OutOfSequences
+from devices.kv_types import KVType
 from devices.openvino_dense import OpenVinoDenseDecoder
 from devices.openvino_import import import_openvino
 from devices.openvino_open import open_openvino
@@ -128,6 +129,23 @@ class TestPaged:
         decoder = OpenVinoDecoder(spec, options)
         assert {cache.dtype for cache in decoder.caches} == {np.dtype(np.uint8)}
         decoder.close()
+
+    @pytest.mark.parametrize(
+        ("kv_type", "stored"), [("float32", np.float32), ("float16", np.float16), ("int8", np.uint8)]
+    )
+    def test_types_of_the_cache(self, spec: DecoderSpec, kv_type: KVType, stored: type[np.generic]) -> None:
+        decoder = OpenVinoDecoder(spec, DecoderOptions(kv_tokens=BLOCK, threads=1, kv_type=kv_type))
+        assert {cache.dtype for cache in decoder.caches} == {np.dtype(stored)}
+        (logits,) = decoder.forward([Step(decoder.new_sequence(), ids(3))])
+        assert np.isfinite(logits).all()
+        decoder.close()
+
+    def test_types_that_it_cannot_keep(self, spec: DecoderSpec) -> None:
+        options = DecoderOptions(kv_tokens=BLOCK, threads=1, kv_type="int8", batch_invariant=True)
+        with pytest.raises(DeviceUnavailable, match=r"batch invariance keeps .* as float16 or float32, not int8"):
+            OpenVinoDecoder(spec, options)
+        with pytest.raises(DeviceUnavailable, match=r"openvino:cpu keeps .*, not bits"):
+            OpenVinoDecoder(spec, replace(options, kv_type=cast(KVType, "bits")))
 
     def test_an_unknown_property_is_an_engine_error(self, spec: DecoderSpec) -> None:
         with pytest.raises(EngineError, match="compiling for CPU") as caught:

@@ -120,7 +120,7 @@ class TestForm:
             "past": (TYPES.INT32, ["sequences"]),
             "block_table": (TYPES.INT32, ["sequences", "sequence_blocks"]),
             "row_index": (TYPES.INT64, ["rows"]),
-            "kv_cache": (TYPES.FLOAT16, ["blocks", 2, 2, 2, 32 * 16]),
+            "kv_cache": (TYPES.UINT8, ["blocks", 2, 2, 2, "head_bytes"]),
         }
         assert {value.name: form(value) for value in model.graph.output} == {"logits": (TYPES.FLOAT, ["rows", 150])}
 

@@ -336,5 +336,7 @@ def test_named_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_settings_reach_the_commands(edge: Run, tmp_path: Path) -> None:
     assert "unknown device 'tpu'" in fails(edge("run", "synthetic:tiny", "hi", EDGE_GLM_DEVICE="tpu"))
+    flags = ("--device", "onnxruntime:cpu", "--kv-type", "int8")
+    assert "keeps keys and values as float32, not int8" in fails(edge("run", "synthetic:tiny", *flags, "hi"))
     (tmp_path / "edge-glm.toml").write_text("max_tokens = 5000")
     assert "asks for 5000 more" in fails(edge("run", "synthetic:tiny", "hi"))

@@ -11,6 +11,7 @@ import pytest
 
 import edge_runtime
 from devices.base import DecoderOptions
+from devices.kv_types import KVType
 from edge_runtime import Chunk, Completion, EdgeLLM, SamplingParams
 from edge_runtime.errors import (
     BudgetError,
@@ -24,7 +25,8 @@ from edge_runtime.errors import (
     UnknownDevice,
     UnknownReference,
 )
-from edge_runtime.package import Package
+from edge_runtime.footprint import kv_tokens_within
+from edge_runtime.package import Package, Variant
 from edge_runtime.tiers.base import Fit
 from edge_runtime.tiers.router import Router
 from exporters.checkpoint import TextFiles
@@ -220,14 +222,30 @@ def test_memory_budget(home: Path) -> None:
             llm.generate([1] * 1023, GREEDY)
 
 
-def _tight(home: Path) -> int:
-    """A budget under which the KV cache holds about 700 tokens."""
-    from edge_runtime.footprint import kv_tokens_within
+def test_a_smaller_type_of_cache_holds_more(home: Path) -> None:
+    package, variant = _tiny(home)
+    total = _tight(home)
 
+    def tokens(kv_type: KVType | None) -> int:
+        return kv_tokens_within(total, package, variant, DecoderOptions.prefill_chunk, kv_type)
+
+    assert tokens(None) == tokens("float32") < 0.8 * tokens("float16")
+    assert tokens("float16") <= tokens("int8")  # as far as the model's context goes
+    with pytest.raises(DeviceUnavailable, match="onnxruntime:cpu keeps keys and values as float32, not int8"):
+        EdgeLLM("synthetic:tiny", "onnxruntime:cpu", weights="fp32", kv_type="int8")
+
+
+def _tiny(home: Path) -> tuple[Package, Variant]:
     (folder,) = (home / "models").glob("synthetic-tiny-*")
     package = Package.open(folder)
     variant = package.variant("onnxruntime", "fp32")
     assert variant is not None
+    return package, variant
+
+
+def _tight(home: Path) -> int:
+    """A budget under which the KV cache holds about 700 tokens."""
+    package, variant = _tiny(home)
     for total in range(90 << 20, 200 << 20, 1 << 16):
         try:
             tokens = kv_tokens_within(total, package, variant, DecoderOptions.prefill_chunk)
