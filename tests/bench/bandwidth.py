@@ -1,10 +1,13 @@
 """How much of the memory bandwidth a model's decoding uses: bytes read per token × tokens per second / bandwidth.
 
     python -m tests.bench.bandwidth PACKAGE [--device edge:cpu]
+    python -m tests.bench.bandwidth --watch SECONDS
 
 PACKAGE is a folder with an int4 variant for ONNX Runtime, with our kernels or without, whose file says how large each
 matrix is; other engines read as much. The bandwidth is what a thread per core reaches in reading 512 MiB, the median of
-several rounds before and after the model, which runs in a process of its own. Run it alone on the machine.
+several rounds before and after the model, which runs in a process of its own. Run it alone on the machine. ``--watch``
+tells how steady that bandwidth is: a virtual machine shares it with others, and no two runs of what lives by it can
+agree better.
 """
 
 from __future__ import annotations
@@ -27,9 +30,15 @@ READ_BYTES = 512 << 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, metavar="PACKAGE")
+    parser.add_argument("package", type=Path, nargs="?", metavar="PACKAGE")
     parser.add_argument("--device", nargs="+", default=["edge:cpu"])
+    parser.add_argument("--watch", type=float, metavar="SECONDS")
     args = parser.parse_args()
+    if args.watch is not None:
+        watch(args.watch)
+        return
+    if args.package is None:
+        parser.error("name a package, or --watch SECONDS")
     read = bytes_per_token(Package.open(args.package))
     print(f"{read / 1e6:.0f} MB of weights are read for a token")
     for device in args.device:
@@ -39,6 +48,17 @@ def main() -> None:
         memory = statistics.median([before, bandwidth()])
         print(f"{device}: {rate:.2f} tokens/s, {read * rate / 1e9:.1f} of {memory / 1e9:.1f} GB/s", end=", ")
         print(f"{read * rate / memory:.0%}")
+
+
+def watch(seconds: float) -> None:
+    """Print how the bandwidth of two seconds at a time spreads."""
+    rates, end = [], time.monotonic() + seconds
+    while time.monotonic() < end or len(rates) < 3:
+        rates.append(bandwidth() / 1e9)
+        time.sleep(1)
+    low, middle, high = np.percentile(rates, (10, 50, 90))
+    print(f"{len(rates)} times: {middle:.1f} GB/s, a tenth below {low:.1f} ({low / middle - 1:+.0%}), ", end="")
+    print(f"a tenth above {high:.1f} ({high / middle - 1:+.0%})")
 
 
 def bytes_per_token(package: Package) -> int:
