@@ -5,6 +5,7 @@ Every batch, whatever its mixture of prompt chunks and single tokens, is one inf
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class OpenVinoDecoder(PagedDecoder):
             defaults.setdefault("KV_CACHE_PRECISION", "f16")
         to_paged_attention(ov, model, spec)
         gather_rows(model, axis=0)
+        if device == "CPU":  # it cannot read back what it writes: the operator's head sizes are not in its file
+            options = replace(options, cache_dir=None)
         self._compiled = compile_model(core, model, device, options, defaults)
         with engine_errors("creating an inference request"):
             self._request: Any = self._compiled.create_infer_request()
