@@ -133,5 +133,5 @@ def _check_cache(session: Any, spec: DecoderSpec) -> None:
     if found != wanted:
         raise EngineError(
             f"{spec.model} has the KV cache {found}, edge:cpu needs {wanted}; export the model again with "
-            "--engine onnx-edge"
+            "--engine onnx-edge, or edge-glm rm and pull it"
         )
