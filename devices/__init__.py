@@ -4,8 +4,9 @@ This layer imports nothing else of the project. No engine is imported until a de
 """
 
 from devices.base import Decoder, DecoderLimits, DecoderOptions, DecoderSequence, DecoderSpec, Snapshot, Step
+from devices.discovery import Device, list_devices
 from devices.errors import DeviceError, EdgeError
-from devices.registry import Device, list_devices, open_decoder
+from devices.registry import open_decoder
 
 __all__ = [
     "Decoder",

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.errors import DeviceUnavailable, EngineError
+from devices.host import Memory
 
 _KIND = 4  # cudaMemcpyDefault: the addresses tell the direction
 _NON_BLOCKING = 1
@@ -81,10 +82,25 @@ class CudaRuntime:
         """Wait until everything given to ``stream`` is done."""
         self._call("cudaStreamSynchronize", ctypes.c_void_p(stream))
 
-    def free_bytes(self) -> int:
+    @property
+    def version(self) -> str:
+        """Of the runtime library."""
+        return self._version("cudaRuntimeGetVersion")
+
+    @property
+    def driver_version(self) -> str:
+        """The newest CUDA that the driver takes."""
+        return self._version("cudaDriverGetVersion")
+
+    def _version(self, function: str) -> str:
+        number = ctypes.c_int()
+        self._call(function, ctypes.byref(number))
+        return f"{number.value // 1000}.{number.value % 1000 // 10}"
+
+    def memory(self) -> Memory:
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-        return free.value
+        return Memory(total.value, free.value)
 
     def allocate(self, size: int) -> DeviceMemory:
         """``size`` bytes of zeros on the device. EngineError, with what is free, if they cannot be had."""
@@ -93,7 +109,7 @@ class CudaRuntime:
         if code:
             self._library.cudaGetLastError()  # or the next call reports it again
             raise EngineError(
-                f"{size} bytes of GPU memory cannot be had, {self.free_bytes()} are free ({self._text(code)}); lower "
+                f"{size} bytes of GPU memory cannot be had, {self.memory().free} are free ({self._text(code)}); lower "
                 "kv_tokens or max_sequences"
             )
         memory = DeviceMemory(self, address.value or 0)

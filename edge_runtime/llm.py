@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import DecoderOptions
+from devices.discovery import Device, facts
 from devices.kv_types import KVType
 from devices.registry import open_decoder
 from edge_runtime.engine import Engine
@@ -21,7 +22,7 @@ from edge_runtime.footprint import kv_tokens_within
 from edge_runtime.generation import Generation
 from edge_runtime.heap import return_free_heap
 from edge_runtime.measurements import WORKLOADS, Workload
-from edge_runtime.memory import parse_bytes
+from edge_runtime.memory import parse_budget, parse_bytes
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.paths import home
 from edge_runtime.placement import place
@@ -57,16 +58,16 @@ class EdgeLLM:
     """Load a model and answer with it. A context manager; all methods may be called from any thread.
 
     ``ref`` is a model reference (``smollm2:135m``, ``hf:org/name``, a path, …); a model that is not on this machine
-    is pulled first. ``device`` is ``auto``, ``cpu``, … or ``engine:device``. ``memory_budget`` (``"1GiB"``) bounds what
-    loading may use; the KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``, ``int8`` or
-    ``int4``; None takes what a present package has, int4 for a new one. ``threads``, ``kv_type``, ``max_sequences``
-    and ``batch_invariant``: see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that repeat what was said
-    before come faster (:mod:`edge_runtime.prompt_lookup`). ``prefix_cache_bytes``: KV cache that finished requests may
-    go on holding (None: what running ones do not need). ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of
-    prompts that were used twice, or are long when the model is closed; 0: none are written or read
-    (:mod:`edge_runtime.prefix_store`). ``workload``: what ``auto`` and ``cpu`` choose a device for, by what
-    ``edge-glm bench`` measured here (:data:`edge_runtime.measurements.Workload`). ``progress`` hears of downloads and
-    exports.
+    is pulled first. ``device`` is ``auto``, ``cpu``, … or ``engine:device``. ``memory_budget`` (``"1GiB"``, or
+    ``"25%"`` of the device's memory, of which a container has what it is confined to) bounds what loading may use; the
+    KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``, ``int8`` or ``int4``; None takes
+    what a present package has, int4 for a new one. ``threads``, ``kv_type``, ``max_sequences`` and ``batch_invariant``:
+    see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that repeat what was said before come faster
+    (:mod:`edge_runtime.prompt_lookup`). ``prefix_cache_bytes``: KV cache that finished requests may go on holding
+    (None: what running ones do not need). ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of prompts that were
+    used twice, or are long when the model is closed; 0: none are written or read (:mod:`edge_runtime.prefix_store`).
+    ``workload``: what ``auto`` and ``cpu`` choose a device for, by what ``edge-glm bench`` measured here
+    (:data:`edge_runtime.measurements.Workload`). ``progress`` hears of downloads and exports.
 
     **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
     chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an
@@ -96,7 +97,7 @@ class EdgeLLM:
         if workload not in WORKLOADS:
             raise ConfigError(f"workload is {', '.join(WORKLOADS)}, not {workload!r}")
         store = Store(home())
-        budget = None if memory_budget is None else parse_bytes(memory_budget)
+        budget_size = None if memory_budget is None else parse_budget(memory_budget)
         store_bytes = 0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes)
         chosen, self._package, self._variant = place(store, ref, device, weights, progress, workload=workload)
         store.verify(self._package, self._variant)
@@ -104,6 +105,7 @@ class EdgeLLM:
         self.tokenizer = _tokenizer(self._package)
         template = ChatTemplate(self._package.chat_template, self._package.manifest.special_tokens)
         self._chats = template.source is not None
+        budget = None if budget_size is None else budget_size.within(_memory(chosen))
         kv_tokens, store_bytes = _share_out(budget, store_bytes, self._package, self._variant, kv_type)
         options = DecoderOptions(
             max_sequences=max_sequences,
@@ -289,6 +291,12 @@ def _joined(chunks: Iterator[Chunk]) -> Completion:
         tier=last.tier,
         logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
     )
+
+
+def _memory(device: Device) -> int | None:
+    """Bytes on it, of which a budget may be a share."""
+    memory = facts(device).memory
+    return None if memory is None else memory.total
 
 
 def _share_out(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from edge_runtime.errors import BudgetError, ConfigError
 
@@ -19,6 +19,7 @@ _UNITS = {"": 1, "B": 1} | {
     for power, letter in enumerate("KMGT", start=1)
     for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
 }
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -31,6 +32,36 @@ def parse_bytes(text: str | int) -> int:
     if match is None or unit is None:
         raise ConfigError(f"{text!r} is not a size: write a number and a unit, such as 512MiB, 1.5GiB or 800MB")
     return int(float(match[1]) * unit)
+
+
+class BudgetSize(NamedTuple):
+    """A budget as it was given."""
+
+    nbytes: int
+    percent: float | None = None
+    """Of a device's memory; then ``nbytes`` does not count."""
+
+    def within(self, memory: int | None) -> int:
+        """In bytes, of a device with ``memory`` bytes. ConfigError for a percentage where they are not known."""
+        if self.percent is None:
+            return self.nbytes
+        if memory is None:
+            raise ConfigError(
+                f"{self.percent:g}% of what? This device does not tell its memory: give the budget a size"
+            )
+        return int(memory * self.percent / 100)
+
+
+def parse_budget(text: str | int) -> BudgetSize:
+    """A size as :func:`parse_bytes` takes it, or ``"50%"`` of the device's memory.
+
+    ConfigError for anything else, and for nothing at all.
+    """
+    match = _PERCENT.fullmatch(text) if isinstance(text, str) else None
+    size = BudgetSize(parse_bytes(text)) if match is None else BudgetSize(0, float(match[1]))
+    if not (size.percent or size.nbytes) or (size.percent or 0) > 100:
+        raise ConfigError(f"{text!r} is no memory budget: give a size, such as 512MiB, or up to 100% of the memory")
+    return size
 
 
 def format_bytes(count: int) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from devices.discovery import Device
 from devices.errors import DeviceUnavailable
-from devices.registry import Device, choose_device, parse_device
+from devices.names import parse_device
+from devices.registry import choose_device
 from edge_runtime.errors import ModelNotFound
 from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import Measurements, Workload

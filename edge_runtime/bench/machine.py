@@ -9,8 +9,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from devices.host import cores, processor
 from edge_runtime.bench.result import Machine
-from edge_runtime.machine import cores, processor, versions
+from edge_runtime.machine import versions
 
 
 def this_machine() -> Machine:

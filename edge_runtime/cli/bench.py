@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from devices.registry import parse_device, probe_device
+from devices.discovery import probe_device
+from devices.names import parse_device
 from edge_runtime.bench.compare import compare, read_baseline
 from edge_runtime.bench.html import report
 from edge_runtime.bench.job import Goodput, Job, LoadJob

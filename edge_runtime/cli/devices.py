@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
-from devices.registry import list_devices
+from devices.discovery import Device, Facts, facts, list_devices
+from devices.host import Memory, cores, host_memory, instructions, processor
+from edge_runtime.memory import format_bytes
 
 
 def devices(arguments: argparse.Namespace) -> int:
-    found = list_devices()
-    if arguments.json:
-        rows = [
-            {
-                "name": device.name,
-                "engine": device.engine,
-                "hardware": device.hardware,
-                "ready": device.ready,
-                "problem": device.problem,
-            }
-            for device in found
-        ]
-        print(json.dumps(rows, indent=2))
-        return 0
-    width = max(len(device.name) for device in found)
-    for device in found:
-        state = f"ready  {device.hardware}" if device.problem is None else f"-      {device.problem}"
-        print(f"{device.name:{width}}  {state}")
+    found = [(device, facts(device)) for device in list_devices()]
+    print(json.dumps([_row(*each) for each in found], indent=2) if arguments.json else _table(found))
     return 0
+
+
+def _row(device: Device, known: Facts) -> dict[str, Any]:
+    memory = known.memory
+    return {
+        "name": device.name,
+        "engine": device.engine,
+        "hardware": device.hardware,
+        "ready": device.ready,
+        "problem": device.problem,
+        "memory": None if memory is None else {"total_bytes": memory.total, "free_bytes": memory.free},
+        "instructions": list(known.instructions),
+        "versions": dict(known.versions),
+    }
+
+
+def _table(found: list[tuple[Device, Facts]]) -> str:
+    """The machine, the devices that are ready, and the others with what is in the way."""
+    width = max(len(device.name) for device, _ in found)
+    memory, has = host_memory(), ", ".join(instructions())
+    lines = [f"{processor()}, {cores()} cores{has and ', '}{has}, {_free(memory)}", ""]
+    for device, known in found:
+        if device.ready:
+            own = [] if known.memory is None or known.instructions else [_free(known.memory)]
+            said = [device.hardware, *own, *(f"{name} {number}" for name, number in known.versions)]
+            lines.append(f"{device.name:{width}}  ready  {', '.join(said)}")
+    lines += [f"{device.name:{width}}  -      {device.problem}" for device, _ in found if not device.ready]
+    return "\n".join(lines)
+
+
+def _free(memory: Memory) -> str:
+    return f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free"

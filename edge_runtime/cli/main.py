@@ -246,7 +246,9 @@ def _add_workload(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _add_loading(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--memory-budget", metavar="SIZE", help="most memory to use, e.g. 1GiB")
+    parser.add_argument(
+        "--memory-budget", metavar="SIZE", help="most memory to use, e.g. 1GiB, or 25%% of the device's"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the engine's choice)")
     parser.add_argument(
         "--kv-type",

@@ -184,7 +184,7 @@ def measure_speed(
     row: dict[str, Any] = {"model": name, "weights": weights + ", whole zero points" * whole}
     with tempfile.TemporaryDirectory() as scratch:
         runtime, started = CudaRuntime(), time.perf_counter()
-        free = runtime.free_bytes()
+        free = runtime.memory().free
         decoder = open_cuda(
             checkpoint,
             weights,
@@ -210,7 +210,7 @@ def measure_speed(
             share = prefill_operations(checkpoint, length) / limits.operations_per_second / seconds
             row[f"prefill_{length}_share_of_matmul"] = round(share, 3)
     row["kv_mb"] = decoder.limits.kv_tokens * decoder.limits.kv_bytes_per_token // 10**6
-    row["gpu_mb"] = (free - runtime.free_bytes()) // 10**6
+    row["gpu_mb"] = (free - runtime.memory().free) // 10**6
     decoder.close()
     return row
 

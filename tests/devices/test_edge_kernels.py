@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from devices import edge_kernels
+from devices.discovery import list_devices
 from devices.errors import DeviceUnavailable
-from devices.registry import choose_device, list_devices
+from devices.registry import choose_device
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -9,7 +9,8 @@ import pytest
 
 from devices import DecoderOptions, DecoderSpec, list_devices, open_decoder
 from devices.errors import DeviceUnavailable, UnknownDevice
-from devices.registry import PREFERENCE, choose_device, device_names, parse_device
+from devices.names import PREFERENCE, device_names, parse_device
+from devices.registry import choose_device
 
 
 def test_names() -> None:
@@ -56,7 +57,7 @@ def test_no_variant_for_the_device() -> None:
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="CoreML may be here")
 def test_absent_hardware_says_why_and_what_next() -> None:
-    with pytest.raises(DeviceUnavailable, match=r"finds no CoreMLExecutionProvider here; .*--device cpu"):
+    with pytest.raises(DeviceUnavailable, match=r"does not run it \(onnxruntime finds no CoreML.*--device cpu"):
         choose_device("coreml")
 
 

@@ -213,8 +213,9 @@ def test_prompt_lookup_answers_the_same(home: Path) -> None:
 def test_memory_budget(home: Path) -> None:
     with pytest.raises(BudgetError, match="a budget of"):
         EdgeLLM("synthetic:tiny", "onnxruntime:cpu", "8MiB", weights="fp32")
-    with EdgeLLM("synthetic:tiny", "onnxruntime:cpu", "2GiB", weights="fp32") as llm:
-        assert llm.max_context == 1024
+    for plenty in ("2GiB", "90%"):
+        with EdgeLLM("synthetic:tiny", "onnxruntime:cpu", plenty, weights="fp32") as llm:
+            assert llm.max_context == 1024
     # engine 100 MiB, weights 1.4 MiB, activations 3 MiB; half of what is left over is a shorter context
     with EdgeLLM("synthetic:tiny", "onnxruntime:cpu", _tight(home), weights="fp32") as llm:
         assert 512 <= llm.max_context < 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge_runtime.errors import BudgetError, ConfigError
-from edge_runtime.memory import MemoryBudget, format_bytes, parse_bytes
+from edge_runtime.memory import MemoryBudget, format_bytes, parse_budget, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,25 @@ def test_sizes(text: str | int, expected: int) -> None:
 def test_what_is_no_size(text: str | int) -> None:
     with pytest.raises(ConfigError, match="is not a size"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("25%", 4000), (" 12.5 %", 2000), ("100%", 16000), ("1k", 1000), (7, 7)]
+)
+def test_budgets(text: str | int, expected: int) -> None:
+    assert parse_budget(text).within(16000) == expected
+
+
+@pytest.mark.parametrize("text", ["0", 0, "0%", "101%", "-1", "-5%", "lots", "", "%", True])
+def test_what_is_no_budget(text: str | int) -> None:
+    with pytest.raises(ConfigError, match=r"is not a size|is no memory budget"):
+        parse_budget(text)
+
+
+def test_a_share_of_what_is_not_known() -> None:
+    assert parse_budget("1GiB").within(None) == 2**30
+    with pytest.raises(ConfigError, match=r"50% of what\? This device does not tell its memory"):
+        parse_budget("50%").within(None)
 
 
 def test_sizes_for_people() -> None:

@@ -1,0 +1,79 @@
+"""What devices are called, which engine each belongs to, and what would make an absent one usable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from devices.errors import UnknownDevice
+
+if TYPE_CHECKING:
+    from devices.base import Engine
+
+PREFERENCE: tuple[str, ...] = ("edge:cpu", "onnxruntime:cpu", "openvino:cpu")
+"""What ``auto`` tries, best first, where nothing was measured on this machine (edge_runtime/measurements.py).
+
+First our own kernels (``edge``) in ONNX Runtime, where they were built and the processor has what they need. Of the
+engines' own, ONNX Runtime is the faster one at decoding one stream, starts sooner and takes less memory; OpenVINO is
+the faster one at prefill, with many streams and at long contexts. How much is in tests/bench/NOTES.md. Devices not
+named here are used only when asked for.
+"""
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "auto": PREFERENCE,
+    "cpu": tuple(name for name in PREFERENCE if name.endswith(":cpu")),
+    "gpu": ("openvino:gpu",),
+    "npu": ("openvino:npu",),
+    "cuda": ("onnxruntime:cuda",),
+    "coreml": ("onnxruntime:coreml",),
+    "webgpu": ("onnxruntime:webgpu",),
+}
+
+
+class Known(NamedTuple):
+    """A device that we know of, whether or not it is here."""
+
+    engine: Engine
+    own_name: str
+    """The engine's name for the hardware."""
+    remedy: str = "reinstall it"
+    """What to do where the engine does not find it."""
+
+
+KNOWN: dict[str, Known] = {
+    "edge:cpu": Known("onnxruntime-edge", "CPUExecutionProvider"),
+    "openvino:cpu": Known("openvino", "CPU"),
+    "openvino:gpu": Known("openvino", "GPU", "install the Intel GPU driver (OpenCL), or use --device cpu"),
+    "openvino:npu": Known("openvino", "NPU", "install the Intel NPU driver or use --device cpu"),
+    "onnxruntime:cpu": Known("onnxruntime", "CPUExecutionProvider"),
+    "onnxruntime:cuda": Known(
+        "onnxruntime-cuda",
+        "CUDAExecutionProvider",
+        "install onnxruntime-gpu in place of onnxruntime, or use --device cpu",
+    ),
+    "onnxruntime:coreml": Known(
+        "onnxruntime", "CoreMLExecutionProvider", "CoreML needs macOS and its onnxruntime wheel; use --device cpu"
+    ),
+    "onnxruntime:webgpu": Known("onnxruntime", "WebGpuExecutionProvider"),
+    "onnxruntime:openvino": Known("onnxruntime", "OpenVINOExecutionProvider"),
+    "onnxruntime:tensorrt-rtx": Known("onnxruntime", "NvTensorRTRTXExecutionProvider"),
+    "onnxruntime:qnn": Known("onnxruntime", "QNNExecutionProvider"),
+    "onnxruntime:mlx": Known("onnxruntime", "MLXExecutionProvider"),
+}
+
+RUNNABLE = frozenset((*PREFERENCE, "onnxruntime:cuda"))
+"""Devices that have a decoder in this version."""
+
+
+def device_names() -> tuple[str, ...]:
+    """Every name that :func:`parse_device` takes."""
+    return (*ALIASES, *KNOWN)
+
+
+def parse_device(name: str) -> tuple[str, ...]:
+    """The devices that ``name`` stands for, as ``engine:hardware``, best first. UnknownDevice if there is none."""
+    key = name.strip().lower()
+    if key in ALIASES:
+        return ALIASES[key]
+    if key in KNOWN:
+        return (key,)
+    raise UnknownDevice(f"unknown device {name!r}; known: {', '.join(device_names())}")

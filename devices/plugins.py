@@ -1,0 +1,68 @@
+"""Execution providers that come as packages of their own and are registered with ONNX Runtime when they are wanted.
+
+Each package tells where its library is and what its providers are called, most by ``get_library_path()`` and
+``get_ep_names()``; ONNX Runtime then lists the hardware that they can use
+(https://onnxruntime.ai/docs/execution-providers/plugin-ep-libraries/).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from devices.errors import DeviceUnavailable
+
+
+class Plugin(NamedTuple):
+    distribution: str
+    """What pip installs."""
+    module: str
+
+
+PLUGINS: dict[str, Plugin] = {
+    "onnxruntime:webgpu": Plugin("onnxruntime-ep-webgpu", "onnxruntime_ep_webgpu"),
+    "onnxruntime:openvino": Plugin("onnxruntime-ep-openvino", "onnxruntime_ep_openvino"),
+    "onnxruntime:tensorrt-rtx": Plugin("onnxruntime-ep-nv-tensorrt-rtx", "onnxruntime_ep_nv_tensorrt_rtx"),
+    "onnxruntime:qnn": Plugin("onnxruntime-qnn", "onnxruntime_qnn"),
+    "onnxruntime:mlx": Plugin("onnxruntime-ep-mlx", "onnxruntime_ep_mlx"),
+}
+
+
+@cache
+def plugin_hardware(name: str) -> tuple[Any, ...]:
+    """ONNX Runtime's devices of the plugin, at least one; registered once in a process.
+
+    DeviceUnavailable if the package is not installed, cannot be loaded, or finds no hardware.
+    """
+    plugin = PLUGINS[name]
+    if find_spec(plugin.module) is None:
+        raise DeviceUnavailable(f"the package is not installed; pip install {plugin.distribution}")
+    import onnxruntime
+
+    if not hasattr(onnxruntime, "register_execution_provider_library"):
+        raise DeviceUnavailable(f"onnxruntime {onnxruntime.__version__} takes no plugins; install 1.22 or later")
+    try:
+        module = import_module(plugin.module)
+        mlx = hasattr(module, "ep_name")  # has names of its own for both
+        providers = [module.ep_name()] if mlx else list(module.get_ep_names())
+        library = module.library_path() if mlx else module.get_library_path()
+        # under the provider's own name: some call what they find as they were registered
+        onnxruntime.register_execution_provider_library(providers[0], str(library))
+        found = tuple(each for each in onnxruntime.get_ep_devices() if each.ep_name in providers)
+    except Exception as error:  # a foreign package's code and library: anything may come
+        raise DeviceUnavailable(
+            f"{plugin.distribution} does not load ({error}); pip install -U {plugin.distribution} onnxruntime"
+        ) from error
+    if not found:
+        raise DeviceUnavailable(f"{plugin.distribution} finds no hardware that it can use here; check the driver")
+    return found
+
+
+def describe(found: Any) -> str:
+    """Kind and product of one of ONNX Runtime's devices, as far as it tells."""
+    hardware = found.device
+    metadata = dict(hardware.metadata)
+    product = metadata.get("Description") or metadata.get("description") or hardware.vendor or "unknown"
+    return f"{hardware.type.name} {product}".strip()
