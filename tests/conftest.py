@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from devices.errors import DeviceUnavailable
 from devices.registry import choose_device
@@ -17,6 +19,12 @@ from exporters.formats import open_checkpoint
 from exporters.graphs import Engine
 
 FIXTURES = Path(__file__).parent / "fixtures"
+# how long an example takes depends on what else the machine does
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell, and so in all children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 EXPORTS: tuple[Engine, ...] = ("onnx-edge", "onnx", "openvino")
 
 

@@ -63,7 +63,7 @@ def constants(tensor: QuantizedTensor, block: int) -> Constants:
     return scale, scale * ((0 if tensor.bits == 4 else 128) - zero)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 50),
     groups=st.integers(1, 3),

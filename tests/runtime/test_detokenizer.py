@@ -79,7 +79,7 @@ def stream(tokenizer: Tokenizer, ids: list[int], additions: dict[int, str] | Non
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_any_tokens_join_to_the_whole_text(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
@@ -88,7 +88,7 @@ def test_any_tokens_join_to_the_whole_text(name: str, data: st.DataObject) -> No
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     text=st.lists(st.sampled_from([*PIECES, "ß", "𝔘", "\u200d", "ẹ̀"]), max_size=60).map("".join),
     offset=st.integers(0, 5),
@@ -108,7 +108,7 @@ def test_valid_text_in_bytes_joins_to_the_whole_text(name: str, text: str, offse
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_what_is_looked_up_is_what_is_decoded(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]

@@ -93,7 +93,7 @@ Action = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     actions=st.lists(Action, max_size=25),
     max_bytes=st.integers(0, 12 * BLOCK_BYTES),

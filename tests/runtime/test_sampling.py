@@ -47,7 +47,7 @@ def allowed(
     return {token: weights[token] / total for token in kept}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1000),
     temperature=st.sampled_from([0.3, 1.0, 2.5]),
@@ -96,7 +96,7 @@ def adjusted(
     return values
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 1000),
     repetition=st.sampled_from([None, 0.8, 1.0, 1.5]),
@@ -154,7 +154,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert only.logprob.top == ()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 1000),
     size=st.sampled_from([1, 40, GROUP * 8, GROUP * 8 + 1, GROUP * 50, GROUP * 50 + 17]),
