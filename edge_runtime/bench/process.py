@@ -14,7 +14,7 @@ from edge_runtime.bench.result import Result
 from edge_runtime.bench.worker import Answer, Order
 from edge_runtime.errors import EdgeError
 
-COMMAND = (sys.executable, "-m", "edge_runtime.bench.worker")
+COMMAND = (sys.executable, "-P", "-m", "edge_runtime.bench.worker")  # -P: not what lies in the current folder
 
 
 def run(job: Job) -> Result:

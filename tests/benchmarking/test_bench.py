@@ -29,7 +29,7 @@ from tests.runtime.helpers import LetterTokenizer
 from tests.server.served import FakeModel, running
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "edge_runtime.cli.main", "bench"]
+COMMAND = [sys.executable, "-P", "-m", "edge_runtime.cli.main", "bench"]
 # answers so long that on a busy machine, too, readers see them grow
 SMALL = ["synthetic:tiny", "--prompt-tokens", "48", "--new-tokens", "200", "--repeats", "2"]
 SHAPE: dict[str, Any] = {"prompt_tokens": 40, "new_tokens": 10, "concurrency": 3, "repeats": 2}
@@ -160,6 +160,14 @@ def test_refusals_are_one_line(bench: Bench, arguments: list[str], message: str)
 
 
 # --- the measuring process --------------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_the_current_folder_is_not_run(bench: Bench, tmp_path: Path) -> None:
+    for name in ("devices", "edge_runtime", "numpy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('from the current folder')")
+    done = bench("synthetic:tiny", "--prompt-tokens", "8", "--new-tokens", "8", "--repeats", "1", "--no-nll")
+    assert done.returncode == 0, done.stderr
 
 
 def start_measuring(home: Path) -> tuple[subprocess.Popen[bytes], psutil.Process]:
