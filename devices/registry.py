@@ -8,7 +8,7 @@ them can be used here :mod:`devices.discovery` finds out.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from devices.discovery import Device, probe_device
 from devices.errors import DeviceUnavailable
@@ -21,9 +21,20 @@ Order = Callable[[Sequence[str]], Sequence[str]]
 """Names of devices, best first → the same in another order."""
 
 
+class Choice(NamedTuple):
+    device: Device
+    passed_over: tuple[str, ...]
+    """Why each of the better candidates was not taken."""
+
+
 def choose_device(
     name: str = "auto", engines: Collection[str] | None = None, order: Order = lambda names: names
 ) -> Device:
+    """The device of :func:`choose`."""
+    return choose(name, engines, order).device
+
+
+def choose(name: str = "auto", engines: Collection[str] | None = None, order: Order = lambda names: names) -> Choice:
     """The best usable device that ``name`` stands for, among those of ``engines`` (None: any).
 
     ``order`` puts the candidates in another order than :data:`devices.names.PREFERENCE`'s, as measurements may.
@@ -38,7 +49,7 @@ def choose_device(
             continue
         device = probe_device(candidate)
         if device.problem is None:
-            return device
+            return Choice(device, tuple(reasons))
         reasons.append(f"{candidate}: {device.problem}")
     raise DeviceUnavailable(f"device {name!r} cannot be used here: " + "; ".join(reasons))
 

@@ -99,7 +99,8 @@ class EdgeLLM:
         store = Store(home())
         budget_size = None if memory_budget is None else parse_budget(memory_budget)
         store_bytes = 0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes)
-        chosen, self._package, self._variant = place(store, ref, device, weights, progress, workload=workload)
+        placed = place(store, ref, device, weights, progress, workload=workload)
+        chosen, self._package, self._variant, self._reason = placed
         store.verify(self._package, self._variant)
         self._created = int(time.time())
         self.tokenizer = _tokenizer(self._package)
@@ -209,6 +210,16 @@ class EdgeLLM:
     def device(self) -> str:
         """``engine:device`` as really opened."""
         return self._device
+
+    @property
+    def reason(self) -> str:
+        """Why this device, in words."""
+        return self._reason
+
+    @property
+    def placement(self) -> Mapping[str, str]:
+        """What it runs on, and why."""
+        return {"device": self.device, "variant": self._variant.name, "reason": self.reason}
 
     @property
     def package(self) -> Package:

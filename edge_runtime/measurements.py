@@ -7,7 +7,7 @@ and the versions of the engines are those it was made with.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
@@ -87,6 +87,14 @@ class Measurements:
         Only measurements of one shape are compared: that of the workload which was measured on most devices, the
         latest of several. A device that was not measured keeps its place.
         """
+        times = self.compared(devices, model, weights, workload)
+        ranked = iter(sorted(times, key=lambda device: times[device]))
+        return [next(ranked) if device in times else device for device in devices]
+
+    def compared(
+        self, devices: Sequence[str], model: str, weights: str | None, workload: Workload
+    ) -> Mapping[str, float]:
+        """Those of ``devices`` of which :meth:`order` goes by what was measured, and their seconds for a request."""
         by_shape: dict[Shape, dict[str, float]] = {}
         for each in self.read():
             if each.model == model and weights in (None, each.weights) and each.shape.workload == workload:
@@ -94,9 +102,7 @@ class Measurements:
                 if each.device in devices:
                     times[each.device] = min(each.seconds, times.get(each.device, each.seconds))
                 by_shape[each.shape] = times
-        times = max(reversed(by_shape.values()), key=len, default={})
-        ranked = iter(sorted(times, key=lambda device: times[device]))
-        return [next(ranked) if device in times else device for device in devices]
+        return max(reversed(by_shape.values()), key=len, default={})
 
 
 def _kind(measurement: Measurement) -> tuple[object, ...]:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
 
 from devices.discovery import Device
 from devices.errors import DeviceUnavailable
 from devices.names import parse_device
-from devices.registry import choose_device
+from devices.registry import Choice, Order, choose
 from edge_runtime.errors import ModelNotFound
 from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import Measurements, Workload
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.references import PackageReference, parse_reference
 from edge_runtime.store import Progress, Store
+
+_WORKLOADS: dict[Workload, str] = {"one": "one stream", "many": "many streams", "long": "long prompts"}
+
+
+class Placement(NamedTuple):
+    device: Device
+    package: Package
+    variant: Variant
+    reason: str
+    """Why this device, in words."""
 
 
 def place(
@@ -25,7 +37,7 @@ def place(
     *,
     best: bool = False,
     workload: Workload = "one",
-) -> tuple[Device, Package, Variant]:
+) -> Placement:
     """A device that ``device`` stands for and the model with a variant for it, fetched and exported if it is not here.
 
     An engine for which the model is here already is preferred to a better one, unless ``best`` asks for that. Of
@@ -33,34 +45,57 @@ def place(
     taken. Raises UnknownDevice, DeviceUnavailable, and as :meth:`edge_runtime.store.Store.ensure`.
     """
     parse_device(device)  # a mistyped name is told before anything is fetched
-    chosen = None if best else _ready(store, ref, device, weights, workload)
-    if chosen is None:
-        chosen = choose_device(device)
+    found = None if best else _ready(store, ref, device, weights, workload)
+    if found is None:
+        choice = choose(device)
+        found = choice.device, _reason(device, choice)
     try:
-        return chosen, *store.ensure(ref, chosen.engine, weights, progress)
+        return _placed(store, ref, weights, progress, *found)
     except ModelNotFound:  # packages by path or from the hub have the variants that they have
         other = _ready(store, ref, device, weights, workload)
-        if other is None or other == chosen:
+        if other is None or other[0] == found[0]:
             raise
-        return other, *store.ensure(ref, other.engine, weights, progress)
+        return _placed(store, ref, weights, progress, *other)
 
 
-def _ready(store: Store, ref: str, device: str, weights: Weights | None, workload: Workload) -> Device | None:
-    """The best device for which the model is here, None if there is none; DeviceUnavailable where none can be added."""
+def _placed(
+    store: Store, ref: str, weights: Weights | None, progress: Progress | None, device: Device, reason: str
+) -> Placement:
+    return Placement(device, *store.ensure(ref, device.engine, weights, progress), reason)
+
+
+def _ready(
+    store: Store, ref: str, device: str, weights: Weights | None, workload: Workload
+) -> tuple[Device, str] | None:
+    """The best device for which the model is here, and why; None if there is none.
+
+    DeviceUnavailable where none can be added.
+    """
     present = store.present(ref)
     if present is None:
         return None
     engines = {each.engine for each in present.manifest.variants if weights in (None, each.weights)}
-
-    def measured(names: Sequence[str]) -> Sequence[str]:
-        if len(names) == 1 or len(engines) == 1 or not store.home.measurements.exists():
-            return names
+    order: Order = list
+    compared: Mapping[str, float] = {}
+    names = parse_device(device)
+    if len(names) > 1 and len(engines) > 1 and store.home.measurements.exists():
         kept = Measurements(store.home.measurements, fingerprint())
-        return kept.order(names, present.name, weights, workload)
-
+        compared = kept.compared(names, present.name, weights, workload)
+        order = partial(kept.order, model=present.name, weights=weights, workload=workload)
     try:
-        return choose_device(device, engines, measured)
+        choice = choose(device, engines, order)
     except DeviceUnavailable:
         if isinstance(parse_reference(ref), PackageReference):
             raise
         return None
+    if choice.device.name in compared and len(compared) > 1:
+        return choice.device, f"the fastest here of {len(compared)} measured with {_WORKLOADS[workload]}"
+    return choice.device, _reason(device, choice)
+
+
+def _reason(asked: str, choice: Choice) -> str:
+    if len(parse_device(asked)) == 1:
+        return "it was asked for"
+    if not choice.passed_over:
+        return f"the first choice for {asked.strip().lower()}"
+    return "the best that can be used; not " + "; not ".join(choice.passed_over)

@@ -31,7 +31,7 @@ def pull(arguments: argparse.Namespace) -> int:
     store = Store(home())
     with Bars() as bars:
         if arguments.engine is None:
-            _, package, _ = place(store, arguments.ref, settings.device, settings.weights, bars, best=True)
+            _, package, _, _ = place(store, arguments.ref, settings.device, settings.weights, bars, best=True)
         else:
             for engine in _ENGINES[arguments.engine]:
                 package, _ = store.ensure(arguments.ref, engine, settings.weights, bars)

@@ -91,7 +91,8 @@ def _chat(llm: EdgeLLM, system: str | None, params: SamplingParams) -> int:
 
     start: list[Message] = [] if system is None else [_message("system", system)]
     messages = start
-    print(f"{llm.model_id} on {llm.device}; Ctrl-C stops an answer, Ctrl-D leaves, /help lists more", file=sys.stderr)
+    print(f"{llm.model_id} on {llm.device}, {llm.reason}", file=sys.stderr)
+    print("Ctrl-C stops an answer, Ctrl-D leaves, /help lists more", file=sys.stderr)
     interrupted = False
     while True:
         try:

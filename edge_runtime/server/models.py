@@ -29,4 +29,10 @@ async def health(request: Request) -> Response:
 
 
 def _body(model: ServedModel) -> dict[str, Any]:
-    return {"id": model.model_id, "object": "model", "created": model.created, "owned_by": "edge-glm"}
+    return {
+        "id": model.model_id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "edge-glm",
+        "placement": dict(model.placement),  # ours; clients ignore what they do not know
+    }

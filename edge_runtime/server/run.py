@@ -34,6 +34,9 @@ def serve(
     # ends the process, as whoever sent it expects.
     with listener, suppress(KeyboardInterrupt):
         server = make_server(app, log_level)
+        context: ServerContext = app.state.context
+        for name, model in context.models.items():
+            _log.info("%s on %s, %s", name, model.placement["device"], model.placement["reason"])
         _log.info("serving on %s (Ctrl-C to quit)", url_of(listener))
         server.run(sockets=[listener])
 

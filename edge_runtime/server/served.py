@@ -21,6 +21,10 @@ class ServedModel(Protocol):
         """Unix time, in seconds, as /v1/models shows it."""
 
     @property
+    def placement(self) -> Mapping[str, str]:
+        """``device``, ``variant`` and ``reason``: what it runs on, and why, as /v1/models shows it."""
+
+    @property
     def ready(self) -> bool:
         """False once the model is closed or its engine has died; /health then answers 503."""
 

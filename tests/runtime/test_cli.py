@@ -253,7 +253,7 @@ def test_chat_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         asked.append([message["content"] for message in messages])
         yield Chunk("yes")
 
-    llm = SimpleNamespace(model_id="m", device="d", stream=stream)
+    llm = SimpleNamespace(model_id="m", device="d", reason="it was asked for", stream=stream)
     lines = iter(["a", " ", "b", "/help", "/clear", "c", "/bye", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     assert _chat(cast(EdgeLLM, llm), "be brief", SamplingParams()) == 0

@@ -169,6 +169,12 @@ def test_closed(home: Path) -> None:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
+def test_it_says_where_it_runs_and_why(llm: EdgeLLM) -> None:
+    assert llm.reason == "it was asked for"
+    assert llm.placement["device"] == llm.device
+    assert llm.placement["variant"].endswith("-fp32")
+
+
 def test_bad_arguments_come_before_any_work(home: Path) -> None:
     with pytest.raises(UnknownDevice):
         EdgeLLM("synthetic:glm-edge-4b", "tpu")

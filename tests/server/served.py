@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -47,6 +48,7 @@ class FakeModel:
     """Speaks in the letters of SPEECH, each answer a function of its prompt."""
 
     created = 1_700_000_000
+    placement = MappingProxyType({"device": "fake:cpu", "variant": "fake-fp32", "reason": "there is no other"})
 
     def __init__(
         self,

@@ -279,6 +279,12 @@ def test_models_must_have_names_of_their_own(model: FakeModel) -> None:
         create_app([])
 
 
+def test_models_say_where_they_run_and_why(http: httpx.Client) -> None:
+    expected = {"device": "fake:cpu", "variant": "fake-fp32", "reason": "there is no other"}
+    assert http.get("/v1/models").json()["data"][0]["placement"] == expected
+    assert http.get("/v1/models/fake").json()["placement"] == expected
+
+
 def test_several_models() -> None:
     first, second = FakeModel("org/first"), FakeModel("second:1b")
     with running(create_app([first, second])) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client:
