@@ -26,9 +26,11 @@ class Shape(NamedTuple):
     """Logits, over all sequences."""
 
 
-class LogitsBuffer:
-    """Where calls write the logits, which then belong to whoever asked for them: a copy would take a fiftieth of the
-    time of a token of a small model.
+class SharedLogits:
+    """Where calls write their logits, (rows, vocab_size) float32, which then belong to whoever asked for them: a copy
+    would take a fiftieth of the time of a token of a small model.
+
+    Who holds a view of the buffer CPython's reference count tells, for each view has the buffer itself as its base.
     """
 
     def __init__(self, rows: int, vocab_size: int) -> None:
@@ -43,7 +45,7 @@ class LogitsBuffer:
         return True
 
     def view(self, rows: int) -> NDArray[np.float32]:
-        """The first ``rows``. A view of it, too, holds the buffer."""
+        """(rows, vocab_size): the first ``rows``. A view of it, too, holds the buffer."""
         return self._logits[:rows]
 
 

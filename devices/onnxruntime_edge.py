@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderOptions, DecoderSpec
 from devices.block_pool import BlockPool
-from devices.edge_binding import EdgeBinding, LogitsBuffer, Shape
+from devices.edge_binding import EdgeBinding, Shape, SharedLogits
 from devices.edge_kernels import kernels_library
 from devices.errors import EngineError
 from devices.kv_blocks import KVBlocks
@@ -49,7 +49,7 @@ class OnnxRuntimeEdgeDecoder(PagedDecoder):
         _check_cache(self._session, spec)
         blocks = blocks_to_hold(tokens, options.max_sequences, BLOCK)
         self._kv = KVBlocks(blocks, spec.num_layers, spec.num_kv_heads, _head_bytes(spec.head_dim, kv_type))
-        self._logits = LogitsBuffer(_KEPT_TOKENS, spec.vocab_size)
+        self._logits = SharedLogits(_KEPT_TOKENS, spec.vocab_size)
         self._bindings: dict[Shape, EdgeBinding] = {}
         super().__init__(
             "edge:cpu",

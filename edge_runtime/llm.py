@@ -106,7 +106,7 @@ class EdgeLLM:
         self.tokenizer = _tokenizer(self._package)
         template = ChatTemplate(self._package.chat_template, self._package.manifest.special_tokens)
         self._chats = template.source is not None
-        budget = None if budget_size is None else budget_size.within(_memory(chosen))
+        budget = None if budget_size is None else budget_size.within(lambda: _memory(chosen))
         kv_tokens, store_bytes = _share_out(budget, store_bytes, self._package, self._variant, kv_type)
         options = DecoderOptions(
             max_sequences=max_sequences,

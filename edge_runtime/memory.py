@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
@@ -41,10 +41,11 @@ class BudgetSize(NamedTuple):
     percent: float | None = None
     """Of a device's memory; then ``nbytes`` does not count."""
 
-    def within(self, memory: int | None) -> int:
-        """In bytes, of a device with ``memory`` bytes. ConfigError for a percentage where they are not known."""
+    def within(self, measure: Callable[[], int | None]) -> int:
+        """In bytes; ``measure``, asked only for a percentage, gives those of the device, or None: then ConfigError."""
         if self.percent is None:
             return self.nbytes
+        memory = measure()
         if memory is None:
             raise ConfigError(
                 f"{self.percent:g}% of what? This device does not tell its memory: give the budget a size"

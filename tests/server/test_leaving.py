@@ -98,8 +98,11 @@ def test_interrupt_ends_serve() -> None:
         assert process.stderr is not None
         while "serving on http://127.0.0.1:" not in process.stderr.readline():
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # or leaving the context would wait for a server that does not end
     assert (process.returncode, out) == (0, "closed\n"), err
 
 
