@@ -287,7 +287,7 @@ def _weighed(ranked: Ranked, temperature: float) -> Ranked:
 
 
 def likeliest(logits: Logits, k: int) -> Ranked:
-    """The ``k`` largest logits, as sorting all would give them, in a hundredth of the time.
+    """The ``k`` largest logits, as sorting all would give them, in a twentieth of the time or less.
 
     They are as large as the k-th largest maximum of any groups of logits, which few others are. EngineError if the
     logits hold no number to choose by.
