@@ -69,11 +69,13 @@ def device_names() -> tuple[str, ...]:
     return (*ALIASES, *KNOWN)
 
 
-def parse_device(name: str) -> tuple[str, ...]:
-    """The devices that ``name`` stands for, as ``engine:hardware``, best first. UnknownDevice if there is none."""
+def parse_device(name: str, fallback: bool = False) -> tuple[str, ...]:
+    """The devices that ``name`` stands for, as ``engine:hardware``, best first. UnknownDevice if there is none.
+
+    ``fallback``: those of ``auto`` after them.
+    """
     key = name.strip().lower()
-    if key in ALIASES:
-        return ALIASES[key]
-    if key in KNOWN:
-        return (key,)
-    raise UnknownDevice(f"unknown device {name!r}; known: {', '.join(device_names())}")
+    if key not in ALIASES and key not in KNOWN:
+        raise UnknownDevice(f"unknown device {name!r}; known: {', '.join(device_names())}")
+    names = ALIASES.get(key, (key,))
+    return tuple(dict.fromkeys((*names, *PREFERENCE))) if fallback else names

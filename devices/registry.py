@@ -7,7 +7,8 @@ them can be used here :mod:`devices.discovery` finds out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from devices.discovery import Device, probe_device
@@ -17,9 +18,6 @@ from devices.names import KNOWN, parse_device
 if TYPE_CHECKING:
     from devices.base import Decoder, DecoderOptions, DecoderSpec, Engine
 
-Order = Callable[[Sequence[str]], Sequence[str]]
-"""Names of devices, best first → the same in another order."""
-
 
 class Choice(NamedTuple):
     device: Device
@@ -27,30 +25,38 @@ class Choice(NamedTuple):
     """Why each of the better candidates was not taken."""
 
 
-def choose_device(
-    name: str = "auto", engines: Collection[str] | None = None, order: Order = lambda names: names
-) -> Device:
-    """The device of :func:`choose`."""
-    return choose(name, engines, order).device
-
-
-def choose(name: str = "auto", engines: Collection[str] | None = None, order: Order = lambda names: names) -> Choice:
+def choose_device(name: str, engines: Collection[str] | None = None) -> Device:
     """The best usable device that ``name`` stands for, among those of ``engines`` (None: any).
-
-    ``order`` puts the candidates in another order than :data:`devices.names.PREFERENCE`'s, as measurements may.
 
     UnknownDevice, or DeviceUnavailable naming why each candidate is not usable.
     """
-    reasons = []
-    for candidate in order(parse_device(name)):
+    return choose(name, parse_device(name), engines).device
+
+
+def choose(
+    name: str,
+    candidates: Sequence[str],
+    engines: Collection[str] | None = None,
+    aside: Mapping[str, str] = MappingProxyType({}),
+) -> Choice:
+    """The first of ``candidates`` that can be used, for ``name`` as it was asked for.
+
+    ``engines``: those that the model has a variant for (None: any). ``aside``: devices that are not to be taken, and
+    why. DeviceUnavailable as for :func:`choose_device`.
+    """
+    reasons: list[str] = []
+    for candidate in candidates:
         engine = KNOWN[candidate].engine
         if engines is not None and engine not in engines:
-            reasons.append(f"{candidate}: the model has no {engine} variant (export --engine {_export_name(engine)})")
-            continue
-        device = probe_device(candidate)
-        if device.problem is None:
-            return Choice(device, tuple(reasons))
-        reasons.append(f"{candidate}: {device.problem}")
+            problem: str | None = f"the model has no {engine} variant (export --engine {_export_name(engine)})"
+        elif candidate in aside:
+            problem = aside[candidate]
+        else:
+            device = probe_device(candidate)
+            problem = device.problem
+            if problem is None:
+                return Choice(device, tuple(reasons))
+        reasons.append(f"{candidate}: {problem}")
     raise DeviceUnavailable(f"device {name!r} cannot be used here: " + "; ".join(reasons))
 
 

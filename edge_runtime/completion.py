@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -168,7 +169,7 @@ class Reading(Request):
 
     score: bool = field(kw_only=True)
     result: Future[NDArray[np.float32]] = field(default_factory=Future, kw_only=True)
-    abandoned: bool = False
+    """Cancelled by whoever asked, if the answer is not wanted any more."""
     _scores: NDArray[np.float32] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -177,7 +178,7 @@ class Reading(Request):
 
     @property
     def cancelled(self) -> bool:
-        return self.abandoned
+        return self.result.cancelled()
 
     def chunk(self, limit: int) -> int:
         return super().chunk(min(limit, READING_CHUNK) if self.score else limit)
@@ -192,7 +193,8 @@ class Reading(Request):
                 self._scores[position] = row[following] - log_sum_exp(row)
         if self.pending == 0:
             self.finished = True
-            self.result.set_result(self._scores if self.score else logits[-1].copy())
+            with suppress(InvalidStateError):  # cancelled at this moment
+                self.result.set_result(self._scores if self.score else logits[-1].copy())
 
     def _following(self, first: int) -> Sequence[tuple[int, int]]:
         """(position, token after it) from ``first`` on."""
@@ -202,7 +204,8 @@ class Reading(Request):
         if self.finished:
             return
         self.finished = True
-        if error is not None:
-            self.result.set_exception(error)
-        else:
+        if error is None:
             self.result.cancel()
+        else:
+            with suppress(InvalidStateError):  # cancelled already
+                self.result.set_exception(error)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 
 from devices.base import Decoder, DecoderLimits, Step
 from devices.stopwatch import Stopwatch
-from edge_runtime.completion import Completion, Reading, Request
-from edge_runtime.detokenizer import StopStrings, StreamDecoder, TokenDecoder
+from edge_runtime.completion import Completion, Request
+from edge_runtime.detokenizer import TokenDecoder
 from edge_runtime.errors import (
     DeviceError,
     EdgeError,
@@ -28,12 +29,12 @@ from edge_runtime.errors import (
     Overloaded,
     PromptTooLong,
 )
-from edge_runtime.generation import EngineGeneration, Generation, Outlet
+from edge_runtime.generation import EngineGeneration, Generation
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.prefix_store import PrefixStore
-from edge_runtime.prompt_lookup import PromptLookup
-from edge_runtime.sampling import SamplingParams, make_sampler
+from edge_runtime.sampling import SamplingParams
 from edge_runtime.scheduler import Scheduler, Work
+from edge_runtime.submission import Asking, Completing, Submission, Terms
 
 IDLE_S = 0.25
 """After so long without work prefixes are stored, a segment at a time."""
@@ -60,6 +61,20 @@ class EngineStats:
     """Of it, time inside the inference engine's own calls."""
 
 
+Successor = Callable[[EngineError], "Callable[[], Engine] | None"]
+"""Asked when the device has failed, on the engine's thread: what opens another engine, once this one has let go of its
+device. None: there is none, and this engine goes on as well as it can."""
+
+
+class _DeviceFailed(Exception):
+    """There is somebody to hand over to."""
+
+    def __init__(self, error: EngineError, open_successor: Callable[[], Engine]) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.open_successor = open_successor
+
+
 class Engine:
     """Runs requests over a decoder, which belongs to the engine from now on and is closed with it.
 
@@ -68,6 +83,9 @@ class Engine:
     sequences may go on holding; None: whatever running requests do not need; 0: none. ``prefix_store``: where prefixes
     outlive the engine. ``prompt_lookup``: draft tokens from what prompt and answer have said before.
     ``batch_invariant``: see :class:`edge_runtime.scheduler.Scheduler`, ``in_pairs``; the decoder's option is its half.
+
+    When the device fails (EngineError), the requests of that step end with the error. With a ``successor`` all requests
+    of which something was sent do, and the others are answered by the engine that it opens.
     """
 
     def __init__(
@@ -81,15 +99,19 @@ class Engine:
         prefix_store: PrefixStore | None = None,
         prompt_lookup: bool = False,
         batch_invariant: bool = False,
+        successor: Successor = lambda error: None,
     ) -> None:
         self._decoder = decoder
-        self._tokenizer = tokenizer
-        self._additions: dict[int, str] = {}
-        self._vocab_size = _learn_vocab_size(decoder) if vocab_size is None else vocab_size
         self._max_queue = max_queue
-        self._prompt_lookup = prompt_lookup
+        self._successor = successor
         limits = decoder.limits
-        self._capacity = min(limits.max_context, limits.kv_tokens)
+        self._terms = Terms(
+            tokenizer,
+            {},
+            _learn_vocab_size(decoder) if vocab_size is None else vocab_size,
+            min(limits.max_context, limits.kv_tokens),
+            prompt_lookup,
+        )
         if prefix_cache_bytes is None:
             prefix_cache_bytes = limits.kv_tokens * limits.kv_bytes_per_token
         self._cache = PrefixCache(prefix_cache_bytes, kv_block=limits.kv_block, store=prefix_store)
@@ -101,12 +123,11 @@ class Engine:
         self._prefilled = 0
         self._forwarding = Stopwatch()
 
-        self._live: set[Request] = set()
+        self._live: dict[Request, Submission] = {}
         """Requests taken from the inbox and not let go yet: each is running, or waiting, or waits for a sibling."""
 
         self._changed = threading.Condition()  # guards the three below; the engine's thread may look without
-        self._inbox: list[Sequence[Request]] = []
-        """Requests that came together: the first is queued, and brings the others."""
+        self._inbox: list[tuple[Submission, Sequence[Request]]] = []
         self._closing = False
         self._stopped: EngineStopped | None = None
 
@@ -121,7 +142,7 @@ class Engine:
 
     @property
     def vocab_size(self) -> int:
-        return self._vocab_size
+        return self._terms.vocab_size
 
     @property
     def alive(self) -> bool:
@@ -150,29 +171,9 @@ class Engine:
         Raises InvalidRequest, PromptTooLong (the prompt, or the prompt and ``max_tokens``, over the context),
         Overloaded (queue full), EngineStopped.
         """
-        prompt = self._checked(prompt_ids, params.max_tokens or 1, params.max_tokens is not None)
-        params = params.resolved()
-        outlet = Outlet(len(prompt), params.n)
-        new = self._capacity - len(prompt) if params.max_tokens is None else params.max_tokens
-        completions = [
-            Completion(
-                next(self._ids),
-                list(prompt),
-                outlet=outlet,
-                sampler=make_sampler(params, self._vocab_size, index),
-                decoder=StreamDecoder(self._tokenizer, self._additions),
-                stops=StopStrings(params.stop),
-                end_tokens=frozenset(params.stop_token_ids)
-                | (frozenset() if params.ignore_eos else frozenset(eos_ids)),
-                max_length=len(prompt) + new,
-                index=index,
-                lookup=PromptLookup() if self._prompt_lookup else None,
-            )
-            for index in range(params.n)
-        ]
-        completions[0].siblings = completions[1:]
-        self._enqueue(completions)
-        return EngineGeneration(outlet)
+        submission = Completing(_token_list(prompt_ids), params.resolved(), eos_ids)
+        self._enqueue(submission)
+        return EngineGeneration(submission.outlet)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(len(ids)-1,) float32: log p(ids[i+1] | ids[:i+1]). Raises as :meth:`submit`, and DeviceError."""
@@ -181,6 +182,15 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(vocab,) float32 logits after the last token. Raises as :meth:`submit`, and DeviceError."""
         return self._read(ids, score=False)
+
+    def resume(self, submissions: Iterable[Submission]) -> None:
+        """Answer what another engine could not, however many are waiting here. Those that this one cannot answer are
+        told why."""
+        for submission in submissions:
+            try:
+                self._enqueue(submission, queued_before=True)
+            except EdgeError as error:
+                submission.fail(error)
 
     def close(self) -> None:
         """End every request with EngineStopped and close the decoder. Idempotent."""
@@ -199,43 +209,48 @@ class Engine:
         self.close()
 
     def _read(self, ids: Sequence[int], score: bool) -> NDArray[np.float32]:
-        reading = Reading(next(self._ids), self._checked(ids, 0, False), score=score)
-        self._enqueue([reading])
+        submission = Asking(_token_list(ids), score)
+        self._enqueue(submission)
         try:
-            return reading.result.result()
+            return submission.result.result()
         except BaseException:  # Ctrl-C in the caller's thread
-            reading.abandoned = True
+            submission.result.cancel()
             raise
 
-    def _checked(self, ids: Sequence[int], new_tokens: int, asked: bool) -> list[int]:
-        prompt = [int(token) for token in ids]
+    def _check(self, submission: Submission) -> None:
+        """InvalidRequest or PromptTooLong, if this engine cannot answer it."""
+        prompt, new_tokens = submission.prompt, submission.new_tokens
         if not prompt:
             raise InvalidRequest("the prompt has no tokens; give at least one", "prompt")
-        outside = next((token for token in prompt if not 0 <= token < self._vocab_size), None)
+        vocab_size, capacity = self._terms.vocab_size, self._terms.capacity
+        outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
         if outside is not None:
             raise InvalidRequest(
-                f"token {outside} of the prompt is outside the vocabulary of {self._vocab_size} tokens", "prompt"
+                f"token {outside} of the prompt is outside the vocabulary of {vocab_size} tokens", "prompt"
             )
-        limit = min(self._decoder.limits.max_prompt, self._capacity)
+        limit = min(self._decoder.limits.max_prompt, capacity)
         if len(prompt) > limit:
             raise PromptTooLong(f"the prompt has {len(prompt)} tokens, this model and device take {limit}", "prompt")
-        if len(prompt) + new_tokens > self._capacity:
-            wanted = f" and max_tokens asks for {new_tokens} more" if asked else ", which leaves no room for an answer"
+        if len(prompt) + new_tokens > capacity:
+            wanted = ", which leaves no room for an answer"
+            if submission.asked:
+                wanted = f" and max_tokens asks for {new_tokens} more"
             raise PromptTooLong(
-                f"the prompt has {len(prompt)} tokens{wanted}; prompt and answer together may have {self._capacity}",
-                "max_tokens" if asked else "prompt",
+                f"the prompt has {len(prompt)} tokens{wanted}; prompt and answer together may have {capacity}",
+                "max_tokens" if submission.asked else "prompt",
             )
-        return prompt
 
-    def _enqueue(self, requests: Sequence[Request]) -> None:
+    def _enqueue(self, submission: Submission, *, queued_before: bool = False) -> None:
+        self._check(submission)
+        requests = submission.requests(self._ids, self._terms)
         with self._changed:
             if self._stopped is not None:
                 raise EngineStopped(str(self._stopped)) from self._stopped
             if self._closing:
                 raise EngineStopped("the engine has been closed")
-            if self._queued() >= self._max_queue:
+            if self._queued() >= self._max_queue and not queued_before:
                 raise Overloaded(f"{self._max_queue} requests are waiting already; try again later")
-            self._inbox.append(requests)
+            self._inbox.append((submission, requests))
             self._changed.notify()
 
     def _queued(self) -> int:
@@ -244,15 +259,50 @@ class Engine:
     # --- the engine's thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        error = EngineStopped("the engine has been closed")
         try:
             while self._collect():
                 self._postprocess(*self._forward(self._scheduler.next()))  # keeps no logits: the next take their place
+        except _DeviceFailed as failure:
+            self._hand_over(failure)
         except BaseException as cause:
             error = EngineStopped(f"the engine's thread died: {type(cause).__name__}: {cause}; open the model again")
             error.__cause__ = cause
-        finally:
             self._stop(error)
+        else:
+            self._stop(EngineStopped("the engine has been closed"))
+
+    def _hand_over(self, failure: _DeviceFailed) -> None:
+        """Let go of the device, then have the successor answer what nobody has had anything of; end the rest."""
+        unsent = self._let_go_of_device(failure.error)
+        failed = f"{self._decoder.device} failed ({failure.error})"
+        error = EngineStopped(f"{failed}, and another device has taken over")
+        successor = None
+        try:
+            successor = failure.open_successor()
+        except Exception as cause:  # whatever it is, somebody waits
+            error = EngineStopped(f"{failed}, and nothing takes its place: {cause}")
+            error.__cause__ = cause
+        with self._changed:
+            self._stopped = error
+            unsent += [submission for submission, _ in self._inbox]
+            self._inbox.clear()
+        if successor is not None:
+            successor.resume(unsent)
+            return
+        for submission in unsent:
+            submission.fail(error)
+
+    def _let_go_of_device(self, error: EngineError) -> list[Submission]:
+        """End what was begun; returns what was not."""
+        unsent = [each for each in dict.fromkeys(self._live.values()) if not each.sent]
+        for request, submission in self._live.items():
+            if submission.sent:
+                request.finish("error", error)
+        self._forget_requests()
+        self._cache.close()
+        with suppress(EdgeError):  # it has failed already
+            self._decoder.close()
+        return unsent
 
     def _collect(self) -> bool:
         """Wait for something to do, take in new requests and let go what is over. False: the engine is closing."""
@@ -277,9 +327,9 @@ class Engine:
 
     def _take_in(self) -> None:
         with self._changed:
-            for requests in self._inbox:
+            for submission, requests in self._inbox:
                 self._scheduler.add(requests[0])
-                self._live.update(requests)
+                self._live.update(dict.fromkeys(requests, submission))
             self._inbox.clear()
 
     def _let_go(self, requests: Sequence[Request]) -> None:
@@ -287,7 +337,7 @@ class Engine:
         for request in requests:
             request.finish("cancelled")  # unless it has finished otherwise
         for request in [request for request in self._live if request.finished]:
-            self._live.remove(request)
+            del self._live[request]
             self._scheduler.release(request, keep=isinstance(request, Completion))
 
     def _forward(self, batch: list[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
@@ -298,6 +348,8 @@ class Engine:
             except OutOfKVCache as error:
                 batch = self._scheduler.make_room(batch, error)
             except DeviceError as error:  # the batch's sequences are undefined now, the others are sound
+                if isinstance(error, EngineError) and (open_successor := self._successor(error)) is not None:
+                    raise _DeviceFailed(error, open_successor) from error
                 for work in batch:
                     self._fail(work.request, error)
                 batch = []
@@ -337,17 +389,24 @@ class Engine:
     def _stop(self, error: EngineStopped) -> None:
         with self._changed:
             self._stopped = error
-            unread = [request for requests in self._inbox for request in requests]
+            unread = [request for _, requests in self._inbox for request in requests]
             self._inbox.clear()
         for request in [*self._live, *unread]:
             request.finish("error", error)
-        self._live.clear()
-        self._scheduler.waiting.clear()
-        self._scheduler.running.clear()
+        self._forget_requests()
         try:
             self._cache.close()
         finally:
             self._decoder.close()  # its sequences die with it
+
+    def _forget_requests(self) -> None:
+        self._live.clear()
+        self._scheduler.waiting.clear()
+        self._scheduler.running.clear()
+
+
+def _token_list(ids: Sequence[int]) -> list[int]:
+    return [int(token) for token in ids]
 
 
 def _learn_vocab_size(decoder: Decoder) -> int:

@@ -57,6 +57,8 @@ class Outlet:
         self.completion_tokens = 0
         """Sampled so far; counted by the engine."""
         self._cached_tokens = 0
+        self.sent = False
+        """A chunk was passed on."""
         self._unfinished = completions
         self._chunks: SimpleQueue[Chunk | None] = SimpleQueue()
         """At its end None, which stays there."""
@@ -73,6 +75,7 @@ class Outlet:
 
     def put(self, chunk: Chunk) -> None:
         """Engine: pass a chunk on. The one that ends the last completion gets the usage."""
+        self.sent = True
         if self._dropped:
             return
         if chunk.finish_reason is None:

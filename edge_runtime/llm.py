@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -13,26 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import DecoderOptions
-from devices.discovery import Device, facts
 from devices.kv_types import KVType
-from devices.registry import open_decoder
-from edge_runtime.engine import Engine
-from edge_runtime.errors import BudgetError, ConfigError, InvalidRequest, PromptTooLong
-from edge_runtime.footprint import kv_tokens_within
+from edge_runtime.errors import ConfigError, InvalidRequest, PromptTooLong
+from edge_runtime.failover import Failover
 from edge_runtime.generation import Generation
-from edge_runtime.heap import return_free_heap
+from edge_runtime.loading import Loaded, Loading, load
 from edge_runtime.measurements import WORKLOADS, Workload
 from edge_runtime.memory import parse_budget, parse_bytes
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.paths import home
-from edge_runtime.placement import place
-from edge_runtime.prefix_store import DEFAULT_SIZE, PrefixStore, fingerprint
+from edge_runtime.placement import Wish, place
+from edge_runtime.prefix_store import DEFAULT_SIZE
 from edge_runtime.request import Chunk, FinishReason, TokenLogprob, Usage
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import Progress, Store
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.base import Messages, Text, TierRequest, TokenIds
-from edge_runtime.tiers.local import LocalTier
 from edge_runtime.tiers.router import Router
 from edge_runtime.tokenizer import Tokenizer
 
@@ -58,14 +54,17 @@ class EdgeLLM:
     """Load a model and answer with it. A context manager; all methods may be called from any thread.
 
     ``ref`` is a model reference (``smollm2:135m``, ``hf:org/name``, a path, …); a model that is not on this machine
-    is pulled first. ``device`` is ``auto``, ``cpu``, … or ``engine:device``. ``memory_budget`` (``"1GiB"``, or
-    ``"25%"`` of the device's memory, of which a container has what it is confined to) bounds what loading may use; the
-    KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``, ``int8`` or ``int4``; None takes
-    what a present package has, int4 for a new one. ``threads``, ``kv_type``, ``max_sequences`` and ``batch_invariant``:
-    see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that repeat what was said before come faster
-    (:mod:`edge_runtime.prompt_lookup`). ``prefix_cache_bytes``: KV cache that finished requests may go on holding
-    (None: what running ones do not need). ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of prompts that were
-    used twice, or are long when the model is closed; 0: none are written or read (:mod:`edge_runtime.prefix_store`).
+    is pulled first. ``device`` is ``auto``, ``cpu``, … or ``engine:device``. Where a name stands for several devices,
+    the next takes over when one does not open or fails while running; with ``fallback`` those of ``auto`` do so for
+    any ``device``. Requests of which nothing was sent are answered there, the others end with the error.
+    ``memory_budget`` (``"1GiB"``, or ``"25%"`` of the device's memory, of which a container has what it is confined to)
+    bounds what loading may use; the KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``,
+    ``int8`` or ``int4``; None takes what a present package has, int4 for a new one. ``threads``, ``kv_type``,
+    ``max_sequences`` and ``batch_invariant``: see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that
+    repeat what was said before come faster (:mod:`edge_runtime.prompt_lookup`). ``prefix_cache_bytes``: KV cache that
+    finished requests may go on holding (None: what running ones do not need). ``prefix_store_bytes`` (``"1GiB"``): disk
+    for prefixes of prompts that were used twice, or are long when the model is closed; 0: none are written or read
+    (:mod:`edge_runtime.prefix_store`).
     ``workload``: what ``auto`` and ``cpu`` choose a device for, by what ``edge-glm bench`` measured here
     (:data:`edge_runtime.measurements.Workload`). ``progress`` hears of downloads and exports.
 
@@ -92,62 +91,33 @@ class EdgeLLM:
         prefix_cache_bytes: int | None = None,
         prefix_store_bytes: str | int = DEFAULT_SIZE,
         workload: Workload = "one",
+        fallback: bool = False,
         progress: Progress | None = None,
     ) -> None:
         if workload not in WORKLOADS:
             raise ConfigError(f"workload is {', '.join(WORKLOADS)}, not {workload!r}")
         store = Store(home())
-        budget_size = None if memory_budget is None else parse_budget(memory_budget)
-        store_bytes = 0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes)
-        placed = place(store, ref, device, weights, progress, workload=workload)
-        chosen, self._package, self._variant, self._reason = placed
-        store.verify(self._package, self._variant)
-        self._created = int(time.time())
-        self.tokenizer = _tokenizer(self._package)
-        template = ChatTemplate(self._package.chat_template, self._package.manifest.special_tokens)
-        self._chats = template.source is not None
-        budget = None if budget_size is None else budget_size.within(lambda: _memory(chosen))
-        kv_tokens, store_bytes = _share_out(budget, store_bytes, self._package, self._variant, kv_type)
-        options = DecoderOptions(
-            max_sequences=max_sequences,
-            kv_tokens=kv_tokens,
+        loading = Loading(
+            budget=None if memory_budget is None else parse_budget(memory_budget),
             threads=threads,
             kv_type=kv_type,
+            max_sequences=max_sequences,
             batch_invariant=batch_invariant,
-            cache_dir=store.home.compiled,
+            prompt_lookup=prompt_lookup,
+            prefix_cache_bytes=prefix_cache_bytes,
+            prefix_store_bytes=0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes),
         )
-        decoder = open_decoder(self._package.spec(self._variant), chosen.name, options)
-        self._device = decoder.device
-        return_free_heap()  # reading the tokenizer and the model left some
-        try:
-            prefixes = None
-            if store_bytes:
-                folder = store.prefixes(self._package.folder)
-                identity = fingerprint(self._variant, decoder, options)
-                prefixes = PrefixStore(folder, identity, store_bytes, store.home.prefixes)
-            self._engine = Engine(
-                decoder,
-                self.tokenizer,
-                prefix_cache_bytes=prefix_cache_bytes,
-                prefix_store=prefixes,
-                prompt_lookup=prompt_lookup,
-                batch_invariant=batch_invariant,
-            )
-        except BaseException:
-            decoder.close()
-            raise
-        limits = decoder.limits
-        context = min(limits.max_context, limits.kv_tokens)
-        self._tier = LocalTier(
-            self._engine,
-            self.tokenizer,
-            template,
-            max_prompt=min(limits.max_prompt, context),
-            max_context=context,
-            add_bos=self._package.manifest.add_bos,
-            defaults=self._package.generation,
+        wish = Wish(ref, device, weights, workload, fallback)
+        first = place(store, wish, progress)
+        self._created = int(time.time())
+        self.tokenizer = tokenizer = _tokenizer(first.package)
+        template = ChatTemplate(first.package.chat_template, first.package.manifest.special_tokens)
+        self._chats = template.source is not None
+        self._failover = Failover(
+            place=lambda aside: place(store, wish, aside=aside),
+            load=lambda placement, successor: load(store, placement, loading, tokenizer, template, successor),
+            first=first,
         )
-        self._max_context = context
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -171,17 +141,17 @@ class EdgeLLM:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(vocab,) float32, after the last of ``ids``."""
-        return self._engine.logits(ids)
+        return self._failover.ask(lambda loaded: loaded.engine.logits(ids))
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(len(ids)-1,) float32: log p(ids[i+1] | ids[:i+1])."""
-        return self._engine.score(ids)
+        return self._failover.ask(lambda loaded: loaded.engine.score(ids))
 
     # --- what the server needs ----------------------------------------------------------------------------------------
 
     @property
     def model_id(self) -> str:
-        return self._package.name
+        return self.package.name
 
     @property
     def created(self) -> int:
@@ -189,7 +159,7 @@ class EdgeLLM:
 
     @property
     def ready(self) -> bool:
-        return self._engine.alive
+        return self._loaded.engine.alive
 
     @property
     def eos_ids(self) -> Sequence[int]:
@@ -208,35 +178,35 @@ class EdgeLLM:
 
     @property
     def device(self) -> str:
-        """``engine:device`` as really opened."""
-        return self._device
+        """``engine:device`` as really opened; another one once this one has failed."""
+        return self._loaded.device
 
     @property
     def reason(self) -> str:
         """Why this device, in words."""
-        return self._reason
+        return self._loaded.placement.reason
 
     @property
     def placement(self) -> Mapping[str, str]:
         """What it runs on, and why."""
-        return {"device": self.device, "variant": self._variant.name, "reason": self.reason}
+        return {"device": self.device, "variant": self.variant.name, "reason": self.reason}
 
     @property
     def package(self) -> Package:
-        return self._package
+        return self._loaded.placement.package
 
     @property
     def variant(self) -> Variant:
-        return self._variant
+        return self._loaded.placement.variant
 
     @property
     def max_context(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return self._max_context
+        return self._loaded.max_context
 
     def close(self) -> None:
         """End every request and free the model. Idempotent."""
-        self._engine.close()
+        self._failover.close()
 
     def __enter__(self) -> EdgeLLM:
         return self
@@ -251,9 +221,17 @@ class EdgeLLM:
     def _stream(self, prompt: Prompt, params: SamplingParams) -> ChunkStream:
         return ChunkStream(self._start(TierRequest(self._kind_of(prompt), params)))
 
+    @property
+    def _loaded(self) -> Loaded:
+        """On the device in use."""
+        return self._failover.current
+
     def _start(self, request: TierRequest) -> Generation:
-        tier = self._tier
-        request = tier.prepare(request)
+        prepared = self._loaded.tier.prepare(request)  # alike on every device
+        return self._failover.ask(lambda loaded: self._start_on(loaded, prepared))
+
+    def _start_on(self, loaded: Loaded, request: TierRequest) -> Generation:
+        tier = loaded.tier
         fit = tier.fit(request)
         route = Router.choose(request.params, [(tier.name, fit)])
         if not route.order:
@@ -302,25 +280,6 @@ def _joined(chunks: Iterator[Chunk]) -> Completion:
         tier=last.tier,
         logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
     )
-
-
-def _memory(device: Device) -> int | None:
-    """Bytes on it, of which a budget may be a share."""
-    memory = facts(device).memory
-    return None if memory is None else memory.total
-
-
-def _share_out(
-    budget: int | None, store_bytes: int, package: Package, variant: Variant, kv_type: KVType | None
-) -> tuple[int | None, int]:
-    """Tokens of KV cache and bytes of disk store: where memory is short the store goes first."""
-    if budget is None:
-        return None, store_bytes
-    chunk = DecoderOptions.prefill_chunk
-    if store_bytes:
-        with suppress(BudgetError):
-            return kv_tokens_within(budget, package, variant, chunk, kv_type, prefix_store=True), store_bytes
-    return kv_tokens_within(budget, package, variant, chunk, kv_type), 0
 
 
 def _tokenizer(package: Package) -> Tokenizer:

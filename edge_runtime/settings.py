@@ -28,6 +28,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     model: str | None = None
     """What ``serve`` serves without a reference."""
     device: str = "auto"
+    fallback: bool = False
     weights: Weights | None = None
     workload: Workload | None = None
     """What to choose a device for; ``serve`` takes many streams if nothing is said, all else one."""

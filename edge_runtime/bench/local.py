@@ -37,15 +37,15 @@ class MeasuredLLM(EdgeLLM):
 
     @property
     def stats(self) -> EngineStats:
-        return self._engine.stats
+        return self._loaded.engine.stats
 
     @property
     def limits(self) -> DecoderLimits:
-        return self._engine.limits
+        return self._loaded.engine.limits
 
     @property
     def vocab_size(self) -> int:
-        return self._engine.vocab_size
+        return self._loaded.engine.vocab_size
 
     @cached_property
     def plain_token(self) -> int:

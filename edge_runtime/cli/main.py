@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
     run.add_argument("prompt", metavar="PROMPT", nargs="?", help="- or none: standard input; on a terminal: a chat")
     _add_device(run)
+    _add_fallback(run)
     _add_weights(run)
     _add_loading(run)
     _add_prefixes(run)
@@ -145,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = add("serve", "serve the OpenAI-compatible HTTP API")
     serve.add_argument("ref", metavar="REF", nargs="?", help=f"{REFERENCE_HELP} (default: the only model here)")
     _add_device(serve)
+    _add_fallback(serve)
     _add_weights(serve)
     _add_loading(serve)
     _add_prefixes(serve)
@@ -212,6 +214,15 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
 def _add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device", metavar="DEVICE", help="auto, cpu, gpu, npu, cuda, coreml, or engine:device as in openvino:cpu"
+    )
+
+
+def _add_fallback(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        default=None,
+        help="where --device cannot be used, or fails, go on with a device of auto",
     )
 
 

@@ -13,7 +13,7 @@ from edge_runtime.cli.progress import Bars
 from edge_runtime.memory import format_bytes
 from edge_runtime.package import Package
 from edge_runtime.paths import home
-from edge_runtime.placement import place
+from edge_runtime.placement import Wish, place
 from edge_runtime.settings import load_settings
 from edge_runtime.store import Store, StoredModel, export_package
 
@@ -31,7 +31,7 @@ def pull(arguments: argparse.Namespace) -> int:
     store = Store(home())
     with Bars() as bars:
         if arguments.engine is None:
-            _, package, _, _ = place(store, arguments.ref, settings.device, settings.weights, bars, best=True)
+            _, package, _, _ = place(store, Wish(arguments.ref, settings.device, settings.weights), bars, best=True)
         else:
             for engine in _ENGINES[arguments.engine]:
                 package, _ = store.ensure(arguments.ref, engine, settings.weights, bars)

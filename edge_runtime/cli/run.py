@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
         {
             name: getattr(arguments, name)
             for name in (
-                *("device", "weights", "workload", "memory_budget", "threads", "kv_type"),
+                *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type"),
                 *("batch_invariant", "prompt_lookup", "prefix_store"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
@@ -53,6 +53,7 @@ def open_model(ref: str, settings: Settings, workload: Workload = "one") -> Edge
             prompt_lookup=settings.prompt_lookup,
             prefix_store_bytes=settings.prefix_store,
             workload=settings.workload or workload,
+            fallback=settings.fallback,
             progress=bars,
         )
 

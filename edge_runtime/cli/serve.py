@@ -14,6 +14,7 @@ from edge_runtime.store import Store
 def serve(arguments: argparse.Namespace) -> int:
     names = (
         "device",
+        "fallback",
         "weights",
         "workload",
         "memory_budget",

@@ -12,7 +12,7 @@ from edge_runtime.fetch import Fetched
 from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import Measurement, Measurements, Shape, Workload
 from edge_runtime.paths import Home
-from edge_runtime.placement import place
+from edge_runtime.placement import Wish, place
 from edge_runtime.store import Store, export_package
 
 
@@ -24,23 +24,23 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def test_a_new_model_is_made_for_the_best_device(store: Store) -> None:
-    device, package, variant, _ = place(store, "synthetic:tiny", "auto")
+    device, package, variant, _ = place(store, Wish("synthetic:tiny", "auto"))
     assert (device.name, variant.name) == ("edge:cpu", "onnx-edge-int4")
     assert variant.engine == package.spec(variant).engine == "onnxruntime-edge"
-    assert place(store, "synthetic:tiny", "auto", "int4")[:3] == (device, package, variant)
+    assert place(store, Wish("synthetic:tiny", "auto", "int4"))[:3] == (device, package, variant)
 
 
 def test_what_is_here_already_is_taken(store: Store) -> None:
     store.ensure("synthetic:tiny", "openvino", "int4")
-    device, _, variant, _ = place(store, "synthetic:tiny", "cpu")
+    device, _, variant, _ = place(store, Wish("synthetic:tiny", "cpu"))
     assert (device.name, variant.name) == ("openvino:cpu", "openvino-int4")
-    device, _, variant, _ = place(store, "synthetic:tiny", "cpu", "int8")
+    device, _, variant, _ = place(store, Wish("synthetic:tiny", "cpu", "int8"))
     assert (device.name, variant.name) == ("edge:cpu", "onnx-edge-int8")
 
 
 def test_unless_the_best_is_asked_for(store: Store) -> None:
     store.ensure("synthetic:tiny", "onnxruntime")
-    device, package, variant, _ = place(store, "synthetic:tiny", "auto", best=True)
+    device, package, variant, _ = place(store, Wish("synthetic:tiny", "auto"), best=True)
     assert (device.name, variant.name) == ("edge:cpu", "onnx-edge-int4")
     assert [each.name for each in package.manifest.variants] == ["onnx-int4", "onnx-edge-int4"]
 
@@ -48,27 +48,27 @@ def test_unless_the_best_is_asked_for(store: Store) -> None:
 def test_a_package_by_path_stays_as_it_is(store: Store, tmp_path: Path) -> None:
     export_package("synthetic:tiny", tmp_path / "made", ["onnxruntime"], "int4")
     for best in (False, True):
-        device, package, variant, _ = place(store, str(tmp_path / "made"), "auto", best=best)
+        device, package, variant, _ = place(store, Wish(str(tmp_path / "made"), "auto"), best=best)
         assert (device.name, variant.name) == ("onnxruntime:cpu", "onnx-int4")
         assert package.folder == tmp_path / "made"
     with pytest.raises(DeviceUnavailable, match=r"no onnxruntime-edge variant \(export --engine onnx-edge\)"):
-        place(store, str(tmp_path / "made"), "edge:cpu")
+        place(store, Wish(str(tmp_path / "made"), "edge:cpu"))
 
 
 def test_a_package_from_the_hub_has_what_it_has(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = export_package("synthetic:tiny", tmp_path / "made", ["openvino"], "int4")
     monkeypatch.setattr("edge_runtime.store.fetch_hub", lambda *_: Fetched(made.folder, {"source": "hf:org/tiny"}))
     for best in (True, False):
-        device, package, variant, _ = place(store, "hf:org/tiny", "auto", best=best)
+        device, package, variant, _ = place(store, Wish("hf:org/tiny", "auto"), best=best)
         assert (device.name, variant.name) == ("openvino:cpu", "openvino-int4")
         assert package.folder.parent == store.home.models
     with pytest.raises(ModelNotFound, match="no onnxruntime variant; it has: openvino-int4"):
-        place(store, "hf:org/other", "onnxruntime:cpu")
+        place(store, Wish("hf:org/other", "onnxruntime:cpu"))
 
 
 def test_names_are_checked_first(store: Store) -> None:
     with pytest.raises(UnknownDevice):
-        place(store, "hf:org/none", "tpu")
+        place(store, Wish("hf:org/none", "tpu"))
     assert not store.home.models.exists()
 
 
@@ -78,21 +78,21 @@ def test_measurements_decide_among_what_is_here(store: Store) -> None:
     kept = Measurements(store.home.measurements, fingerprint())
     for device, seconds in (("edge:cpu", 3), ("onnxruntime:cpu", 2), ("openvino:cpu", 1)):
         kept.keep(Measurement(package.name, device, "int4", Shape(512, 64, 8), seconds, fingerprint()))
-    assert place(store, "synthetic:tiny", "auto")[0].name == "edge:cpu"
-    assert place(store, "synthetic:tiny", "cpu", workload="many")[0].name == "openvino:cpu"
-    assert place(store, "synthetic:tiny", "edge:cpu", workload="many")[0].name == "edge:cpu"
-    assert place(store, "synthetic:tiny", "auto", workload="many", best=True)[0].name == "edge:cpu"
+    assert place(store, Wish("synthetic:tiny", "auto"))[0].name == "edge:cpu"
+    assert place(store, Wish("synthetic:tiny", "cpu", workload="many"))[0].name == "openvino:cpu"
+    assert place(store, Wish("synthetic:tiny", "edge:cpu", workload="many"))[0].name == "edge:cpu"
+    assert place(store, Wish("synthetic:tiny", "auto", workload="many"), best=True)[0].name == "edge:cpu"
 
 
 def test_every_choice_has_its_reason(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(device: str = "auto", workload: Workload = "one") -> str:
-        return place(store, "synthetic:tiny", device, "int4", workload=workload).reason
+        return place(store, Wish("synthetic:tiny", device, "int4", workload=workload)).reason
 
     assert reason() == "the first choice for auto"
     assert reason("onnxruntime:cpu") == "it was asked for"
     store.ensure("synthetic:tiny", "openvino", "int4")
     kept = Measurements(store.home.measurements, fingerprint())
-    name = place(store, "synthetic:tiny", "auto").package.name
+    name = place(store, Wish("synthetic:tiny", "auto")).package.name
     for device, seconds in (("edge:cpu", 3), ("onnxruntime:cpu", 2)):
         kept.keep(Measurement(name, device, "int4", Shape(512, 64, 8), seconds, fingerprint()))
     assert reason(workload="many") == "the fastest here of 2 measured with many streams"

@@ -1,0 +1,124 @@
+"""A model on one device: what is opened, and how its memory is shared out."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from devices.base import DecoderOptions
+from devices.discovery import Device, facts
+from devices.kv_types import KVType
+from devices.registry import open_decoder
+from edge_runtime.engine import Engine, Successor
+from edge_runtime.errors import BudgetError
+from edge_runtime.footprint import kv_tokens_within
+from edge_runtime.heap import return_free_heap
+from edge_runtime.memory import BudgetSize
+from edge_runtime.package import Package, Variant
+from edge_runtime.placement import Placement
+from edge_runtime.prefix_store import PrefixStore, fingerprint
+from edge_runtime.store import Store
+from edge_runtime.template import ChatTemplate
+from edge_runtime.tiers.local import LocalTier
+from edge_runtime.tokenizer import Tokenizer
+
+
+class Loading(msgspec.Struct, frozen=True, kw_only=True):
+    """How to load, on whatever device. See :class:`edge_runtime.EdgeLLM`."""
+
+    budget: BudgetSize | None
+    threads: int | None
+    kv_type: KVType | None
+    max_sequences: int
+    batch_invariant: bool
+    prompt_lookup: bool
+    prefix_cache_bytes: int | None
+    prefix_store_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model open on a device."""
+
+    placement: Placement
+    device: str
+    """``engine:device`` as really opened."""
+    engine: Engine
+    tier: LocalTier
+    max_context: int
+    """Tokens that prompt and answer may have together."""
+
+
+def load(
+    store: Store,
+    placement: Placement,
+    loading: Loading,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    successor: Successor,
+) -> Loaded:
+    """Raises CorruptModel, DeviceUnavailable, EngineError, BudgetError, ConfigError; then nothing stays open."""
+    device, package, variant, _ = placement
+    store.verify(package, variant)
+    budget = None if loading.budget is None else loading.budget.within(lambda: _memory(device))
+    kv_tokens, store_bytes = _share_out(budget, loading.prefix_store_bytes, package, variant, loading.kv_type)
+    options = DecoderOptions(
+        max_sequences=loading.max_sequences,
+        kv_tokens=kv_tokens,
+        threads=loading.threads,
+        kv_type=loading.kv_type,
+        batch_invariant=loading.batch_invariant,
+        cache_dir=store.home.compiled,
+    )
+    decoder = open_decoder(package.spec(variant), device.name, options)
+    return_free_heap()  # reading the tokenizer and the model left some
+    try:
+        prefixes = None
+        if store_bytes:
+            identity = fingerprint(variant, decoder, options)
+            prefixes = PrefixStore(store.prefixes(package.folder), identity, store_bytes, store.home.prefixes)
+        engine = Engine(
+            decoder,
+            tokenizer,
+            prefix_cache_bytes=loading.prefix_cache_bytes,
+            prefix_store=prefixes,
+            prompt_lookup=loading.prompt_lookup,
+            batch_invariant=loading.batch_invariant,
+            successor=successor,
+        )
+    except BaseException:
+        decoder.close()
+        raise
+    limits = decoder.limits
+    context = min(limits.max_context, limits.kv_tokens)
+    tier = LocalTier(
+        engine,
+        tokenizer,
+        template,
+        max_prompt=min(limits.max_prompt, context),
+        max_context=context,
+        add_bos=package.manifest.add_bos,
+        defaults=package.generation,
+    )
+    return Loaded(placement, decoder.device, engine, tier, context)
+
+
+def _memory(device: Device) -> int | None:
+    """Bytes on it, of which a budget may be a share."""
+    memory = facts(device).memory
+    return None if memory is None else memory.total
+
+
+def _share_out(
+    budget: int | None, store_bytes: int, package: Package, variant: Variant, kv_type: KVType | None
+) -> tuple[int | None, int]:
+    """Tokens of KV cache and bytes of disk store: where memory is short the store goes first."""
+    if budget is None:
+        return None, store_bytes
+    chunk = DecoderOptions.prefill_chunk
+    if store_bytes:
+        with suppress(BudgetError):
+            return kv_tokens_within(budget, package, variant, chunk, kv_type, prefix_store=True), store_bytes
+    return kv_tokens_within(budget, package, variant, chunk, kv_type), 0

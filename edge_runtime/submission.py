@@ -1,0 +1,139 @@
+"""What is asked of an engine. As long as nothing of the answer was sent, another engine can be asked the same."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.completion import Completion, Reading, Request
+from edge_runtime.detokenizer import StopStrings, StreamDecoder, TokenDecoder
+from edge_runtime.errors import EdgeError
+from edge_runtime.generation import Outlet
+from edge_runtime.prompt_lookup import PromptLookup
+from edge_runtime.request import Chunk
+from edge_runtime.sampling import SamplingParams, make_sampler
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an engine brings to every answer."""
+
+    tokenizer: TokenDecoder
+    additions: dict[int, str]
+    """Of :class:`~edge_runtime.detokenizer.StreamDecoder`, shared by all of an engine."""
+    vocab_size: int
+    capacity: int
+    """Tokens that prompt and answer may have together."""
+    prompt_lookup: bool
+
+
+@dataclass(eq=False)
+class Submission(ABC):
+    """The question and the way its answer takes."""
+
+    prompt: list[int]
+
+    @property
+    @abstractmethod
+    def sent(self) -> bool:
+        """Something of the answer has left."""
+
+    @property
+    @abstractmethod
+    def new_tokens(self) -> int:
+        """Room that the answer needs at least."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether that much was asked for by name."""
+        return False
+
+    @abstractmethod
+    def requests(self, ids: Iterator[int], terms: Terms) -> Sequence[Request]:
+        """Anew, from the prompt on. The first is to be queued, and brings the others."""
+
+    @abstractmethod
+    def fail(self, error: EdgeError) -> None:
+        """Tell whoever waits, where no request could."""
+
+
+@dataclass(eq=False)
+class Completing(Submission):
+    """``params.n`` completions of a prompt."""
+
+    params: SamplingParams
+    """Resolved: ``max_tokens`` alone may be None."""
+    eos_ids: Sequence[int]
+    outlet: Outlet = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.outlet = Outlet(len(self.prompt), self.params.n)
+
+    @property
+    def sent(self) -> bool:
+        return self.outlet.sent
+
+    @property
+    def new_tokens(self) -> int:
+        return self.params.max_tokens or 1
+
+    @property
+    def asked(self) -> bool:
+        return self.params.max_tokens is not None
+
+    def requests(self, ids: Iterator[int], terms: Terms) -> Sequence[Completion]:
+        params, prompt = self.params, self.prompt
+        new = terms.capacity - len(prompt) if params.max_tokens is None else params.max_tokens
+        ends = frozenset() if params.ignore_eos else frozenset(self.eos_ids)
+        self.outlet.completion_tokens = 0
+        completions = [
+            Completion(
+                next(ids),
+                list(prompt),
+                outlet=self.outlet,
+                sampler=make_sampler(params, terms.vocab_size, index),
+                decoder=StreamDecoder(terms.tokenizer, terms.additions),
+                stops=StopStrings(params.stop),
+                end_tokens=frozenset(params.stop_token_ids) | ends,
+                max_length=len(prompt) + new,
+                index=index,
+                lookup=PromptLookup() if terms.prompt_lookup else None,
+            )
+            for index in range(params.n)
+        ]
+        completions[0].siblings = completions[1:]
+        return completions
+
+    def fail(self, error: EdgeError) -> None:
+        for index in range(self.params.n):
+            self.outlet.put(Chunk(finish_reason="error", index=index, error=error))
+
+
+@dataclass(eq=False)
+class Asking(Submission):
+    """The model's opinion of the prompt: see :class:`~edge_runtime.completion.Reading`."""
+
+    score: bool
+    result: Future[NDArray[np.float32]] = field(default_factory=Future, init=False)
+    """Cancelling it takes the question back."""
+
+    @property
+    def sent(self) -> bool:
+        return self.result.done()
+
+    @property
+    def new_tokens(self) -> int:
+        return 0
+
+    def requests(self, ids: Iterator[int], terms: Terms) -> Sequence[Reading]:
+        return [Reading(next(ids), list(self.prompt), score=self.score, result=self.result)]
+
+    def fail(self, error: EdgeError) -> None:
+        with suppress(InvalidStateError):  # taken back
+            self.result.set_exception(error)
