@@ -36,6 +36,8 @@ class Device:
     """The product's name where the engine tells it, else the engine's name for it."""
     problem: str | None = None
     """Why it cannot be used, and what would change that. None: ready."""
+    compiles: bool = False
+    """Opening a model compiles it for the hardware, which can take minutes."""
 
     @property
     def ready(self) -> bool:
@@ -71,7 +73,7 @@ def probe_device(name: str) -> Device:
         return Device(name, known.engine, known.own_name, f"this version does not run it ({why}); use --device cpu")
     if name not in RUNNABLE:
         return Device(name, known.engine, hardware, "it is here, but this version does not run it; use --device cpu")
-    return Device(name, known.engine, hardware)
+    return Device(name, known.engine, hardware, compiles=known.compiles)
 
 
 def _hardware(name: str, known: Known) -> str:

@@ -37,13 +37,15 @@ class Known(NamedTuple):
     """The engine's name for the hardware."""
     remedy: str = "reinstall it"
     """What to do where the engine does not find it."""
+    compiles: bool = False
+    """Opening a model compiles it for the hardware, which can take minutes."""
 
 
 KNOWN: dict[str, Known] = {
     "edge:cpu": Known("onnxruntime-edge", "CPUExecutionProvider"),
     "openvino:cpu": Known("openvino", "CPU"),
     "openvino:gpu": Known("openvino", "GPU", "install the Intel GPU driver (OpenCL), or use --device cpu"),
-    "openvino:npu": Known("openvino", "NPU", "install the Intel NPU driver or use --device cpu"),
+    "openvino:npu": Known("openvino", "NPU", "install the Intel NPU driver or use --device cpu", compiles=True),
     "onnxruntime:cpu": Known("onnxruntime", "CPUExecutionProvider"),
     "onnxruntime:cuda": Known(
         "onnxruntime-cuda",

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TypeVar
 
-from edge_runtime.engine import Engine
-from edge_runtime.errors import DeviceUnavailable, EdgeError, EngineError, EngineStopped
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.engine import Engine, Successor
+from edge_runtime.errors import DeviceUnavailable, EdgeError, EngineError, EngineStopped, PromptTooLong
+from edge_runtime.generation import Generation
 from edge_runtime.loading import Loaded
 from edge_runtime.placement import Placement
+from edge_runtime.tiers.base import TierRequest
+from edge_runtime.tiers.router import Router
 
 _log = logging.getLogger(__name__)
 _REASON = 200
@@ -20,14 +27,19 @@ _REASON = 200
 T = TypeVar("T")
 Place = Callable[[Mapping[str, str]], Placement]
 """Devices that are put aside, each with why → the best of the others. DeviceUnavailable: there is none."""
-Load = Callable[[Placement, Callable[[EngineError], Callable[[], Engine] | None]], Loaded]
+Load = Callable[[Placement, Successor, int], Loaded]
+"""A placement, who takes over when it fails, and with how many others it shares the memory budget, itself included."""
 
 
 class Failover:
-    """The one device that is in use, and which are not any more. Methods may be called from any thread."""
+    """The devices that are in use, best first, and which are not any more. Methods may be called from any thread.
+
+    One is in use; two where the first takes long to open (it compiles the model) or takes shorter prompts than the
+    other: the second answers until the first is open, and then what the first cannot take.
+    """
 
     def __init__(self, place: Place, load: Load, first: Placement) -> None:
-        """Load ``first``, or else what ``place`` gives next.
+        """Load ``first``, or else what ``place`` gives next. One that compiles is loaded meanwhile.
 
         Raises what opening the only candidate does, else DeviceUnavailable with the reasons of all.
         """
@@ -35,39 +47,68 @@ class Failover:
         self._load = load
         self._aside: dict[str, str] = {}
         self._lock = threading.Lock()
+        """Guards the three below."""
         self._closed = False
-        self._current = self._open(first)
+        self._loaded: tuple[Loaded, ...] = ()
+        self._opening: threading.Thread | None = None
+        standby = self._after(first, "it is compiling the model") if first.device.compiles else None
+        if standby is None:
+            self._aside.pop(first.device.name, None)
+            self._loaded = (self._open(first, 1),)
+        else:
+            self._loaded = (self._open(standby, 2),)
+            self._opening = threading.Thread(target=self._open_first, args=(first,), name="edge-glm opening")
+            self._opening.start()
 
     @property
-    def current(self) -> Loaded:
-        return self._current
+    def loaded(self) -> tuple[Loaded, ...]:
+        """In use, best first; at least one."""
+        return self._loaded
 
     @property
     def aside(self) -> Mapping[str, str]:
-        """Devices that failed → why."""
+        """Devices that are not in use → why."""
         return MappingProxyType(self._aside)
 
-    def ask(self, question: Callable[[Loaded], T]) -> T:
-        """``question`` of the device in use; again, if another takes over at that moment."""
+    def start(self, request: TierRequest) -> Generation:
+        """On the first device that can take it. PromptTooLong, by the one that takes the longest; Overloaded,
+        EngineStopped, InvalidRequest."""
+        return self._ask(lambda loaded: _start(loaded, request))
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """See :meth:`edge_runtime.engine.Engine.logits`."""
+        return self._ask(lambda loaded: _for_length(loaded, len(ids)).engine.logits(ids))
+
+    def score(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """See :meth:`edge_runtime.engine.Engine.score`."""
+        return self._ask(lambda loaded: _for_length(loaded, len(ids)).engine.score(ids))
+
+    def _ask(self, question: Callable[[tuple[Loaded, ...]], T]) -> T:
+        """``question`` of those in use; again, if another takes over at that moment."""
         while True:
-            asked = self._current
+            asked = self._loaded
             try:
                 return question(asked)
             except EngineStopped:
-                if asked is self._current:
+                if asked is self._loaded:
                     raise
 
     def close(self) -> None:
+        """Close all; waits for one that is being opened, since nothing can stop an engine there."""
         with self._lock:
             self._closed = True
-            engine = self._current.engine
-        engine.close()
+        for loaded in self._loaded:
+            loaded.engine.close()
+        if self._opening is not None:
+            self._opening.join()
 
-    def _open(self, placement: Placement) -> Loaded:
+    # --- opening ------------------------------------------------------------------------------------------------------
+
+    def _open(self, placement: Placement, sharing: int) -> Loaded:
         """The first that opens, beginning with ``placement``."""
         while True:
             try:
-                return self._load(placement, self._succeed)
+                return self._load(placement, partial(self._succeed, placement), sharing)
             except (EngineError, DeviceUnavailable) as error:
                 following = self._after(placement, f"it does not open ({_short(error)})")
                 if following is None:
@@ -78,6 +119,25 @@ class Failover:
                 _log.warning("%s does not open, %s is used: %s", placement.device.name, following.device.name, error)
                 placement = following
 
+    def _open_first(self, placement: Placement) -> None:
+        """On a thread of its own: open it beside the one that answers meanwhile, and put it before that."""
+        name = placement.device.name
+        try:
+            loaded = self._load(placement, partial(self._succeed, placement), 2)
+        except EdgeError as error:
+            self._aside[name] = f"it does not open ({_short(error)})"
+            _log.warning("%s does not open, %s stays in use: %s", name, self._loaded[0].device, error)
+            return
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                del self._aside[name]
+                self._loaded = (loaded, *self._loaded)
+        if closed:
+            loaded.engine.close()
+        else:
+            _log.info("%s is ready and answers from now on", name)
+
     def _after(self, placement: Placement, reason: str) -> Placement | None:
         """What comes after a device that is put aside now; None: nothing does."""
         self._aside[placement.device.name] = reason
@@ -87,24 +147,50 @@ class Failover:
             _log.info("nothing takes the place of %s: %s", placement.device.name, error)
             return None
 
-    def _succeed(self, error: EngineError) -> Callable[[], Engine] | None:
-        """On the engine's thread: :data:`edge_runtime.engine.Successor`."""
-        failed = self._current.placement
-        following = self._after(failed, f"it failed ({_short(error)})")
-        if following is None:  # it may recover, and there is nothing better
-            del self._aside[failed.device.name]
-            return None
-        _log.warning("%s failed, %s takes over: %s", failed.device.name, following.device.name, error)
-        return lambda: self._take_over(following)
+    # --- failing, on the thread of the engine that has failed ---------------------------------------------------------
 
-    def _take_over(self, placement: Placement) -> Engine:
-        loaded = self._open(placement)
+    def _succeed(self, failed: Placement, error: EngineError) -> Callable[[], Engine] | None:
+        """See :data:`edge_runtime.engine.Successor`."""
+        name, reason = failed.device.name, f"it failed ({_short(error)})"
         with self._lock:
-            self._current = loaded
+            others = tuple(each for each in self._loaded if each.placement is not failed)
+            if others:
+                self._aside[name] = reason
+                self._loaded = others
+        if others:
+            _log.warning("%s failed, %s takes over: %s", name, others[0].device, error)
+            return lambda: others[0].engine
+        following = self._after(failed, reason)
+        if following is None:  # it may recover, and there is nothing better
+            del self._aside[name]
+            return None
+        _log.warning("%s failed, %s takes over: %s", name, following.device.name, error)
+        return lambda: self._take_over(failed, following)
+
+    def _take_over(self, failed: Placement, placement: Placement) -> Engine:
+        loaded = self._open(placement, 1)
+        with self._lock:
+            self._loaded = tuple(loaded if each.placement is failed else each for each in self._loaded)
             closed = self._closed
         if closed:  # meanwhile
             loaded.engine.close()
         return loaded.engine
+
+
+def _start(loaded: Sequence[Loaded], request: TierRequest) -> Generation:
+    fits = {each.device: each.tier.fit(request) for each in loaded}
+    route = Router.choose(request.params, list(fits.items()))
+    for each in loaded:
+        if each.device in route.order:
+            return each.tier.start(request)
+    device, fit = max(fits.items(), key=lambda item: (item[1].max_prompt, item[1].max_context))
+    param = "prompt" if fit.prompt_tokens >= min(fit.max_prompt, fit.max_context) else "max_tokens"
+    raise PromptTooLong(route.reasons[device], param)
+
+
+def _for_length(loaded: Sequence[Loaded], tokens: int) -> Loaded:
+    """The first that takes so many tokens, else the first."""
+    return next((each for each in loaded if tokens <= each.max_prompt), loaded[0])
 
 
 def _short(error: Exception) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderOptions
 from devices.kv_types import KVType
-from edge_runtime.errors import ConfigError, InvalidRequest, PromptTooLong
+from edge_runtime.errors import ConfigError, InvalidRequest
 from edge_runtime.failover import Failover
 from edge_runtime.generation import Generation
 from edge_runtime.loading import Loaded, Loading, load
@@ -29,7 +29,6 @@ from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import Progress, Store
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.base import Messages, Text, TierRequest, TokenIds
-from edge_runtime.tiers.router import Router
 from edge_runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
@@ -115,7 +114,9 @@ class EdgeLLM:
         self._chats = template.source is not None
         self._failover = Failover(
             place=lambda aside: place(store, wish, aside=aside),
-            load=lambda placement, successor: load(store, placement, loading, tokenizer, template, successor),
+            load=lambda placement, successor, sharing: load(
+                store, placement, loading, tokenizer, template, successor, sharing
+            ),
             first=first,
         )
 
@@ -141,11 +142,11 @@ class EdgeLLM:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(vocab,) float32, after the last of ``ids``."""
-        return self._failover.ask(lambda loaded: loaded.engine.logits(ids))
+        return self._failover.logits(ids)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(len(ids)-1,) float32: log p(ids[i+1] | ids[:i+1])."""
-        return self._failover.ask(lambda loaded: loaded.engine.score(ids))
+        return self._failover.score(ids)
 
     # --- what the server needs ----------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class EdgeLLM:
 
     @property
     def device(self) -> str:
-        """``engine:device`` as really opened; another one once this one has failed."""
+        """``engine:device`` that is asked first, as really opened; another one once this one has failed."""
         return self._loaded.device
 
     @property
@@ -202,7 +203,7 @@ class EdgeLLM:
     @property
     def max_context(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return self._loaded.max_context
+        return max(each.max_context for each in self._failover.loaded)
 
     def close(self) -> None:
         """End every request and free the model. Idempotent."""
@@ -223,21 +224,11 @@ class EdgeLLM:
 
     @property
     def _loaded(self) -> Loaded:
-        """On the device in use."""
-        return self._failover.current
+        """On the device that is asked first."""
+        return self._failover.loaded[0]
 
     def _start(self, request: TierRequest) -> Generation:
-        prepared = self._loaded.tier.prepare(request)  # alike on every device
-        return self._failover.ask(lambda loaded: self._start_on(loaded, prepared))
-
-    def _start_on(self, loaded: Loaded, request: TierRequest) -> Generation:
-        tier = loaded.tier
-        fit = tier.fit(request)
-        route = Router.choose(request.params, [(tier.name, fit)])
-        if not route.order:
-            param = "prompt" if fit.prompt_tokens >= min(fit.max_prompt, fit.max_context) else "max_tokens"
-            raise PromptTooLong(route.reasons[tier.name], param)
-        return tier.start(request)
+        return self._failover.start(self._loaded.tier.prepare(request))  # the prompt is the same on every device
 
     def _kind_of(self, prompt: Prompt) -> Messages | Text | TokenIds:
         if isinstance(prompt, str):

@@ -47,6 +47,8 @@ class Loaded:
     """``engine:device`` as really opened."""
     engine: Engine
     tier: LocalTier
+    max_prompt: int
+    """Tokens."""
     max_context: int
     """Tokens that prompt and answer may have together."""
 
@@ -58,11 +60,14 @@ def load(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     successor: Successor,
+    sharing: int = 1,
 ) -> Loaded:
-    """Raises CorruptModel, DeviceUnavailable, EngineError, BudgetError, ConfigError; then nothing stays open."""
+    """``sharing``: how many devices have the memory budget together, this one included, each an equal part.
+
+    Raises CorruptModel, DeviceUnavailable, EngineError, BudgetError, ConfigError; then nothing stays open."""
     device, package, variant, _ = placement
     store.verify(package, variant)
-    budget = None if loading.budget is None else loading.budget.within(lambda: _memory(device))
+    budget = None if loading.budget is None else loading.budget.within(lambda: _memory(device)) // sharing
     kv_tokens, store_bytes = _share_out(budget, loading.prefix_store_bytes, package, variant, loading.kv_type)
     options = DecoderOptions(
         max_sequences=loading.max_sequences,
@@ -93,16 +98,17 @@ def load(
         raise
     limits = decoder.limits
     context = min(limits.max_context, limits.kv_tokens)
+    max_prompt = min(limits.max_prompt, context)
     tier = LocalTier(
         engine,
         tokenizer,
         template,
-        max_prompt=min(limits.max_prompt, context),
+        max_prompt=max_prompt,
         max_context=context,
         add_bos=package.manifest.add_bos,
         defaults=package.generation,
     )
-    return Loaded(placement, decoder.device, engine, tier, context)
+    return Loaded(placement, decoder.device, engine, tier, max_prompt, context)
 
 
 def _memory(device: Device) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from edge_runtime.placement import Placement, Wish, place
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import Store, export_package
 from edge_runtime.template import ChatTemplate
+from edge_runtime.tiers.base import TierRequest, TokenIds
 from edge_runtime.tiers.local import LocalTier
 from tests.fake_decoder import FakeDecoder
 from tests.runtime.helpers import GREEDY, Gate, LetterTokenizer, collect, greedy, prompt
@@ -45,31 +47,49 @@ class Failing:
             raise EngineError("the accelerator fell over")
 
 
+class Letters(LetterTokenizer):
+    eos_ids: Sequence[int] = ()
+
+
 class Machine:
     """Devices ``fake:0``, ``fake:1``, … in this order, over fake decoders or what opening them raises."""
 
-    def __init__(self, *decoders: FakeDecoder | EdgeError) -> None:
+    def __init__(self, *decoders: FakeDecoder | EdgeError, compiling: threading.Event | None = None) -> None:
+        """``compiling``: the first compiles the model until that is set."""
+        self.compiling = compiling
         self.decoders = {f"fake:{number}": decoder for number, decoder in enumerate(decoders)}
         self.opened: list[str] = []
+        self.shares: dict[str, int] = {}
 
     def place(self, aside: Mapping[str, str]) -> Placement:
         for name in self.decoders:
             if name not in aside:
                 passed_over = "; not ".join(f"{device}: {why}" for device, why in aside.items())
-                return Placement(Device(name, "openvino", name), NO_PACKAGE, NO_VARIANT, f"not {passed_over}")
+                compiles = self.compiling is not None and name == "fake:0"
+                device = Device(name, "openvino", name, compiles=compiles)
+                return Placement(device, NO_PACKAGE, NO_VARIANT, f"not {passed_over}")
         raise DeviceUnavailable("there is no other device")
 
-    def load(self, placement: Placement, successor: Successor) -> Loaded:
+    def load(self, placement: Placement, successor: Successor, sharing: int) -> Loaded:
         name = placement.device.name
         decoder = self.decoders[name]
+        if placement.device.compiles and self.compiling is not None:
+            assert self.compiling.wait(60)
         if isinstance(decoder, EdgeError):
             raise decoder
+        self.shares[name] = sharing
         self.opened.append(name)
-        tokens = LetterTokenizer()
+        tokens = Letters()
         engine = Engine(decoder, tokens, vocab_size=decoder.vocab_size, successor=successor)
-        context = decoder.limits.max_context
-        tier = LocalTier(engine, tokens, ChatTemplate(None, {}), max_prompt=context, max_context=context)  # type: ignore[arg-type]
-        return Loaded(placement, name, engine, tier, context)
+        limits = decoder.limits
+        tier = LocalTier(
+            engine,
+            tokens,  # type: ignore[arg-type]
+            ChatTemplate(None, {}),
+            max_prompt=limits.max_prompt,
+            max_context=limits.max_context,
+        )
+        return Loaded(placement, name, engine, tier, limits.max_prompt, limits.max_context)
 
     def start(self) -> Failover:
         return Failover(self.place, self.load, self.place({}))
@@ -80,7 +100,7 @@ NO_VARIANT: Variant = None  # type: ignore[assignment]
 
 
 def submit(failover: Failover, tokens: Sequence[int], params: SamplingParams = GREEDY) -> Generation:
-    return failover.ask(lambda loaded: loaded.engine.submit(tokens, params))
+    return failover.start(TierRequest(TokenIds(tokens), params))
 
 
 def test_what_had_sent_nothing_is_answered_by_the_next_device() -> None:
@@ -103,8 +123,8 @@ def test_what_had_sent_nothing_is_answered_by_the_next_device() -> None:
         assert generation.usage.completion_tokens == 24
     assert first.closed
     assert not second.closed
-    assert failover.current.device == "fake:1"
-    assert failover.current.placement.reason == "not fake:0: it failed (the accelerator fell over)"
+    assert failover.loaded[0].device == "fake:1"
+    assert failover.loaded[0].placement.reason == "not fake:0: it failed (the accelerator fell over)"
     failover.close()
     assert second.closed
     assert not second.sequences
@@ -125,7 +145,7 @@ def test_what_was_begun_ends_with_the_error() -> None:
     assert "fell over" in str(answer.last.error)
     later = collect(submit(failover, prompt(2, 5)))[0]
     assert later.finish_reason == "length"
-    assert failover.current.device == "fake:1"
+    assert failover.loaded[0].device == "fake:1"
     failover.close()
 
 
@@ -133,10 +153,10 @@ def test_readings_are_made_by_the_next_device() -> None:
     second = FakeDecoder()
     failover = Machine(FakeDecoder(before_forward=Failing(1)), second).start()
     tokens = prompt(3, 60)
-    scores = failover.ask(lambda loaded: loaded.engine.score(tokens))
+    scores = failover.score(tokens)
     with Engine(FakeDecoder(), LetterTokenizer(), vocab_size=64) as plain:
         np.testing.assert_array_equal(scores, plain.score(tokens))
-    assert failover.current.device == "fake:1"
+    assert failover.loaded[0].device == "fake:1"
     failover.close()
 
 
@@ -179,13 +199,13 @@ def test_when_no_other_device_opens_everybody_is_told() -> None:
         assert part in str(answer.last.error)
     with pytest.raises(EngineStopped, match="no driver"):
         submit(failover, prompt(1, 5))
-    assert not failover.current.engine.alive
+    assert not failover.loaded[0].engine.alive
     failover.close()
 
 
 def test_a_device_that_does_not_open_is_passed_over() -> None:
     failover = Machine(EngineError("no driver"), FakeDecoder()).start()
-    assert failover.current.device == "fake:1"
+    assert failover.loaded[0].device == "fake:1"
     assert failover.aside == {"fake:0": "it does not open (no driver)"}
     failover.close()
 
@@ -218,11 +238,11 @@ def test_closing_while_another_device_takes_over() -> None:
     opening, go_on = threading.Event(), threading.Event()
     plain = machine.load
 
-    def load(placement: Placement, successor: Successor) -> Loaded:
+    def load(placement: Placement, successor: Successor, sharing: int) -> Loaded:
         if placement.device.name == "fake:1":
             opening.set()
             assert go_on.wait(60)
-        return plain(placement, successor)
+        return plain(placement, successor, sharing)
 
     failover = Failover(machine.place, load, machine.place({}))
     generation = submit(failover, prompt(1, 5))
@@ -251,6 +271,117 @@ def test_cancelled_while_another_device_takes_over() -> None:
     gate.open.set()
     assert collect(generation)[0].finish_reason == "cancelled"
     failover.close()
+
+
+# ---- while one compiles
+
+
+def ready(failover: Failover) -> None:
+    """Wait until both are in use."""
+    end = time.monotonic() + 60
+    while len(failover.loaded) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_another_device_answers_while_one_compiles() -> None:
+    compiling = threading.Event()
+    npu, cpu = FakeDecoder(max_prompt=32), FakeDecoder()
+    machine = Machine(npu, cpu, compiling=compiling)
+    failover = machine.start()
+    assert [each.device for each in failover.loaded] == ["fake:1"]
+    assert failover.loaded[0].placement.reason == "not fake:0: it is compiling the model"
+    assert collect(submit(failover, prompt(1, 20)))[0].tokens == greedy(cpu, prompt(1, 20), 12)
+    assert not npu.batches
+    gate = Gate()
+    cpu.before_forward = gate
+    begun = submit(failover, prompt(2, 20))
+    assert gate.reached.wait(60)
+    compiling.set()
+    ready(failover)
+    assert failover.aside == {}
+    before = len(cpu.batches)
+    assert collect(submit(failover, prompt(3, 20)))[0].tokens == greedy(npu, prompt(3, 20), 12)
+    assert len(cpu.batches) == before
+    gate.open.set()
+    assert collect(begun)[0].finish_reason == "length"  # where it began
+    assert machine.shares == {"fake:0": 2, "fake:1": 2}
+    failover.close()
+    assert npu.closed
+    assert cpu.closed
+
+
+def test_what_is_too_long_for_one_goes_to_the_next() -> None:
+    npu, cpu = FakeDecoder(max_prompt=32), FakeDecoder()
+    compiling = threading.Event()
+    compiling.set()
+    failover = Machine(npu, cpu, compiling=compiling).start()
+    ready(failover)
+    collect(submit(failover, prompt(1, 32)))
+    assert npu.batches
+    assert not cpu.batches
+    assert collect(submit(failover, prompt(1, 33)))[0].tokens == greedy(cpu, prompt(1, 33), 12)
+    assert len(failover.score(prompt(1, 200))) == 199
+    with pytest.raises(PromptTooLong, match="300 tokens, this model and device take 256"):
+        submit(failover, prompt(1, 300))
+    failover.close()
+
+
+def test_a_device_that_does_not_compile_is_put_aside() -> None:
+    compiling = threading.Event()
+    failover = Machine(EngineError("the compiler crashed"), FakeDecoder(), compiling=compiling).start()
+    compiling.set()
+    end = time.monotonic() + 60
+    while "crashed" not in failover.aside.get("fake:0", ""):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    assert collect(submit(failover, prompt(1, 20)))[0].finish_reason == "length"
+    assert [each.device for each in failover.loaded] == ["fake:1"]
+    failover.close()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_of_two_in_use_one_fails(failing: int) -> None:
+    compiling = threading.Event()
+    compiling.set()
+    decoders = [FakeDecoder(max_prompt=32), FakeDecoder()]
+    machine = Machine(*decoders, compiling=compiling)
+    failover = machine.start()
+    ready(failover)
+    decoders[failing].before_forward = Failing(0)
+    other = decoders[1 - failing]
+    answer = collect(submit(failover, prompt(1, 20)))[0]
+    assert answer.tokens == greedy(other, prompt(1, 20), 12)
+    if failing == 1:
+        last = collect(submit(failover, prompt(1, 40)))[0].last
+        assert last is not None
+        assert "40 tokens, this model and device take 32" in str(last.error)
+    assert [each.device for each in failover.loaded] == [f"fake:{1 - failing}"]
+    assert sorted(machine.opened) == ["fake:0", "fake:1"]
+    failover.close()
+
+
+def test_without_another_device_one_waits_for_the_compiler() -> None:
+    compiling = threading.Event()
+    compiling.set()
+    failover = Machine(FakeDecoder(), compiling=compiling).start()
+    assert [each.device for each in failover.loaded] == ["fake:0"]
+    assert not failover.aside
+    failover.close()
+
+
+def test_closing_while_one_compiles() -> None:
+    compiling = threading.Event()
+    npu, cpu = FakeDecoder(), FakeDecoder()
+    failover = Machine(npu, cpu, compiling=compiling).start()
+    closing = threading.Thread(target=failover.close)
+    closing.start()
+    while not cpu.closed:
+        time.sleep(0.001)
+    compiling.set()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert npu.closed
 
 
 # ---- with real devices
