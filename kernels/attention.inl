@@ -36,6 +36,25 @@ void put(const float* x, int64_t n, int8_t* to, int64_t stride, float* scale) {
   }
 }
 
+// x (n) by an orthogonal matrix that is its own inverse: Hadamard's, of the largest power of two that divides n, block by
+// block. Keys have a few large elements, which would take all of a code's range; turned, all elements are of a size. Scores
+// do not change when queries and keys are both turned, and sums of turned values are turned back (QuaRot: Ashkboos et al.
+// 2024, arXiv 2404.00456).
+void turn(float* x, int64_t n) {
+  const int64_t size = n & -n;
+  for (int64_t half = 1; half < size; half *= 2) {
+    for (int64_t i = 0; i < n; i += 2 * half) {
+      for (int64_t j = i; j < i + half; ++j) {
+        const float a = x[j], b = x[j + half];
+        x[j] = a + b;
+        x[j + half] = a - b;
+      }
+    }
+  }
+  const float norm = 1.0f / std::sqrt(float(size));
+  for (int64_t i = 0; i < n; ++i) x[i] *= norm;
+}
+
 // Where the scales of a head's codes in a block are.
 inline float* scales(const Attention& job, uint8_t* codes) {
   return reinterpret_cast<float*>(codes + kBlockTokens * job.head_dim);
@@ -50,16 +69,19 @@ void append(const Attention& job, int64_t sequence, int64_t token) {
   const float* cos = pairs ? job.cos + job.positions[token] * pairs : nullptr;
   const float* sin = pairs ? job.sin + job.positions[token] * pairs : nullptr;
   float* query = job.query + token * job.heads * dim;
-  std::vector<float> key(from + job.heads * dim, from + (job.heads + job.kv_heads) * dim);
+  const bool turned = job.stored == Stored::kCodes;
+  std::vector<float> key(from + job.heads * dim, from + (job.heads + 2 * job.kv_heads) * dim);  // and value
   std::copy(from, from + job.heads * dim, query);
   for (int64_t head = 0; head < job.heads + job.kv_heads; ++head) {
     float* x = head < job.heads ? query + head * dim : key.data() + (head - job.heads) * dim;
     const float* norm = head < job.heads ? job.q_norm : job.k_norm;
     if (norm) norm_head(x, norm, dim, job.epsilon);
     if (pairs) rotate_head(x, cos, sin, pairs, job.interleaved);
+    if (turned) turn(x, dim);
   }
   for (int64_t i = 0; i < job.heads * dim; ++i) query[i] *= job.scale;
-  const float* value = from + (job.heads + job.kv_heads) * dim;
+  float* value = key.data() + job.kv_heads * dim;
+  for (int64_t head = 0; turned && head < job.kv_heads; ++head) turn(value + head * dim, dim);
   for (int64_t head = 0; head < job.kv_heads; ++head) {
     uint8_t *keys = job.keys(block, head), *values = job.values(block, head);
     const float *new_key = key.data() + head * dim, *new_value = value + head * dim;
@@ -265,5 +287,6 @@ void finish_share(const Attention& job, const Tile& tile, const float* total) {
     const float inverse = 1.0f / total[1];
     float* out = job.y + ((tile.token + r / group) * job.heads + tile.kv_head * group + r % group) * job.head_dim;
     for (int64_t d = 0; d < job.head_dim; ++d) out[d] = total[2 + d] * inverse;
+    if (job.stored == Stored::kCodes) turn(out, job.head_dim);
   }
 }

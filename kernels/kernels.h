@@ -76,7 +76,7 @@ struct MatMul {
 };
 
 // What keys and values are in the cache: halves, or int8_t with, behind them, a float for each token by which its codes
-// are multiplied.
+// are multiplied. What is stored as codes is turned before (attention.inl), which makes them finer.
 enum class Stored { kHalf, kCodes };
 
 struct Attention {

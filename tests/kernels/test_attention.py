@@ -104,7 +104,7 @@ class Case:
         if self.rotary:
             q, k = self._rotate(q), self._rotate(k)
         if self.codes:
-            k, v = _rounded(k), _rounded(v)
+            k, v = (_turned(_rounded(_turned(each))) for each in (k, v))
         out = []
         for position in range(len(x)):
             low = max(0, position + 1 - self.window) if self.window else 0
@@ -128,6 +128,15 @@ class Case:
         y[..., a] = x[..., a] * cos - x[..., b] * sin
         y[..., b] = x[..., b] * cos + x[..., a] * sin
         return y
+
+
+def _turned(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """By Hadamard's matrix (Sylvester's construction) of the largest power of two that divides the size, in blocks."""
+    size = x.shape[-1] & -x.shape[-1]
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return np.asarray((x.reshape(*x.shape[:-1], -1, size) @ matrix / math.sqrt(size)).reshape(x.shape))
 
 
 def _rounded(x: NDArray[np.float64]) -> NDArray[np.float64]:
