@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.kv_types import KVType
+from devices.kv_types import KVType, KVWish
 
 Engine = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-edge", "openvino"]
 """What a graph is made for. ONNX Runtime's CPU provider, its CUDA provider and our own operators on the CPU (``edge``)
@@ -56,8 +56,9 @@ class DecoderOptions:
     kv_tokens: int | None = None
     """Tokens of KV cache over all sequences. None: one full context, at least."""
     threads: int | None = None
-    kv_type: KVType | None = None
-    """Of the KV cache. Devices have their own choice of types; DeviceUnavailable for others."""
+    kv_type: KVWish | None = None
+    """Of the KV cache. Devices have their own choice of types; DeviceUnavailable for others. ``auto``: each sequence
+    its own, on devices that can (:class:`KVChoosing`), else as None."""
     batch_invariant: bool = False
     """A sequence's logits do not depend, to the last bit, on what else is in the batch. Engines multiply a single
     token by another kernel than several, which rounds differently, and int8 activations amplify that; so a token
@@ -67,6 +68,13 @@ class DecoderOptions:
     """Where an engine may keep compiled models. None: it keeps none."""
     properties: dict[str, str] = field(default_factory=dict)
     """Further engine properties, passed as they are (OpenVINO properties, ORT session config entries)."""
+
+
+class KVChoice(NamedTuple):
+    """A type that a sequence's KV cache may have."""
+
+    kv_type: KVType
+    bytes_per_token: int
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class DecoderLimits:
     prefill_chunk: int
     """Tokens the device takes best in one prefill step; a step may be at most this long."""
     kv_tokens: int
-    """Tokens of KV cache over all sequences."""
+    """Tokens of KV cache over all sequences; of the first type, where there is a choice."""
     kv_bytes_per_token: int
     kv_block: int = 1
     """Cached tokens keep their values only in whole blocks of so many: where keys are quantized together over
@@ -90,9 +98,27 @@ class DecoderLimits:
     rope_switch: int | None = None
     """See :attr:`DecoderSpec.rope_switch`. A sequence about to pass it must be prefilled anew with a
     larger ``expected``."""
+    kv_choices: tuple[KVChoice, ...] = ()
+    """Types of KV cache of which each sequence has its own, the most faithful and largest first. Empty: all sequences
+    have the same."""
     invariant: bool = False
     """A token's logits do not depend, to the last bit, on what else is in its step or in the batch, whether or not
     :attr:`DecoderOptions.batch_invariant` asks for it."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of KV cache over all sequences."""
+        return self.kv_tokens * self.kv_bytes_per_token
+
+    def bytes_per_token(self, kv_type: KVType | None) -> int:
+        """Of a sequence of that type; None: of the first."""
+        return dict(self.kv_choices).get(kv_type, self.kv_bytes_per_token) if kv_type else self.kv_bytes_per_token
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence which has all the KV cache can hold."""
+        smallest = min((each.bytes_per_token for each in self.kv_choices), default=self.kv_bytes_per_token)
+        return min(self.max_context, self.kv_bytes // smallest)
 
 
 SNAPSHOT_STEP = 256
@@ -201,3 +227,14 @@ class Decoder(Protocol):
 
     def close(self) -> None:
         """Free the model and the KV cache; open sequences become invalid. Idempotent."""
+
+
+@runtime_checkable
+class KVChoosing(Decoder, Protocol):
+    """A decoder with ``limits.kv_choices``."""
+
+    def new_sequence_in(self, kv_type: KVType, expected: int = 0) -> DecoderSequence:
+        """As :meth:`Decoder.new_sequence`, which takes the first choice; a fork has the type of its origin.
+
+        ValueError for a type that is no choice.
+        """

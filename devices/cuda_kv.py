@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,13 +55,9 @@ class CudaBlocks:
     def write(self, blocks: list[int], arrays: tuple[NDArray[np.generic], ...]) -> None:
         self._move(np.ascontiguousarray(np.stack(arrays)), blocks, to_host=False)
 
-    def token_shape(self, length: int) -> tuple[int, ...]:
-        """Of each array that :meth:`read` gives."""
-        return (length, *self._block[1:])
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self._dtype
+    def form(self, length: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shape and type of each array that :meth:`read` gives."""
+        return [((length, *self._block[1:]), self._dtype)] * self._buffers
 
     def _move(self, host: NDArray[np.generic], blocks: list[int], to_host: bool) -> None:
         """All of ``host`` (buffers, tokens, …) from or to the blocks of a table."""

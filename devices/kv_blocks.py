@@ -14,8 +14,9 @@ from devices.lazy_memory import lazy_memory
 class KVBlocks:
     """One piece of memory, of which the system gives what is written to; a block of all layers lies together."""
 
-    def __init__(self, blocks: int, layers: int, kv_heads: int, head_bytes: int) -> None:
+    def __init__(self, blocks: int, block_size: int, layers: int, kv_heads: int, head_bytes: int) -> None:
         """EngineError, naming the size, if the address space cannot be had."""
+        self._block_size = block_size
         shape = (blocks, layers, 2, kv_heads, head_bytes)
         size = blocks * layers * 2 * kv_heads * head_bytes
         try:
@@ -31,7 +32,7 @@ class KVBlocks:
         """One block to another."""
         self.values[target] = self.values[source]
 
-    def read(self, blocks: list[int]) -> tuple[NDArray[np.uint8], ...]:
+    def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.uint8], ...]:
         """Copies, (len(blocks), kv_heads, head_bytes) each: keys and values, layer by layer."""
         _, layers, kinds, _, _ = self.values.shape
         return tuple(self.values[blocks, layer, kind] for layer in range(layers) for kind in range(kinds))
@@ -41,10 +42,10 @@ class KVBlocks:
         for index, array in enumerate(arrays):
             self.values[blocks, index // 2, index % 2] = array
 
-    def form(self, blocks: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Shape and type of the arrays that :meth:`read` gives of so many blocks."""
+    def form(self, tokens: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shape and type of the arrays that :meth:`read` gives of so many tokens."""
         _, layers, kinds, *head = self.values.shape
-        return [((blocks, *head), self.values.dtype)] * (layers * kinds)
+        return [((-(-tokens // self._block_size), *head), self.values.dtype)] * (layers * kinds)
 
     def close(self) -> None:
         """Give the memory back. Its address is no longer valid."""

@@ -12,9 +12,13 @@ KVType = Literal["float32", "float16", "int8"]
 engine's own."""
 
 
-def choose_kv_type(device: str, wanted: KVType | None, possible: Sequence[KVType]) -> KVType:
-    """``wanted``; None: the first of ``possible``. DeviceUnavailable if ``device`` has no such KV cache."""
-    if wanted is None:
+KVWish = KVType | Literal["auto"]
+"""``auto``: for each request what suits it, where the device can (:mod:`edge_runtime.precision`)."""
+
+
+def choose_kv_type(device: str, wanted: KVWish | None, possible: Sequence[KVType]) -> KVType:
+    """``wanted``; None and ``auto``: the first of ``possible``. DeviceUnavailable if ``device`` has no such cache."""
+    if wanted is None or wanted == "auto":
         return possible[0]
     if wanted not in possible:
         raise DeviceUnavailable(

@@ -19,6 +19,7 @@ from devices.cuda_inputs import StepInputs
 from devices.cuda_kv import CudaBlocks
 from devices.cuda_memory import CudaRuntime
 from devices.errors import EngineError
+from devices.kv_pool import KVPool
 from devices.kv_types import choose_kv_type
 from devices.onnxruntime_cuda_session import open_cuda_session
 from devices.onnxruntime_session import engine_errors
@@ -56,6 +57,7 @@ class OnnxRuntimeCudaDecoder(PagedDecoder):
         size = cache.shape[1]
         tokens = tokens_to_hold(spec, options)
         pool = BlockPool(blocks_to_hold(tokens, options.max_sequences, size), size)
+        self._kv_pool = pool
         self._spec = spec
         self._batch_invariant = options.batch_invariant
         block = (size, spec.num_kv_heads, spec.head_dim)
@@ -66,9 +68,8 @@ class OnnxRuntimeCudaDecoder(PagedDecoder):
             "onnxruntime:cuda",
             spec,
             options,
-            pool,
+            [KVPool(pool, self._kv)],
             kv_tokens=tokens,
-            block_bytes=self._kv.block_bytes,
             long_offset=spec.max_context,
         )
         self._fixed = self._inputs(max(options.max_sequences, options.prefill_chunk))
@@ -81,34 +82,20 @@ class OnnxRuntimeCudaDecoder(PagedDecoder):
         self._graphs: dict[tuple[int, int, int], tuple[Any, Any, NDArray[np.int32]]] = {}
 
     def _inputs(self, tokens: int) -> StepInputs:
-        width = -(-self._spec.max_context // self.pool.block_size)
+        width = -(-self._spec.max_context // self._kv_pool.block_size)
         positions = self._spec.rope_switch is not None
         inputs = StepInputs(self._runtime, self._stream, tokens, self._limits.max_sequences, width, positions)
         self._buffers.append(inputs)
         return inputs
 
-    # ---- blocks
-
-    def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.generic], ...]:
-        return self._kv.read(blocks, tokens)
-
-    def _snapshot_form(self, tokens: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
-        return [(self._kv.token_shape(tokens), self._kv.dtype)] * (2 * self._spec.num_layers)
-
-    def _write(self, blocks: list[int], arrays: tuple[NDArray[np.generic], ...]) -> None:
-        self._kv.write(blocks, arrays)
-
-    def _copy_block(self, source: int, target: int) -> None:
-        self._kv.copy(source, target)
-
     # ---- running
 
-    def _compute(self, parts: list[Part]) -> list[NDArray[np.float32]]:
+    def _compute(self, parts: list[Part], pool: KVPool) -> list[NDArray[np.float32]]:
         if self._batch_invariant:  # kernels are chosen by the number of tokens
-            return [rows for part in parts for rows in self._run([part])]
-        return self._run(parts)
+            return [rows for part in parts for rows in self._run_parts([part])]
+        return self._run_parts(parts)
 
-    def _run(self, parts: list[Part]) -> list[NDArray[np.float32]]:
+    def _run_parts(self, parts: list[Part]) -> list[NDArray[np.float32]]:
         with engine_errors("running a batch on CUDA"), self._stopwatch:
             single = all(len(part.tokens) == 1 for part in parts)
             full = len(parts) == 1 and len(parts[0].tokens) == self._limits.prefill_chunk and parts[0].rows <= 1
@@ -130,7 +117,7 @@ class OnnxRuntimeCudaDecoder(PagedDecoder):
         count, width, longest = len(parts), len(parts[0].tokens), max(part.length for part in parts)
         places = min(1 << (count - 1).bit_length(), self._limits.max_sequences)
         top = max(_SHORT, 1 << (longest - 1).bit_length())
-        idle = Part(_IDLE_TOKEN, 0, 0, [self.pool.num_blocks], rows=1)
+        idle = Part(_IDLE_TOKEN, 0, 0, [self._kv_pool.num_blocks], rows=1)
         inputs = self._fixed.write([part._replace(rows=1) for part in parts] + [idle] * (places - count))
         key = (places, width, top)
         if key not in self._graphs:

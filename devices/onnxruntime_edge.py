@@ -17,12 +17,14 @@ from devices.edge_binding import EdgeBinding, Shape, SharedLogits
 from devices.edge_kernels import kernels_library
 from devices.errors import EngineError
 from devices.kv_blocks import KVBlocks
+from devices.kv_pool import KVPool
 from devices.kv_types import KVType, choose_kv_type
 from devices.onnxruntime_session import engine_errors, open_session
 from devices.paged_decoder import PagedDecoder, Part, blocks_to_hold, tokens_to_hold
 
 BLOCK = 32
 """Tokens of a block of the KV cache; the kernels know no other."""
+KV_TYPES: tuple[KVType, ...] = ("float16", "int8")
 _WIDTH_STEP = 8
 """Block tables are wider by so many blocks at once: a sequence that grows keeps its binding for 256 tokens."""
 _KEPT_TOKENS = 16
@@ -37,48 +39,39 @@ class OnnxRuntimeEdgeDecoder(PagedDecoder):
 
     ``options.batch_invariant`` changes nothing: the kernels compute every token alike, to the last bit, whatever is
     beside it, and so does ONNX Runtime with matrices that are not quantized. The KV cache is float16, or int8 with a
-    scale for each token of a head; the system gives its memory when it is written to.
+    scale for each token of a head, or for each sequence one of both (``auto``); the system gives its memory when it is
+    written to.
     """
 
     def __init__(self, spec: DecoderSpec, options: DecoderOptions) -> None:
         """DeviceUnavailable without the kernels or onnxruntime, or with another KV cache; EngineError if the model is
         refused or its KV cache finds no address space."""
         tokens = tokens_to_hold(spec, options)
-        kv_type = choose_kv_type("edge:cpu", options.kv_type, ("float16", "int8"))
+        first = choose_kv_type("edge:cpu", options.kv_type, KV_TYPES)
         self._session = open_session(spec, options, "CPUExecutionProvider", operators=kernels_library())
         _check_cache(self._session, spec)
-        blocks = blocks_to_hold(tokens, options.max_sequences, BLOCK)
-        self._kv = KVBlocks(blocks, spec.num_layers, spec.num_kv_heads, _head_bytes(spec.head_dim, kv_type))
+        most = tokens * _head_bytes(spec.head_dim, first)
+        self._storages: dict[KVPool, KVBlocks] = {}
+        for kv_type in KV_TYPES if options.kv_type == "auto" else (first,):
+            size = _head_bytes(spec.head_dim, kv_type)
+            blocks = blocks_to_hold(most // size, options.max_sequences, BLOCK)
+            storage = KVBlocks(blocks, BLOCK, spec.num_layers, spec.num_kv_heads, size)
+            self._storages[KVPool(BlockPool(blocks, BLOCK), storage, kv_type)] = storage
         self._logits = SharedLogits(_KEPT_TOKENS, spec.vocab_size)
-        self._bindings: dict[Shape, EdgeBinding] = {}
+        self._bindings: dict[tuple[KVPool, Shape], EdgeBinding] = {}
         super().__init__(
             "edge:cpu",
             spec,
             options,
-            BlockPool(blocks, BLOCK),
+            list(self._storages),
             kv_tokens=tokens,
-            block_bytes=self._kv.block_bytes,
             long_offset=spec.max_context,
             invariant=True,
         )
 
-    # ---- blocks
-
-    def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.generic], ...]:
-        return self._kv.read(blocks)
-
-    def _snapshot_form(self, tokens: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
-        return self._kv.form(-(-tokens // BLOCK))
-
-    def _write(self, blocks: list[int], arrays: tuple[NDArray[np.generic], ...]) -> None:
-        self._kv.write(blocks, arrays)
-
-    def _copy_block(self, source: int, target: int) -> None:
-        self._kv.copy(source, target)
-
     # ---- running
 
-    def _compute(self, parts: list[Part]) -> list[NDArray[np.float32]]:
+    def _compute(self, parts: list[Part], pool: KVPool) -> list[NDArray[np.float32]]:
         longest = max(len(part.blocks) for part in parts)
         shape = Shape(
             tokens=sum(len(part.tokens) for part in parts),
@@ -89,9 +82,9 @@ class OnnxRuntimeEdgeDecoder(PagedDecoder):
         with engine_errors("running a batch"):
             if shape.tokens > _KEPT_TOKENS:  # takes so long that binding anew is nothing
                 logits = np.empty((shape.rows, self._vocab_size), np.float32)
-                bound = EdgeBinding(self._session, self._kv.values, logits, shape)
+                bound = EdgeBinding(self._session, self._storages[pool].values, logits, shape)
             else:
-                bound = self._kept(shape)
+                bound = self._kept(pool, shape)
                 logits = self._logits.view(shape.rows)
             bound.write(parts)
             with self._stopwatch:
@@ -102,13 +95,13 @@ class OnnxRuntimeEdgeDecoder(PagedDecoder):
             end += part.rows
         return results
 
-    def _kept(self, shape: Shape) -> EdgeBinding:
+    def _kept(self, pool: KVPool, shape: Shape) -> EdgeBinding:
         if self._logits.renew():
             self._bindings.clear()
-        bound = self._bindings.pop(shape, None)
+        bound = self._bindings.pop((pool, shape), None)
         if bound is None:
-            bound = EdgeBinding(self._session, self._kv.values, self._logits.view(shape.rows), shape)
-        self._bindings[shape] = bound  # the last: what was not used for longest is the first
+            bound = EdgeBinding(self._session, self._storages[pool].values, self._logits.view(shape.rows), shape)
+        self._bindings[pool, shape] = bound  # the last: what was not used for longest is the first
         if len(self._bindings) > _KEPT_BINDINGS:
             del self._bindings[next(iter(self._bindings))]
         return bound
@@ -118,7 +111,8 @@ class OnnxRuntimeEdgeDecoder(PagedDecoder):
     def _release(self) -> None:
         self._bindings.clear()
         self._session = None
-        self._kv.close()
+        for storage in self._storages.values():
+            storage.close()
 
 
 def _head_bytes(head_dim: int, kv_type: KVType) -> int:

@@ -5,6 +5,7 @@ Every batch, whatever its mixture of prompt chunks and single tokens, is one inf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from devices.base import DecoderOptions, DecoderSpec
 from devices.block_pool import BlockPool
 from devices.errors import EngineError
 from devices.file_pages import release_file_pages
+from devices.kv_pool import KVPool
 from devices.kv_types import KVType, choose_kv_type
 from devices.openvino_graph import (
     ROWS,
@@ -36,6 +38,30 @@ _STORAGE = {"u8": np.uint8, "i8": np.int8, "f16": np.float16, "bf16": np.uint16,
 _PRECISIONS: dict[KVType, str] = {"float32": "f32", "float16": "f16", "int8": "u8"}
 
 
+class _Caches:
+    """Implements :class:`devices.kv_pool.KVStorage` over keys and values, layer by layer, (blocks, …) each."""
+
+    def __init__(self, caches: list[NDArray[np.generic]], block_size: int) -> None:
+        self._caches = caches
+        self._block_size = block_size
+        self.block_bytes = sum(int(cache[0].nbytes) for cache in caches)
+
+    def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.generic], ...]:
+        return tuple(cache[blocks] for cache in self._caches)  # indexing by a list copies
+
+    def form(self, tokens: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+        blocks = -(-tokens // self._block_size)
+        return [((blocks, *cache.shape[1:]), cache.dtype) for cache in self._caches]
+
+    def write(self, blocks: list[int], arrays: tuple[NDArray[np.generic], ...]) -> None:
+        for cache, array in zip(self._caches, arrays, strict=True):
+            cache[blocks] = array
+
+    def copy(self, source: int, target: int) -> None:
+        for cache in self._caches:
+            cache[target] = cache[source]
+
+
 class OpenVinoDecoder(PagedDecoder):
     """Implements :class:`devices.base.Decoder` on OpenVINO's ``device`` ("CPU", "GPU").
 
@@ -53,7 +79,7 @@ class OpenVinoDecoder(PagedDecoder):
         self._weights: Path | None = spec.model.parent
         long_offset = rope_offset(model, spec)
         defaults = precision_defaults(model)
-        if options.kv_type is not None:
+        if options.kv_type not in (None, "auto"):
             kv_type = choose_kv_type(f"openvino:{device.lower()}", options.kv_type, tuple(_PRECISIONS))
             defaults["KV_CACHE_PRECISION"] = _PRECISIONS[kv_type]
         if options.batch_invariant:  # 8-bit keys share a scale over a block, which a draft would widen
@@ -93,40 +119,22 @@ class OpenVinoDecoder(PagedDecoder):
             f"openvino:{device.lower()}",
             spec,
             options,
-            pool,
+            [KVPool(pool, _Caches(self.caches, block_size))],
             kv_tokens=pool.num_blocks * block_size,
-            block_bytes=sum(int(cache[0].nbytes) for cache in self.caches),
             long_offset=long_offset,
             kv_block=block_size if quantized else 1,  # keys share a scale over the tokens of a block, on x86
         )
 
-    # ---- blocks
-
-    def _check_room(self, tokens: int) -> None:
+    def _check_room(self, growth: Sequence[tuple[KVPool, int]]) -> None:
         """The pool holds ``kv_tokens`` and not more, so that it says itself when it is full."""
-
-    def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.generic], ...]:
-        return tuple(cache[blocks] for cache in self.caches)  # indexing by a list copies
-
-    def _snapshot_form(self, tokens: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
-        blocks = -(-tokens // self.pool.block_size)
-        return [((blocks, *cache.shape[1:]), cache.dtype) for cache in self.caches]
-
-    def _write(self, blocks: list[int], arrays: tuple[NDArray[np.generic], ...]) -> None:
-        for cache, array in zip(self.caches, arrays, strict=True):
-            cache[blocks] = array
-
-    def _copy_block(self, source: int, target: int) -> None:
-        for cache in self.caches:
-            cache[target] = cache[source]
 
     # ---- running
 
-    def _compute(self, parts: list[Part]) -> list[NDArray[np.float32]]:
+    def _compute(self, parts: list[Part], pool: KVPool) -> list[NDArray[np.float32]]:
         asked = list(parts)
         tokens, wanted = sum(len(part.tokens) for part in parts), sum(part.rows for part in parts)
         if self._batch_invariant and (tokens == 1 or wanted == 1):
-            parts = [*parts, Part(np.zeros(1, np.int64), 0, 0, [self.pool.num_blocks], rows=1)]
+            parts = [*parts, Part(np.zeros(1, np.int64), 0, 0, [pool.blocks.num_blocks], rows=1)]
         counts = [len(part.tokens) for part in parts]
         ends = np.cumsum(counts)
         inputs: dict[str, NDArray[np.generic]] = {

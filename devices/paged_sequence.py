@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from devices.base import Snapshot
-from devices.block_pool import BlockPool, BlockTable
+from devices.block_pool import BlockTable
 from devices.errors import DeviceError
+from devices.kv_pool import KVPool
 from devices.steps import snapshot_stop
 
 
 class PagedHost(Protocol):
     """The decoder, as its sequences see it."""
 
-    @property
-    def pool(self) -> BlockPool: ...
-
-    @property
-    def block_bytes(self) -> int: ...
-
     def check_open(self) -> None:
         """DeviceError when the decoder is closed."""
 
     def fork(self, sequence: PagedSequence, length: int) -> PagedSequence: ...
-
-    def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.generic], ...]:
-        """Copies of what the blocks hold of ``tokens`` tokens, layer by layer."""
 
     def restore(self, sequence: PagedSequence, snapshot: Snapshot) -> None: ...
 
@@ -39,8 +28,9 @@ class PagedHost(Protocol):
 class PagedSequence:
     """See :class:`devices.base.DecoderSequence`."""
 
-    def __init__(self, decoder: PagedHost, table: BlockTable, on_long: bool) -> None:
+    def __init__(self, decoder: PagedHost, pool: KVPool, table: BlockTable, on_long: bool) -> None:
         self.decoder = decoder
+        self.pool = pool
         self._open_table: BlockTable | None = table
         self.on_long = on_long
         """On the long rotary factors (longrope)."""
@@ -59,19 +49,19 @@ class PagedSequence:
 
     @property
     def nbytes(self) -> int:
-        return len(self.table.blocks) * self.decoder.block_bytes
+        return len(self.table.blocks) * self.pool.storage.block_bytes
 
     def crop(self, length: int) -> int:
-        self.decoder.pool.crop(self.table, length)
+        self.pool.blocks.crop(self.table, length)
         return length
 
     def fork(self, length: int) -> PagedSequence:
         return self.decoder.fork(self, length)
 
     def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
-        stop, size = snapshot_stop(start, stop, self.length), self.decoder.pool.block_size
+        stop, size = snapshot_stop(start, stop, self.length), self.pool.blocks.block_size
         blocks = self.table.blocks[start // size : -(-stop // size)]
-        return Snapshot(stop - start, self.decoder.read(blocks, stop - start), start)
+        return Snapshot(stop - start, self.pool.storage.read(blocks, stop - start), start)
 
     def restore(self, snapshot: Snapshot) -> None:
         self.decoder.restore(self, snapshot)

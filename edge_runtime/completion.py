@@ -16,7 +16,7 @@ from edge_runtime.detokenizer import StopStrings, StreamDecoder
 from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Outlet
 from edge_runtime.prompt_lookup import PromptLookup
-from edge_runtime.request import Chunk, FinishReason
+from edge_runtime.request import PLAIN, Chunk, FinishReason, Kind
 from edge_runtime.sampling import Sampler, TokenLogprob, log_sum_exp
 
 READING_CHUNK = 64
@@ -34,8 +34,8 @@ class Request(ABC):
     prompt_length: int = field(init=False)
     sequence: DecoderSequence | None = None
     """None: not admitted, preempted or finished."""
-    long_rope: bool = False
-    """The sequence was opened for the long rotary factors."""
+    kind: Kind = PLAIN
+    """Of its sequence; once chosen, the type of the KV cache stays."""
     reused: int = 0
     """Tokens that were in the KV cache already when it was admitted."""
     finished: bool = False

@@ -109,7 +109,7 @@ class Engine:
             tokenizer,
             {},
             _learn_vocab_size(decoder) if vocab_size is None else vocab_size,
-            min(limits.max_context, limits.kv_tokens),
+            limits.longest,
             prompt_lookup,
         )
         if prefix_cache_bytes is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from devices.base import Engine
-from devices.kv_types import KVType
+from devices.kv_types import KVType, KVWish
 from edge_runtime.memory import MemoryBudget
 from edge_runtime.package import Package, Variant
 from edge_runtime.prefix_store import QUEUED, SEGMENT
@@ -49,7 +49,7 @@ def kv_tokens_within(
     package: Package,
     variant: Variant,
     prefill_chunk: int,
-    kv_type: KVType | None = None,
+    kv_type: KVWish | None = None,
     *,
     prefix_store: bool = False,
 ) -> int:
@@ -64,7 +64,9 @@ def kv_tokens_within(
     budget.reserve("weights", int(variant.bytes * _weight_factor(variant)))
     logits = arch.vocab_size * 4 * 16  # one row for each of the sequences of a batch
     budget.reserve("activations", prefill_chunk * arch.hidden_size * 4 * _ACTIVATION_COPIES + logits)
-    of_a_head = arch.head_dim * _KV_BYTES[variant.engine] if kv_type is None else _head_bytes(arch.head_dim, kv_type)
+    of_a_head = arch.head_dim * _KV_BYTES[variant.engine]
+    if kv_type is not None and kv_type != "auto":
+        of_a_head = _head_bytes(arch.head_dim, kv_type)
     per_token = 2 * arch.num_layers * arch.num_kv_heads * of_a_head
     if prefix_store:
         budget.reserve("prefix", _STORE_SEGMENTS * SEGMENT * per_token)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import DecoderOptions
-from devices.kv_types import KVType
+from devices.kv_types import KVWish
 from edge_runtime.errors import ConfigError, InvalidRequest
 from edge_runtime.failover import Failover
 from edge_runtime.generation import Generation
@@ -83,7 +83,7 @@ class EdgeLLM:
         *,
         weights: Weights | None = None,
         threads: int | None = None,
-        kv_type: KVType | None = None,
+        kv_type: KVWish | None = None,
         max_sequences: int = DecoderOptions.max_sequences,
         batch_invariant: bool = False,
         prompt_lookup: bool = False,

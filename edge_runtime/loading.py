@@ -9,7 +9,7 @@ import msgspec
 
 from devices.base import DecoderOptions
 from devices.discovery import Device, facts
-from devices.kv_types import KVType
+from devices.kv_types import KVWish
 from devices.registry import open_decoder
 from edge_runtime.engine import Engine, Successor
 from edge_runtime.errors import BudgetError
@@ -30,7 +30,7 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
 
     budget: BudgetSize | None
     threads: int | None
-    kv_type: KVType | None
+    kv_type: KVWish | None
     max_sequences: int
     batch_invariant: bool
     prompt_lookup: bool
@@ -97,7 +97,7 @@ def load(
         decoder.close()
         raise
     limits = decoder.limits
-    context = min(limits.max_context, limits.kv_tokens)
+    context = limits.longest
     max_prompt = min(limits.max_prompt, context)
     tier = LocalTier(
         engine,
@@ -118,7 +118,7 @@ def _memory(device: Device) -> int | None:
 
 
 def _share_out(
-    budget: int | None, store_bytes: int, package: Package, variant: Variant, kv_type: KVType | None
+    budget: int | None, store_bytes: int, package: Package, variant: Variant, kv_type: KVWish | None
 ) -> tuple[int | None, int]:
     """Tokens of KV cache and bytes of disk store: where memory is short the store goes first."""
     if budget is None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from devices.base import DecoderSequence
 from edge_runtime.errors import ContextOverflow, DeviceError, OutOfKVCache, OutOfSequences
 from edge_runtime.prefix_store import SEGMENT, PrefixStore
+from edge_runtime.request import PLAIN, Kind
 
 RUN_AT_LEAST = 2
 """Tokens of a prompt that are run even if all of it is known: the last for its logits, and one beside it."""
@@ -31,7 +32,7 @@ SAVE_AT_END_S = 2.0
 class _Entry:
     tokens: NDArray[np.int64]
     sequence: DecoderSequence
-    long_rope: bool
+    kind: Kind
     wanted: int = 0
     """Tokens that more than one request has used: worth storing."""
     stored: int = 0
@@ -75,9 +76,9 @@ class PrefixCache:
         """KV cache held over all entries, in bytes."""
         return sum(entry.sequence.nbytes for entry in self._entries)
 
-    def match(self, tokens: Sequence[int], long_rope: bool = False) -> int:
+    def match(self, tokens: Sequence[int], kind: Kind = PLAIN) -> int:
         """How many first tokens an entry could give; see :meth:`usable`."""
-        return self._find(tokens, long_rope)[1]
+        return self._find(tokens, kind)[1]
 
     def usable(self, held: NDArray[np.int64], tokens: Sequence[int]) -> int:
         """How many first ones of ``tokens`` a sequence that holds ``held`` can give; 0: too few to be worth it.
@@ -90,14 +91,14 @@ class PrefixCache:
         common -= common % self._kv_block
         return common if common >= self._min_tokens else 0
 
-    def acquire(self, tokens: Sequence[int], room: bool, long_rope: bool = False) -> DecoderSequence | None:
+    def acquire(self, tokens: Sequence[int], room: bool, kind: Kind = PLAIN) -> DecoderSequence | None:
         """A sequence that holds the longest known prefix of ``tokens``; the caller owns it. None: nothing known.
 
         ``room``: the decoder has a free place. Without, one is made here by evicting the oldest entry. An entry is
         forked while others may still want it; one that is a prefix of ``tokens`` as a whole, the usual next turn
         of a chat, is handed out itself, as is the last one when there is no room for a fork.
         """
-        entry, length = self._find(tokens, long_rope)
+        entry, length = self._find(tokens, kind)
         if not room:
             victim = next((other for other in self._entries if other is not entry), None)
             if victim is not None:
@@ -119,14 +120,14 @@ class PrefixCache:
         self._entries.append(entry)
         return fork
 
-    def extend(self, sequence: DecoderSequence, tokens: Sequence[int], long_rope: bool = False) -> None:
+    def extend(self, sequence: DecoderSequence, tokens: Sequence[int], kind: Kind = PLAIN) -> None:
         """Let ``sequence``, which holds some first ones of ``tokens`` or none, have what more of them is in the store.
 
         Reads a segment of 256 tokens in about the time of one token's decoding.
         """
         if self._store is None:
             return
-        names = list(self._store.names(tokens[:-RUN_AT_LEAST], long_rope))
+        names = list(self._store.names(tokens[:-RUN_AT_LEAST], kind))
         known = next((place for place, name in enumerate(names) if not self._store.touch(place, name)), len(names))
         if known * SEGMENT - sequence.length < EXTEND_FROM:
             return
@@ -145,21 +146,19 @@ class PrefixCache:
                 self._store.discard(name)
                 return
 
-    def put(
-        self, tokens: Sequence[int], sequence: DecoderSequence, long_rope: bool = False, *, wanted: int = 0
-    ) -> None:
+    def put(self, tokens: Sequence[int], sequence: DecoderSequence, kind: Kind = PLAIN, *, wanted: int = 0) -> None:
         """Keep ``sequence``, which holds ``tokens``; it belongs to the cache now. The first ``wanted`` of them came
         from here.
 
         Of two entries of which one begins with the other, the longer stays.
         """
-        new = _Entry(np.asarray(tokens, np.int64), sequence, long_rope, wanted)
+        new = _Entry(np.asarray(tokens, np.int64), sequence, kind, wanted)
         if len(new.tokens) != sequence.length:
             raise ValueError(f"the sequence holds {sequence.length} tokens, not the {len(new.tokens)} given")
         if len(new.tokens) == 0 or sequence.nbytes > self._max_bytes:
             sequence.close()
             return
-        for entry in [e for e in self._entries if e.long_rope == long_rope]:
+        for entry in [e for e in self._entries if e.kind == kind]:
             common = common_prefix(entry.tokens, new.tokens)
             if common == len(new.tokens):
                 sequence.close()
@@ -215,7 +214,7 @@ class PrefixCache:
         assert self._store is not None
         place = entry.stored
         start, stop = place * SEGMENT, (place + 1) * SEGMENT
-        name = list(self._store.names(entry.tokens[:stop].tolist(), entry.long_rope))[place]
+        name = list(self._store.names(entry.tokens[:stop].tolist(), entry.kind))[place]
         if not self._store.touch(place, name):
             try:
                 snapshot = entry.sequence.snapshot(start, stop)
@@ -235,11 +234,11 @@ class PrefixCache:
         assert self.nbytes <= self._max_bytes, "more kept than allowed"
         assert len({id(entry.sequence) for entry in self._entries}) == len(self._entries), "a sequence is kept twice"
 
-    def _find(self, tokens: Sequence[int], long_rope: bool) -> tuple[_Entry | None, int]:
+    def _find(self, tokens: Sequence[int], kind: Kind) -> tuple[_Entry | None, int]:
         """The entry with the longest common prefix; of equal ones the most recently used."""
         best: tuple[_Entry | None, int] = (None, 0)
         for entry in self._entries:
-            if entry.long_rope == long_rope:
+            if entry.kind == kind:
                 length = self.usable(entry.tokens, tokens)
                 if length >= max(best[1], 1):
                     best = (entry, length)

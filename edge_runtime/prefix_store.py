@@ -29,6 +29,7 @@ import numpy as np
 
 from devices.base import SNAPSHOT_STEP, Decoder, DecoderOptions, Engine, Snapshot
 from edge_runtime.package import Variant
+from edge_runtime.request import PLAIN, Kind
 from edge_runtime.version import installed
 
 SEGMENT = SNAPSHOT_STEP
@@ -78,9 +79,9 @@ class PrefixStore:
         """False after a failed write, such as on a full disk."""
         return not self._failed
 
-    def names(self, tokens: Sequence[int], long_rope: bool = False) -> Iterator[str]:
+    def names(self, tokens: Sequence[int], kind: Kind = PLAIN) -> Iterator[str]:
         """Of the whole segments of ``tokens``, first to last."""
-        name = self._seed + bytes([long_rope])
+        name = self._seed + repr(tuple(kind)).encode()
         for start in range(0, len(tokens) - SEGMENT + 1, SEGMENT):
             segment = np.asarray(tokens[start : start + SEGMENT], "<i8")
             name = hashlib.sha256(name + segment.tobytes()).digest()

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
+from devices.kv_types import KVType
 from edge_runtime.errors import EdgeError
 from edge_runtime.sampling import TokenLogprob
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Kind(NamedTuple):
+    """What two sequences must have in common to share KV cache."""
+
+    long_rope: bool = False
+    """On the long rotary factors (longrope)."""
+    kv_type: KVType | None = None
+    """None: the device's only one."""
+
+
+PLAIN = Kind()
 
 
 @dataclass(frozen=True)
@@ -56,4 +69,4 @@ class Chunk(msgspec.Struct, frozen=True):  # made for every token: a frozen data
         return self
 
 
-__all__ = ["Chunk", "FinishReason", "TokenLogprob", "Usage"]
+__all__ = ["PLAIN", "Chunk", "FinishReason", "Kind", "TokenLogprob", "Usage"]

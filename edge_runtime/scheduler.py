@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from devices.base import Decoder, DecoderSequence, Step
+from devices.base import Decoder, DecoderSequence, KVChoosing, Step
 from edge_runtime.completion import Completion, Request
 from edge_runtime.errors import DeviceError, OutOfKVCache, OutOfSequences
+from edge_runtime.precision import PrecisionManager
 from edge_runtime.prefix_cache import PrefixCache
+from edge_runtime.request import Kind
 
 DRAFTED_STEP = 16
 """Tokens of all decoding requests in one step, drafts included; beyond, checking drafts costs what it gains."""
@@ -47,6 +49,7 @@ class Scheduler:
         self._decoder = decoder
         self._cache = cache
         self._limits = decoder.limits
+        self._precision = PrecisionManager(decoder.limits)
         self._in_pairs = in_pairs and not decoder.limits.invariant
         self._crowded = False
         """A request was preempted; admit nobody until one has left, or both would take turns evicting each other."""
@@ -96,6 +99,7 @@ class Scheduler:
         Returns whether ``child`` can take ``parent``'s logits.
         """
         assert parent.sequence is not None
+        child.kind = parent.kind
         try:
             if self._places() == 0:
                 self._cache.evict()
@@ -103,7 +107,6 @@ class Scheduler:
         except (OutOfSequences, OutOfKVCache):
             self.waiting.appendleft(child)  # its turn came with its parent's
             return False
-        child.long_rope = parent.long_rope
         self.running.append(child)
         return True
 
@@ -136,7 +139,7 @@ class Scheduler:
             return
         if keep:
             tokens = request.tokens[: sequence.length]
-            self._cache.put(tokens, sequence, request.long_rope, wanted=request.reused)
+            self._cache.put(tokens, sequence, request.kind, wanted=request.reused)
         else:
             sequence.close()
 
@@ -147,11 +150,14 @@ class Scheduler:
                 break
 
     def _admit(self, request: Request) -> bool:
-        needed = sum(len(other.tokens) + 1 for other in [*self.running, request])
-        if self.running and (
-            self._crowded or needed > self._limits.kv_tokens or len(self.running) == self._limits.max_sequences
-        ):
+        limits = self._limits
+        held = (limits.bytes_per_token(other.kind.kv_type) * (len(other.tokens) + 1) for other in self.running)
+        free = limits.kv_bytes - sum(held)
+        kind = self._kind(request, free)
+        needed = (len(request.tokens) + 1) * limits.bytes_per_token(kind.kv_type)
+        if self.running and (self._crowded or needed > free or len(self.running) == limits.max_sequences):
             return False
+        request.kind = kind
         try:
             request.sequence = self._open(request)
         except OutOfSequences as error:
@@ -174,25 +180,43 @@ class Scheduler:
 
     def _open(self, request: Request) -> DecoderSequence:
         """A sequence for ``request``, with the longest known prefix of its tokens in it."""
-        switch = self._limits.rope_switch
-        request.long_rope = switch is not None and len(request.tokens) > switch
         if isinstance(request, Completion):
             known = self._fork_running(request)
             if known is None:
-                known = self._cache.acquire(request.tokens, self._places() > 0, request.long_rope)
+                known = self._cache.acquire(request.tokens, self._places() > 0, request.kind)
             if known is None:
-                known = self._decoder.new_sequence(len(request.tokens))
-            self._cache.extend(known, request.tokens, request.long_rope)
+                known = self._new_sequence(request)
+            self._cache.extend(known, request.tokens, request.kind)
             return known
         if self._places() == 0:
             self._cache.evict()
-        return self._decoder.new_sequence(len(request.tokens))
+        return self._new_sequence(request)
+
+    def _new_sequence(self, request: Request) -> DecoderSequence:
+        expected, kv_type = len(request.tokens), request.kind.kv_type
+        if kv_type is None:
+            return self._decoder.new_sequence(expected)
+        assert isinstance(self._decoder, KVChoosing)
+        return self._decoder.new_sequence_in(kv_type, expected)
+
+    def _kind(self, request: Request, free: int) -> Kind:
+        """What it is to be, where ``free`` bytes of KV cache are left."""
+        tokens, switch = request.tokens, self._limits.rope_switch
+        long_rope = switch is not None and len(tokens) > switch
+        if request.kind.kv_type is not None or not self._limits.kv_choices:
+            return Kind(long_rope, request.kind.kv_type)
+        known = (
+            each.kv_type
+            for each in self._limits.kv_choices
+            if 2 * self._cache.match(tokens, Kind(long_rope, each.kv_type)) > len(tokens)
+        )
+        return Kind(long_rope, self._precision.choose(len(tokens) + 1, free, next(known, None)))
 
     def _fork_running(self, request: Request) -> DecoderSequence | None:
         """A fork of a running sequence, if one begins like ``request``, and longer than anything in the cache."""
-        best: tuple[DecoderSequence | None, int] = (None, self._cache.match(request.tokens, request.long_rope))
+        best: tuple[DecoderSequence | None, int] = (None, self._cache.match(request.tokens, request.kind))
         for other in self.running:
-            if other.sequence is not None and other.long_rope == request.long_rope:
+            if other.sequence is not None and other.kind == request.kind:
                 common = self._cache.usable(np.asarray(other.tokens[: other.fed], np.int64), request.tokens)
                 if common > best[1]:
                     best = (other.sequence, common)
@@ -208,10 +232,10 @@ class Scheduler:
     def _switch_rope(self, switch: int) -> None:
         """Longrope: a sequence about to pass the switch is computed anew with the long factors, from the start."""
         for request in self.running:
-            if not request.long_rope and len(request.tokens) > switch and request.sequence is not None:
+            if not request.kind.long_rope and len(request.tokens) > switch and request.sequence is not None:
                 request.sequence.close()
-                request.sequence = self._decoder.new_sequence(len(request.tokens))
-                request.long_rope = True
+                request.kind = request.kind._replace(long_rope=True)
+                request.sequence = self._new_sequence(request)
 
     def _preempt(self, request: Request) -> None:
         assert request.sequence is not None

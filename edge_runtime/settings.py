@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from devices.kv_types import KVType
+from devices.kv_types import KVWish
 from edge_runtime.errors import ConfigError
 from edge_runtime.measurements import Workload
 from edge_runtime.package import Weights
@@ -34,7 +34,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What to choose a device for; ``serve`` takes many streams if nothing is said, all else one."""
     memory_budget: str | None = None
     threads: int | None = None
-    kv_type: KVType | None = None
+    kv_type: KVWish | None = None
     batch_invariant: bool = False
     prompt_lookup: bool = False
     prefix_store: str | int = DEFAULT_SIZE

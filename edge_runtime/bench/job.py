@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from devices.kv_types import KVType
+from devices.kv_types import KVWish
 from edge_runtime.errors import ConfigError
 from edge_runtime.package import Weights
 
@@ -23,7 +23,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     weights: Weights | None = None
     memory_budget: str | None = None
     threads: int | None = None
-    kv_type: KVType | None = None
+    kv_type: KVWish | None = None
     batch_invariant: bool = False
     prompt_tokens: int = 512
     new_tokens: int = 64

@@ -263,8 +263,9 @@ def _add_loading(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the engine's choice)")
     parser.add_argument(
         "--kv-type",
-        choices=("float32", "float16", "int8"),
-        help="type of the KV cache; int8 is half as large as float16 (default: the device's choice)",
+        choices=("float32", "float16", "int8", "auto"),
+        help="type of the KV cache; int8 is half as large as float16; auto: on edge:cpu, int8 for long prompts and "
+        "where memory is short (default: the device's choice)",
     )
     parser.add_argument(
         "--batch-invariant",

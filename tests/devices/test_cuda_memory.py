@@ -50,7 +50,7 @@ def test_read_and_write_are_the_tokens_in_order(length: int) -> None:
     table = [4, 0][: -(-length // 4)]
     arrays = blocks.read(table, length)
     for buffer, array in enumerate(arrays):
-        assert array.shape == blocks.token_shape(length)
+        assert array.shape == blocks.form(length)[0][0]
         assert np.array_equal(array, memory[buffer, table].reshape(-1, 2, 8)[:length])
     memory[:, table] = 0
     untouched = memory.copy()

@@ -103,12 +103,13 @@ class TestPaged:
     def test_forks_share_their_blocks(self, decoder: OpenVinoDecoder) -> None:
         parent = decoder.new_sequence()
         decoder.forward([Step(parent, ids(3 * BLOCK + 5))])
-        free = decoder.pool.free_blocks
+        pool = decoder.pools[0].blocks
+        free = pool.free_blocks
         child = parent.fork(2 * BLOCK + 7)
-        assert decoder.pool.free_blocks == free
+        assert pool.free_blocks == free
         assert child.table.blocks == parent.table.blocks[:3]
         decoder.forward([Step(child, ids(1))])
-        assert decoder.pool.free_blocks == free - 1  # the partial block was copied, the others are still shared
+        assert pool.free_blocks == free - 1  # the partial block was copied, the others are still shared
         assert child.table.blocks[:2] == parent.table.blocks[:2]
 
     def test_the_pool_is_kv_tokens_in_whole_blocks(self, spec: DecoderSpec) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from devices.base import DecoderSequence, Step
 from edge_runtime.errors import OutOfSequences
 from edge_runtime.prefix_cache import PrefixCache
+from edge_runtime.request import Kind
 from tests.fake_decoder import BLOCK, FakeDecoder
 
 BLOCK_BYTES = BLOCK * 8
@@ -112,8 +113,8 @@ def test_agrees_with_the_naive_twin(
             assert cache.evict() == bool(naive.kept)
             naive.kept = naive.kept[1:]
         elif action == "acquire":
-            assert cache.match(tokens, long_rope) == naive.match(tokens, long_rope)
-            sequence = cache.acquire(tokens, room, long_rope)
+            assert cache.match(tokens, Kind(long_rope)) == naive.match(tokens, long_rope)
+            sequence = cache.acquire(tokens, room, Kind(long_rope))
             assert held(sequence) == naive.acquire(tokens, room, long_rope)
             if sequence is not None:
                 sequence.close()
@@ -122,7 +123,7 @@ def test_agrees_with_the_naive_twin(
             if not room:
                 cache.evict()
                 naive.kept = naive.kept[1:]
-            cache.put(tokens, filled(decoder, tokens, long_rope), long_rope)
+            cache.put(tokens, filled(decoder, tokens, long_rope), Kind(long_rope))
             naive.put(tokens, long_rope)
         cache.check_integrity()
         decoder.check_integrity()

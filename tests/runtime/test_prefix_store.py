@@ -19,6 +19,7 @@ from edge_runtime.engine import Engine
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.prefix_store import SEGMENT, PrefixStore
+from edge_runtime.request import Kind
 from edge_runtime.sampling import SamplingParams
 from tests.fake_decoder import FakeDecoder, FakeSequence
 from tests.runtime.helpers import GREEDY, LetterTokenizer, greedy, prompt
@@ -66,13 +67,15 @@ def test_what_comes_back_is_what_was_written(tmp_path: Path) -> None:
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_names_say_all_tokens_the_model_and_the_rope(tmp_path: Path) -> None:
+def test_names_say_all_tokens_the_model_and_the_kind(tmp_path: Path) -> None:
     store, tokens = store_at(tmp_path), prompt(1, 3 * SEGMENT)
     names = list(store.names(tokens))
     assert len(set(names)) == 3
     assert list(store.names(tokens[: 2 * SEGMENT + 255])) == names[:2]
     changed = [tokens[0] ^ 1, *tokens[1:]]
-    for others in (store.names(changed), store_at(tmp_path, name="other").names(tokens), store.names(tokens, True)):
+    kinds = (Kind(long_rope=True), Kind(kv_type="int8"), Kind(kv_type="float16"))
+    same = [store.names(changed), store_at(tmp_path, name="other").names(tokens)]
+    for others in [*same, *(store.names(tokens, kind) for kind in kinds)]:
         assert not set(others) & set(names)
     assert list(store.names(tokens[: SEGMENT - 1])) == []
 
