@@ -66,6 +66,10 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
         from devices.openvino_open import open_openvino
 
         return open_openvino(spec, options, device=KNOWN[chosen.name].own_name)
+    if chosen.engine == "openvino-npu":
+        from devices.openvino_npu import OpenVinoNpuDecoder
+
+        return OpenVinoNpuDecoder(spec, options, emulated=chosen.name == "openvino:npu-emulated")
     if chosen.engine == "onnxruntime-cuda":
         from devices.onnxruntime_cuda import OnnxRuntimeCudaDecoder
 
