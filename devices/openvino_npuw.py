@@ -30,6 +30,8 @@ RESPONSE = 1024
 _ALIGNMENT = 64
 """NPUW rounds both up to a multiple of it."""
 _LEAST_CHUNK = 16
+_LAYERS_TO_CUT = 5
+"""Models of fewer layers NPUW fails to cut into repeating parts ("references undeclared parameters", 2026.4.1)."""
 _STATE = "npuw_stored_tokens_state"
 
 
@@ -86,6 +88,8 @@ def open_npuw(
     """
     ov, core = new_core()
     properties = compile_properties(replace(options, cache_dir=None), shapes.properties())
+    if spec.num_layers < _LAYERS_TO_CUT:
+        properties.setdefault("NPUW_ONLINE_PIPELINE", "NONE")
     if emulated:
         properties["NPUW_DEVICES"] = "CPU"
         with engine_errors("setting the CPU's precision"):
@@ -153,7 +157,7 @@ class NpuwRequest:
         self._stored, self._appending = 0, False
 
     def keep(self, length: int) -> int:
-        """Ask for the first ``length`` tokens held; returns how many are granted. The next call reads what follows them.
+        """Ask for the first ``length`` tokens held; returns how many are granted. The next call reads what follows.
 
         Granted are whole chunks of what was read, not appended, up to a chunk below the longest prompt.
         """
@@ -172,7 +176,7 @@ class NpuwRequest:
         """One more token behind the first ``start`` of those held; its logits, (1, vocab)."""
         if start < self._stored:
             self._settle()
-        logits = self._infer([token], start)
+        logits = self._infer([token], start, dropped=self._stored - start)
         self._appending = True
         return logits
 
@@ -187,11 +191,15 @@ class NpuwRequest:
             self._infer([0], self._stored)
             self._appending = True
 
-    def _infer(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
+    def _infer(self, tokens: Sequence[int], start: int, dropped: int = 0) -> NDArray[np.float32]:
+        """``dropped``: tokens held behind ``start``. NPUW overwrites them one by one, but attends to all of them until
+        their part of the mask is cleared."""
         end = start + len(tokens)
+        mask = np.ones(end + dropped, np.int64)
+        mask[start : start + dropped] = 0
         inputs: dict[str, NDArray[np.generic]] = {
             "input_ids": np.array(tokens, np.int64)[None],
-            "attention_mask": np.ones((1, end), np.int64),
+            "attention_mask": mask[None],
             "position_ids": np.arange(start, end, dtype=np.int64)[None],
             "beam_idx": np.zeros(1, np.int32),
         }
