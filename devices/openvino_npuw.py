@@ -87,9 +87,7 @@ def open_npuw(
     May take minutes, in which other threads go on: OpenVINO holds no lock of Python's meanwhile.
     """
     ov, core = new_core()
-    properties = compile_properties(replace(options, cache_dir=None), shapes.properties())
-    if spec.num_layers < _LAYERS_TO_CUT:
-        properties.setdefault("NPUW_ONLINE_PIPELINE", "NONE")
+    properties = compile_properties(replace(options, cache_dir=None), {**shapes.properties(), **_around_faults(spec)})
     if emulated:
         properties["NPUW_DEVICES"] = "CPU"
         with engine_errors("setting the CPU's precision"):
@@ -119,6 +117,16 @@ def open_npuw(
     except OSError as error:
         raise EngineError(f"cannot read {spec.model}: {error}; export the model again") from error
     return NpuwRequest(ov, CompileCache(options.cache_dir).open(key, take, make, dump), stopwatch)
+
+
+def _around_faults(spec: DecoderSpec) -> dict[str, str]:
+    """Properties by which NPUW computes right what by its defaults (2026.4.1) it does not."""
+    properties = {}
+    if spec.num_layers < _LAYERS_TO_CUT:
+        properties["NPUW_ONLINE_PIPELINE"] = "NONE"
+    if len(set(spec.sliding_windows)) > 1:  # its attention in steps has one mask for all layers: wrong logits
+        properties["NPUW_LLM_PREFILL_ATTENTION_HINT"] = "STATIC"
+    return properties
 
 
 def _made_by(core: Any, emulated: bool) -> dict[str, str]:
