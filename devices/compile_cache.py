@@ -15,14 +15,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from devices.errors import EngineError
 from devices.kept_files import make_room, write_whole
 
-MAX_BYTES = 2 << 30
+MAX_BYTES = 4 << 30
 """Of all blobs in a folder."""
 _SUFFIX = ".blob"
-_MAGIC = b"edge-glm compiled model 1\n"
-_DIGEST_BYTES = 32
+_MAGIC = b"edge-glm compiled model, 1".ljust(32)
+_HEAD_BYTES = len(_MAGIC) + 32
+"""Then the blob's SHA-256. As many bytes as an engine may want it to be aligned to."""
 
 _log = logging.getLogger("edge_glm.compiled")
 Compiled = TypeVar("Compiled")
@@ -38,14 +42,14 @@ class CompileCache:
     def open(
         self,
         key: str,
-        take: Callable[[bytes], Compiled],
+        take: Callable[[NDArray[np.uint8]], Compiled],
         make: Callable[[], Compiled],
         dump: Callable[[Compiled], bytes],
     ) -> Compiled:
         """What ``take`` imports from the blob of ``key``; if there is none that it takes, what ``make`` compiles.
 
-        ``dump`` gives a blob of the latter. EngineError from ``take`` and ``dump`` goes to the log, from ``make`` to
-        the caller.
+        The blob is the mapped file, (bytes,); what is written to it stays in memory. ``dump`` gives one of what was
+        compiled. EngineError from ``take`` and ``dump`` goes to the log, from ``make`` to the caller.
         """
         blob = self._load(key)
         if blob is not None:
@@ -60,31 +64,30 @@ class CompileCache:
             _log.warning("the compiled model is not kept in %s: %s", self._folder, error)
         return compiled
 
-    def _load(self, key: str) -> bytes | None:
+    def _load(self, key: str) -> NDArray[np.uint8] | None:
         """The blob; None if it is not there or not as it was written."""
         path = self._path(key)
         try:
-            data = path.read_bytes()
             os.utime(path)
+            data = np.memmap(path, np.uint8, "c")  # engines want to be able to write
         except FileNotFoundError:
             return None
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: an empty file
             _log.warning("compiled model %s cannot be read and is compiled anew: %s", path, error)
             return None
-        head, digest = data[: len(_MAGIC)], data[len(_MAGIC) : len(_MAGIC) + _DIGEST_BYTES]
-        blob = data[len(_MAGIC) + _DIGEST_BYTES :]
-        if head != _MAGIC or hashlib.sha256(blob).digest() != digest:
+        head, blob = data[:_HEAD_BYTES].tobytes(), data[_HEAD_BYTES:]
+        if head != _MAGIC + hashlib.sha256(blob.data).digest():
             _log.warning("compiled model %s is damaged and is compiled anew", path)
             return None
         return blob
 
     def _save(self, key: str, blob: bytes) -> None:
-        data = _MAGIC + hashlib.sha256(blob).digest() + blob
         with suppress(FileNotFoundError):
             self._path(key).unlink()  # one that was of no use
-        if not make_room(self._folder, _SUFFIX, len(data), self._max_bytes):
-            raise OSError(f"its {len(data)} bytes are more than the {self._max_bytes} that the cache may have")
-        write_whole(self._path(key), data)
+        size = _HEAD_BYTES + len(blob)
+        if not make_room(self._folder, _SUFFIX, size, self._max_bytes):
+            raise OSError(f"its {size} bytes are more than the {self._max_bytes} that the cache may have")
+        write_whole(self._path(key), _MAGIC, hashlib.sha256(blob).digest(), blob)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}{_SUFFIX}"

@@ -106,7 +106,7 @@ def _npu_emulated() -> str:
     """NPUW is part of the NPU plugin, which not every build of OpenVINO has."""
     if not _openvino_core().get_versions("NPU"):
         raise DeviceUnavailable("this build of openvino has no NPU plugin; use --device cpu")
-    return "emulated: the NPU's code on the CPU, for tests; slower than openvino:cpu"
+    return "emulated: the code for NPUs on the CPU, for tests only"
 
 
 def _onnxruntime_cpu() -> str:

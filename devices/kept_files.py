@@ -16,13 +16,13 @@ _STALE_S = 3600
 """Partial files this old were left by a process that was killed."""
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write under a temporary name and rename. OSError; the folder is then without a part of it."""
+def write_whole(path: Path, *parts: bytes) -> None:
+    """Write ``parts`` under a temporary name and rename. OSError; the folder is then without a part of it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(_PARTIAL, dir=path.parent)  # made with mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
         Path(partial).replace(path)
     except BaseException:
         with suppress(OSError):

@@ -94,29 +94,29 @@ def open_npuw(
             # for the whole core: what is imported does not know with which precision it was compiled
             core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
-    def make() -> Any:
+    def make() -> tuple[Any, None]:
         model = read_model(core, spec.model)
         with engine_errors(f"compiling for the NPU with {properties}"):
-            return core.compile_model(model, "NPU", properties)
+            return core.compile_model(model, "NPU", properties), None
 
-    def take(blob: bytes) -> Any:
-        weights = {"WEIGHTS_PATH": str(spec.model.with_suffix(".bin"))}  # blobs have none
+    def take(blob: NDArray[np.uint8]) -> tuple[Any, NDArray[np.uint8] | None]:
+        weights = {"WEIGHTS_PATH": str(spec.model.with_suffix(".bin"))}  # a blob may have none
         with engine_errors("importing a compiled model"):
-            return core.import_model(io.BytesIO(blob), "NPU", {**properties, **weights})
+            return core.import_model(ov.Tensor(blob, shared_memory=True), "NPU", {**properties, **weights}), blob
 
-    def dump(compiled: Any) -> bytes:
+    def dump(opened: tuple[Any, NDArray[np.uint8] | None]) -> bytes:
         stream = io.BytesIO()
         with engine_errors("exporting the compiled model"):
-            compiled.export_model(stream)
+            opened[0].export_model(stream)
         return stream.getvalue()
 
     if options.cache_dir is None:
-        return NpuwRequest(ov, make(), stopwatch)
+        return NpuwRequest(ov, *make(), stopwatch)
     try:
         key = cache_key(spec.model, properties, _made_by(core, emulated))
     except OSError as error:
         raise EngineError(f"cannot read {spec.model}: {error}; export the model again") from error
-    return NpuwRequest(ov, CompileCache(options.cache_dir).open(key, take, make, dump), stopwatch)
+    return NpuwRequest(ov, *CompileCache(options.cache_dir).open(key, take, make, dump), stopwatch)
 
 
 def _around_faults(spec: DecoderSpec) -> dict[str, str]:
@@ -144,8 +144,12 @@ def _made_by(core: Any, emulated: bool) -> dict[str, str]:
 class NpuwRequest:
     """The inference request of a compiled model, and the only one: its cache's length is kept in the model."""
 
-    def __init__(self, ov: Any, compiled: Any, stopwatch: Stopwatch) -> None:
-        """EngineError if the model gives no request, or one that cannot keep a prefix."""
+    def __init__(self, ov: Any, compiled: Any, blob: NDArray[np.uint8] | None, stopwatch: Stopwatch) -> None:
+        """``blob``: what ``compiled`` was imported from and may read as long as it lives.
+
+        EngineError if the model gives no request, or one that cannot keep a prefix.
+        """
+        self._blob = blob
         self._ov = ov
         self._stopwatch = stopwatch
         with engine_errors("creating an inference request"):
@@ -190,7 +194,7 @@ class NpuwRequest:
 
     def close(self) -> None:
         """Free the model. Idempotent."""
-        self._request = self._state = None
+        self._request = self._state = self._blob = None
 
     def _settle(self) -> None:
         """Append some token, so that the cache is where it can be cut: right after reading it is not, and NPUW would
