@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.package import Weights
 from exporters.architecture import Architecture
 from exporters.checkpoint import Checkpoint, TextFiles
 from exporters.network import parameters
 from exporters.quantize import QuantizedCheckpoint
 from exporters.weights import QuantizedTensor, Tensor, dequantize
 
-FORMATS = ("int4", "fp16")
+FORMATS: tuple[Weights, ...] = ("int4", "fp16")
 GROUP = 128
 GROUPED_UP_TO = 5_000_000_000
 """Parameters; larger models have a scale per row."""
