@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from devices.kv_types import KVType, KVWish
 
-Engine = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-edge", "openvino"]
+Engine = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-edge", "openvino", "openvino-npu"]
 """What a graph is made for. ONNX Runtime's CPU provider, its CUDA provider and our own operators on the CPU (``edge``)
-take different ones."""
+take different ones; OpenVINO's NPU takes weights in layouts of its own."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class DecoderOptions:
     others' tokens wait for one chunk."""
     kv_tokens: int | None = None
     """Tokens of KV cache over all sequences. None: one full context, at least."""
+    max_prompt: int | None = None
+    """Tokens of the longest prompt. Only devices with static shapes care, which are compiled for it."""
     threads: int | None = None
     kv_type: KVWish | None = None
     """Of the KV cache. Devices have their own choice of types; DeviceUnavailable for others. ``auto``: each sequence

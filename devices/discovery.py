@@ -104,6 +104,13 @@ def _edge() -> str:
     return f"CPU with Edge-GLM's kernels ({kernels()})"
 
 
+def _npu_emulated() -> str:
+    """NPUW is part of the NPU plugin, which not every build of OpenVINO has."""
+    if not _openvino_core().get_versions("NPU"):
+        raise DeviceUnavailable("this build of openvino has no NPU plugin; use --device cpu")
+    return "emulated: the code for NPUs on the CPU, for tests only"
+
+
 def _onnxruntime_cpu() -> str:
     """onnxruntime-gpu appears later than onnxruntime."""
     import onnxruntime
@@ -121,6 +128,7 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "onnxruntime:cuda": _cuda,
     "edge:cpu": _edge,
     "onnxruntime:cpu": _onnxruntime_cpu,
+    "openvino:npu-emulated": _npu_emulated,
 }
 """Devices whose being listed by the engine is not enough; each gives the product's name."""
 

@@ -15,7 +15,7 @@ PREFERENCE: tuple[str, ...] = ("edge:cpu", "onnxruntime:cpu", "openvino:cpu")
 First our own kernels (``edge``) in ONNX Runtime, where they were built and the processor has what they need. Of the
 engines' own, ONNX Runtime is the faster one at decoding one stream, starts sooner and takes less memory; OpenVINO is
 the faster one at prefill, with many streams and at long contexts. How much is in tests/bench/NOTES.md. Devices not
-named here are used only when asked for.
+named here are used only when asked for; ``openvino:npu-emulated``, which is for tests, by its full name only.
 """
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,8 @@ KNOWN: dict[str, Known] = {
     "edge:cpu": Known("onnxruntime-edge", "CPUExecutionProvider"),
     "openvino:cpu": Known("openvino", "CPU"),
     "openvino:gpu": Known("openvino", "GPU", "install the Intel GPU driver (OpenCL), or use --device cpu"),
-    "openvino:npu": Known("openvino", "NPU", "install the Intel NPU driver or use --device cpu", compiles=True),
+    "openvino:npu": Known("openvino-npu", "NPU", "install the Intel NPU driver, or use --device cpu", compiles=True),
+    "openvino:npu-emulated": Known("openvino-npu", "CPU", compiles=True),
     "onnxruntime:cpu": Known("onnxruntime", "CPUExecutionProvider"),
     "onnxruntime:cuda": Known(
         "onnxruntime-cuda",
@@ -62,7 +63,7 @@ KNOWN: dict[str, Known] = {
     "onnxruntime:mlx": Known("onnxruntime", "MLXExecutionProvider"),
 }
 
-RUNNABLE = frozenset((*PREFERENCE, "onnxruntime:cuda"))
+RUNNABLE = frozenset((*PREFERENCE, "onnxruntime:cuda", "openvino:npu", "openvino:npu-emulated"))
 """Devices that have a decoder in this version."""
 
 

@@ -104,14 +104,19 @@ def gather_rows(model: Any, axis: int) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def compile_model(core: Any, model: Any, device: str, options: DecoderOptions, defaults: Mapping[str, str]) -> Any:
-    """Compile for one stream of requests; ``options.properties`` beat ``defaults``."""
+def compile_properties(options: DecoderOptions, defaults: Mapping[str, str]) -> dict[str, str]:
+    """For one stream of requests; ``options.properties`` beat ``defaults``."""
     properties = {"PERFORMANCE_HINT": "LATENCY", **defaults}
     if options.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = str(options.threads)
     if options.cache_dir is not None:
         properties["CACHE_DIR"] = str(options.cache_dir)
-    properties |= options.properties
+    return properties | options.properties
+
+
+def compile_model(core: Any, model: Any, device: str, options: DecoderOptions, defaults: Mapping[str, str]) -> Any:
+    """Compile with :func:`compile_properties`."""
+    properties = compile_properties(options, defaults)
     with engine_errors(f"compiling for {device} with {properties}"):
         return core.compile_model(model, device, properties)
 

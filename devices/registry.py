@@ -44,20 +44,22 @@ def choose(
     ``engines``: those that the model has a variant for (None: any). ``aside``: devices that are not to be taken, and
     why. DeviceUnavailable as for :func:`choose_device`.
     """
-    reasons: list[str] = []
+    reasons: dict[str, str] = {}
     for candidate in candidates:
         engine = KNOWN[candidate].engine
-        if engines is not None and engine not in engines:
-            problem: str | None = f"the model has no {engine} variant (export --engine {_export_name(engine)})"
-        elif candidate in aside:
-            problem = aside[candidate]
+        if candidate in aside:
+            reasons[candidate] = aside[candidate]
+        elif engines is not None and engine not in engines:
+            reasons[candidate] = f"the model has no {engine} variant (export --engine {_export_name(engine)})"
         else:
             device = probe_device(candidate)
-            problem = device.problem
-            if problem is None:
-                return Choice(device, tuple(reasons))
-        reasons.append(f"{candidate}: {problem}")
-    raise DeviceUnavailable(f"device {name!r} cannot be used here: " + "; ".join(reasons))
+            if device.problem is None:
+                return Choice(device, tuple(f"{name}: {reason}" for name, reason in reasons.items()))
+            reasons[candidate] = device.problem
+    for candidate in reasons.keys() - aside.keys():  # an export would not help where the device is not here either
+        reasons[candidate] = probe_device(candidate).problem or reasons[candidate]
+    told = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
+    raise DeviceUnavailable(f"device {name!r} cannot be used here: {told}")
 
 
 def _export_name(engine: Engine) -> str:
@@ -72,6 +74,10 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
         from devices.openvino_open import open_openvino
 
         return open_openvino(spec, options, device=KNOWN[chosen.name].own_name)
+    if chosen.engine == "openvino-npu":
+        from devices.openvino_npu import OpenVinoNpuDecoder
+
+        return OpenVinoNpuDecoder(spec, options, emulated=chosen.name == "openvino:npu-emulated")
     if chosen.engine == "onnxruntime-cuda":
         from devices.onnxruntime_cuda import OnnxRuntimeCudaDecoder
 

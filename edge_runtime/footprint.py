@@ -15,6 +15,7 @@ _BASE: dict[Engine, int] = {
     "onnxruntime-cuda": 700 * MIB,
     "onnxruntime-edge": 100 * MIB,
     "openvino": 140 * MIB,
+    "openvino-npu": 140 * MIB,
 }
 """Interpreter, engine and its thread pools: 85 and 124 MiB were resident with a model of 0.3 MiB (x86-64 Linux).
 
@@ -25,17 +26,26 @@ _WEIGHT_FACTOR: dict[Engine, float] = {
     "onnxruntime-cuda": 1.5,
     "onnxruntime-edge": 2.0,
     "openvino": 3.0,
+    "openvino-npu": 3.0,
 }
 """The file's mapped pages and the engine's packed copies: 1.6 and 2.95 times the file with SmolLM2-135M int4.
 
-On CUDA with the 1.5B shape 1.09 times in fp16, and in int4 1.48: matrices are dequantized for long steps.
+On CUDA with the 1.5B shape 1.09 times in fp16, and in int4 1.48: matrices are dequantized for long steps. On an NPU
+nothing was measured. Emulated there is no holding to it: the CPU has float32 copies, 8.7 times the file with int4.
 """
 _IN_PLACE = 1.2
 """The same where our own kernels take quantized matrices from the file's pages: 1.05 times with SmolLM2-135M int4.
 Matrices of floats are ONNX Runtime's there too."""
-_KV_BYTES: dict[Engine, int] = {"onnxruntime": 4, "onnxruntime-cuda": 2, "onnxruntime-edge": 2, "openvino": 2}
+_KV_BYTES: dict[Engine, int] = {
+    "onnxruntime": 4,
+    "onnxruntime-cuda": 2,
+    "onnxruntime-edge": 2,
+    "openvino": 2,
+    "openvino-npu": 4,
+}
 """Bytes of one cached value, at most, where the device chooses its type: float32, on CUDA and in our own kernels 16
-bits; OpenVINO takes u8, or 16 bits where there is no u8."""
+bits; OpenVINO takes u8, or 16 bits where there is no u8, and for the NPU 16 bits in two places, for reading prompts and
+for appending."""
 _ACTIVATION_COPIES = 24
 """Hidden-sized float32 vectors alive per token of a prefill chunk: projections, MLP and residuals together."""
 

@@ -33,7 +33,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
-ENGINES: tuple[Engine, ...] = ("openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-edge")
+ENGINES: tuple[Engine, ...] = ("openvino", "openvino-npu", "onnxruntime", "onnxruntime-cuda", "onnxruntime-edge")
 WEIGHTS: tuple[Weights, ...] = ("fp32", "fp16", "int8", "int4")
 
 

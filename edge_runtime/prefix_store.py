@@ -17,7 +17,6 @@ import logging
 import os
 import platform
 import queue
-import tempfile
 import threading
 import time
 import zlib
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from devices.base import SNAPSHOT_STEP, Decoder, DecoderOptions, Engine, Snapshot
+from devices.kept_files import make_room, write_whole
 from edge_runtime.package import Variant
 from edge_runtime.request import PLAIN, Kind
 from edge_runtime.version import installed
@@ -35,13 +35,10 @@ from edge_runtime.version import installed
 SEGMENT = SNAPSHOT_STEP
 """Tokens of a file: 3.4 MB on OpenVINO and 11.8 MB on ONNX Runtime with SmolLM2-135M."""
 _SUFFIX = ".safetensors"
-_PARTIAL = ".partial"
 DEFAULT_SIZE = "1GiB"
 """Of all models' prefixes together."""
 QUEUED = 1
 """Segments that may wait to be written; more would only pile up in memory."""
-_STALE_S = 3600
-"""Partial files this old were left by a process that was killed."""
 
 _ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")
 _COMPUTED_BY: dict[Engine, tuple[str, ...]] = {
@@ -49,6 +46,7 @@ _COMPUTED_BY: dict[Engine, tuple[str, ...]] = {
     "onnxruntime-cuda": _ONNXRUNTIME,
     "onnxruntime-edge": (*_ONNXRUNTIME, "edge-glm"),
     "openvino": ("openvino",),
+    "openvino-npu": ("openvino",),
 }
 """Distributions whose versions decide what a segment's bytes are."""
 
@@ -148,39 +146,10 @@ class PrefixStore:
     def _write(self, place: int, name: str, snapshot: Snapshot) -> None:
         path = self._path(name)
         data = _encode(snapshot)
-        if path.exists() or not self._make_room(len(data)):
+        if path.exists() or not make_room(self._root, _SUFFIX, len(data), self._max_bytes):
             return
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(_PARTIAL, dir=self._folder)  # made with mode 0600
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            _mark(Path(partial), place)
-            Path(partial).replace(path)
-        except BaseException:
-            with suppress(OSError):
-                Path(partial).unlink()
-            raise
-
-    def _make_room(self, size: int) -> bool:
-        """Delete the least recently used files until ``size`` more bytes fit; False if they never will."""
-        if size > self._max_bytes:
-            return False
-        files = []
-        for path in self._root.rglob("*"):
-            with suppress(OSError):  # gone since
-                stat = path.stat()
-                if path.suffix == _SUFFIX:
-                    files.append((stat.st_mtime_ns, stat.st_size, path))
-                elif path.suffix == _PARTIAL and time.time() - stat.st_mtime > _STALE_S:
-                    path.unlink()
-        total = sum(size for _, size, _ in files)
-        for _, old, path in sorted(files):
-            if total + size <= self._max_bytes:
-                break
-            path.unlink(missing_ok=True)
-            total -= old
-        return True
+        write_whole(path, data)
+        _mark(path, place)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{_SUFFIX}"

@@ -38,11 +38,12 @@ Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: bytes for ``"download"``, layers for a variant's name."""
 
 DOWNLOAD = "download"
-_EXPORT_NAMES: dict[Engine, Literal["onnx", "onnx-cuda", "onnx-edge", "openvino"]] = {
+_EXPORT_NAMES: dict[Engine, Literal["onnx", "onnx-cuda", "onnx-edge", "openvino", "openvino-npu"]] = {
     "onnxruntime": "onnx",
     "onnxruntime-cuda": "onnx-cuda",
     "onnxruntime-edge": "onnx-edge",
     "openvino": "openvino",
+    "openvino-npu": "openvino-npu",
 }
 _WEIGHT_PREFERENCE: tuple[Weights, ...] = ("int4", "int8", "fp16", "fp32")
 

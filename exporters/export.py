@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from edge_runtime.package_writer import PackageContents, PackageWriter, write_pa
 from exporters.architecture import Architecture
 from exporters.checkpoint import Checkpoint, TextFiles
 from exporters.graphs import Engine, write_graph
-from exporters.hf_names import tensor_shape
-from exporters.network import tensor_names
+from exporters.network import parameters
+from exporters.npu_weights import NpuCheckpoint
 from exporters.quantize import QuantizedCheckpoint
 
 Progress = Callable[[str, int, int], None]
@@ -48,9 +47,11 @@ def export(
         if not missing:
             return
         _check_vocabulary(source)
-        checkpoint = QuantizedCheckpoint(source, weights)
         for variant, engine in missing.items():
             report = None if progress is None else _named(progress, variant)
+            checkpoint = (
+                NpuCheckpoint(source, weights) if engine == "openvino-npu" else QuantizedCheckpoint(source, weights)
+            )
             _write_variant(writer, checkpoint, variant, engine, weights, report)
         writer.commit(_contents(source, name or folder.absolute().name, made_from))
 
@@ -123,7 +124,7 @@ def summarize(arch: Architecture) -> ArchitectureSummary:
     windows = tuple(layer.sliding_window for layer in arch.layers)
     return ArchitectureSummary(
         family=arch.family,
-        parameters=sum(math.prod(tensor_shape(arch, name)) for name in tensor_names(arch)),
+        parameters=parameters(arch),
         num_layers=arch.num_layers,
         num_heads=arch.num_heads,
         num_kv_heads=arch.num_kv_heads,

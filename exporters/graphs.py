@@ -13,7 +13,7 @@ from exporters.checkpoint import Checkpoint
 from exporters.network import build
 from exporters.onnx_operators import WeightFormat
 
-Engine = Literal["onnx", "onnx-cuda", "openvino", "onnx-edge"]
+Engine = Literal["onnx", "onnx-cuda", "openvino", "openvino-npu", "onnx-edge"]
 
 
 class _NewBuilder(Protocol):
@@ -54,4 +54,8 @@ def _builder(engine: Engine) -> tuple[devices.base.Engine, str, _NewBuilder]:
         from exporters.openvino_builder import OpenVinoBuilder
 
         return "openvino", "openvino_model.xml", OpenVinoBuilder
+    if engine == "openvino-npu":
+        from exporters.openvino_npu_builder import OpenVinoNpuBuilder
+
+        return "openvino-npu", "openvino_model.xml", OpenVinoNpuBuilder
     raise ConfigError(f"unknown engine {engine!r}; known: {', '.join(get_args(Engine))}")

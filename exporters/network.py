@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from exporters.architecture import Architecture
 from exporters.builder import AttentionSpec, Builder, Linear
 from exporters.checkpoint import Checkpoint
+from exporters.hf_names import tensor_shape
 from exporters.weights import dequantize
 
 V = TypeVar("V")
@@ -107,6 +109,10 @@ def tensor_names(arch: Architecture) -> list[str]:
         own += ["mlp_norm", *_with_bias(mlp), *(["mlp_post_norm"] if arch.post_norms else [])]
         names += [f"layers.{index}.{name}" for name in own]
     return [*names, "norm", *([] if arch.tied_head else ["head"])]
+
+
+def parameters(arch: Architecture) -> int:
+    return sum(math.prod(tensor_shape(arch, name)) for name in tensor_names(arch))
 
 
 def _with_bias(linears: list[tuple[str, bool]]) -> list[str]:

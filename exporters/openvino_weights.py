@@ -154,6 +154,27 @@ def compressed_matrix(store: WeightFile, tensor: QuantizedTensor, exact: bool = 
     return view
 
 
+def symmetric_matrix(store: WeightFile, tensor: QuantizedTensor) -> View:
+    """``tensor``, whose zero points are all in the middle, as signed integers in the forms that the NPU plugin knows.
+
+    ``Constant → Convert → Multiply → [Reshape] → Convert``: of groups the product is joined, of whole rows it is not.
+    """
+    rows, cols = tensor.shape
+    groups = cols // tensor.group
+    shape: tuple[int, ...] = (rows, cols) if groups == 1 else (rows, groups, tensor.group)
+    codes = tensor.codes ^ np.uint8(2 ** (tensor.bits - 1))  # two's complement of code − middle, within its bits
+    stored = store.add(_pack(codes, tensor.bits), f"i{tensor.bits}", shape)
+    scale = store.add(to_half(tensor.scale), "f16", (*shape[:-1], 1))
+
+    def view() -> Any:
+        value = ops.multiply(ops.convert(stored, "f16"), scale)
+        if groups > 1:
+            value = ops.reshape(value, ops.constant(np.array([rows, cols], np.int64)), False)
+        return ops.convert(value, "f32")
+
+    return view
+
+
 def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return codes

@@ -22,6 +22,7 @@ _ENGINES: dict[str, tuple[Engine, ...]] = {
     "onnx-cuda": ("onnxruntime-cuda",),
     "onnx-edge": ("onnxruntime-edge",),
     "openvino": ("openvino",),
+    "openvino-npu": ("openvino-npu",),
     "all": ("openvino", "onnxruntime", "onnxruntime-edge"),
 }
 

@@ -1,11 +1,11 @@
 """Loss, speed and size of every engine and weight format on the real SmolLM2, in one table.
 
-    python -m tests.bench.fidelity SmolLM2-135M-Instruct.Q4_1.gguf [--weights int4 int8] [--kv-type int8] [--rounds 3]
+    python -m tests.bench.fidelity FILE.gguf [--weights int4 int8] [--kv-type int8] [--rounds 3] [--npu]
 
 Loss is against Transformers in fp32 on the same dequantized weights (tests/fixtures/smollm2), on the text by which
 encodings were chosen and on a held-out one; llama.cpp's too where llama-cpp-python is installed. Rates are medians
 over rounds in which the engines take turns; run it alone on the machine. ``--rounds 0``: loss only. ``--kv-type``:
-only the devices that have such a KV cache.
+only the devices that have such a KV cache. ``--npu``: also the loss of the NPU's weights, computed by OpenVINO's CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -29,9 +29,10 @@ from devices import Decoder, DecoderOptions, Step, open_decoder
 from devices.base import Engine
 from devices.errors import DeviceUnavailable
 from devices.kv_types import KVType
-from edge_runtime.package import Package
+from edge_runtime.package import Package, Weights
 from exporters.export import export
 from exporters.formats import open_checkpoint
+from exporters.npu_weights import FORMATS
 
 REFERENCES = Path(__file__).parents[1] / "fixtures" / "smollm2"
 TEXTS = ("text", "heldout")
@@ -96,6 +97,18 @@ def llama_cpp_logits(gguf: Path) -> Run:
     return run
 
 
+def npu_loss(gguf: Path, weights: Weights, folder: Path) -> tuple[list[Loss], int]:
+    """On both texts, and the size in bytes. The weights are the NPU's, activations are not rounded."""
+    export(open_checkpoint(gguf), folder, engines=["openvino-npu"], weights=weights)
+    package = Package.open(folder)
+    (variant,) = package.manifest.variants
+    options = DecoderOptions(max_sequences=1, kv_type="float16", properties={"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"})
+    decoder = open_decoder(replace(package.spec(variant), engine="openvino"), "openvino:cpu", options)
+    losses = [measure_loss(partial(all_logits, decoder), text) for text in TEXTS]
+    decoder.close()
+    return losses, sum(file.bytes for file in variant.files)
+
+
 def measure_speed(decoder: Decoder, prompt: int = 512, new: int = 48, streams: int = 8) -> dict[str, float]:
     """Tokens per second: prefill of ``prompt`` tokens, decode after it, and decode of ``streams`` at once."""
     rng = np.random.default_rng(0)
@@ -131,6 +144,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["int4", "int8", "fp32"])
     parser.add_argument("--kv-type", choices=get_args(KVType))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--npu", action="store_true")
     args = parser.parse_args()
     losses: dict[tuple[str, str], list[Loss]] = {}
     sizes: dict[tuple[str, str], int] = {}
@@ -158,6 +172,9 @@ def main() -> None:
                     if args.rounds:
                         rates.setdefault((device, weights), []).append(measure_speed(decoder))
                     decoder.close()
+        for weights in FORMATS if args.npu else ():
+            key = ("openvino-npu", weights)
+            losses[key], sizes[key] = npu_loss(args.gguf, weights, Path(folder) / f"npu-{weights}")
     with suppress(ImportError):
         run = llama_cpp_logits(args.gguf)
         losses["llama.cpp", "as it is"] = [measure_loss(run, text) for text in TEXTS]

@@ -11,11 +11,13 @@ from devices.base import Decoder, DecoderOptions, DecoderSpec
 from devices.errors import DeviceUnavailable
 from devices.onnxruntime_edge import OnnxRuntimeEdgeDecoder
 from devices.registry import choose_device, open_decoder
+from exporters.checkpoint import Checkpoint
 from exporters.graphs import Engine, write_graph
 from exporters.onnx_operators import WeightFormat
 from exporters.synthetic import SyntheticCheckpoint
-from tests.devices.contract import CHUNK, CONTEXT, SEQUENCES, Open
+from tests.devices.contract import CHUNK, CONTEXT, PROMPT, SEQUENCES, Open
 from tests.devices.edge_session import SPEC, standing_in
+from tests.exporters.random_checkpoint import ARCHITECTURE, RandomCheckpoint
 from tests.fake_decoder import FakeDecoder
 
 EXACT = {"KV_CACHE_PRECISION": "f32", "INFERENCE_PRECISION_HINT": "f32"}
@@ -24,17 +26,21 @@ DEVICES: dict[str, Engine] = {
     "onnxruntime:cpu": "onnx",
     "onnxruntime:cuda": "onnx-cuda",
     "openvino:cpu": "openvino",
+    "openvino:npu-emulated": "openvino-npu",
 }
 """Device → the graph it runs."""
+HALF = ("onnxruntime:cuda", "openvino:npu-emulated")
+"""Devices that take no fp32 graphs."""
 EVERYWHERE = ("onnxruntime:cpu", "openvino:cpu")
 STAND_IN = "edge:stand-in"
 
 
 def _spec(device: str, folder: Path) -> DecoderSpec:
     """A tiny model for ``device``."""
-    checkpoint = SyntheticCheckpoint("tiny")
+    deep = device == "openvino:npu-emulated"  # NPUW cuts models of many layers only, which is what is to be tested
+    checkpoint: Checkpoint = RandomCheckpoint(ARCHITECTURE) if deep else SyntheticCheckpoint("tiny")
     arch = checkpoint.architecture
-    weights: WeightFormat = "fp16" if device == "onnxruntime:cuda" else "fp32"
+    weights: WeightFormat = "fp16" if device in HALF else "fp32"
     engine, file = write_graph(checkpoint, DEVICES[device], weights, folder / "model", folder)
     return DecoderSpec(
         engine=engine,
@@ -74,6 +80,7 @@ def opener(device: str, tmp_path_factory: pytest.TempPathFactory) -> Open:
             max_sequences=SEQUENCES,
             prefill_chunk=CHUNK,
             kv_tokens=kv_tokens or 4 * CONTEXT,
+            max_prompt=PROMPT,
             threads=2,
             properties=EXACT if device == "openvino:cpu" else {},
         )
@@ -100,9 +107,25 @@ def decoder(shared: Decoder) -> Iterator[Decoder]:
     """Shared by the tests, each of which must leave it sound and with every place free."""
     yield shared
     shared.check_integrity()
-    sequences = [shared.new_sequence() for _ in range(SEQUENCES)]
+    sequences = [shared.new_sequence() for _ in range(shared.limits.max_sequences)]
     for sequence in sequences:
         sequence.close()
+
+
+@pytest.fixture
+def several(shared: Decoder) -> None:
+    """For tests that need more than one sequence at a time."""
+    if shared.limits.max_sequences == 1:
+        pytest.skip(f"{shared.device} takes one sequence")
+
+
+@pytest.fixture
+def snapshots(shared: Decoder) -> None:
+    sequence = shared.new_sequence()
+    snapshot = sequence.snapshot()
+    sequence.close()
+    if snapshot is None:
+        pytest.skip(f"{shared.device} takes no snapshots")
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def test_a_full_disk_switches_writing_off(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prefix_store, "_mark", full)  # between writing and renaming
+    monkeypatch.setattr(Path, "replace", full)  # between writing and renaming
     store = store_at(tmp_path)
     saved(store, prompt(2, SEGMENT))
     saved(store, prompt(3, SEGMENT))
