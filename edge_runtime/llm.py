@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +35,8 @@ from edge_runtime.tiers.base import Messages, Text, TierRequest, TokenIds
 from edge_runtime.tiers.local import LocalTier
 from edge_runtime.tiers.router import Router
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.tuning.apply import tuned
+from edge_runtime.tuning.records import Options
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
@@ -67,7 +69,8 @@ class EdgeLLM:
     (None: what running ones do not need). ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of prompts that were
     used twice, or are long when the model is closed; 0: none are written or read (:mod:`edge_runtime.prefix_store`).
     ``workload``: what ``auto`` and ``cpu`` choose a device for, by what ``edge-glm bench`` measured here
-    (:data:`edge_runtime.measurements.Workload`). ``progress`` hears of downloads and exports.
+    (:data:`edge_runtime.measurements.Workload`). ``tuning``: whether to open the model as ``edge-glm tune`` found best
+    for that, where nothing else is asked for here. ``progress`` hears of downloads and exports.
 
     **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
     chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an
@@ -92,6 +95,7 @@ class EdgeLLM:
         prefix_cache_bytes: int | None = None,
         prefix_store_bytes: str | int = DEFAULT_SIZE,
         workload: Workload = "one",
+        tuning: bool | Options = True,
         progress: Progress | None = None,
     ) -> None:
         if workload not in WORKLOADS:
@@ -107,15 +111,20 @@ class EdgeLLM:
         template = ChatTemplate(self._package.chat_template, self._package.manifest.special_tokens)
         self._chats = template.source is not None
         budget = None if budget_size is None else budget_size.within(lambda: _memory(chosen))
-        kv_tokens, store_bytes = _share_out(budget, store_bytes, self._package, self._variant, kv_type)
         options = DecoderOptions(
             max_sequences=max_sequences,
-            kv_tokens=kv_tokens,
             threads=threads,
             kv_type=kv_type,
             batch_invariant=batch_invariant,
             cache_dir=store.home.compiled,
         )
+        options, self._tuned = tuned(
+            options, chosen.name, self._variant, workload, store.home, tuning, budget=budget is not None
+        )
+        if self._tuned is not None:
+            self._reason = f"{self._reason}; {self._tuned}"
+        kv_tokens, store_bytes = _share_out(budget, store_bytes, self._package, self._variant, options)
+        options = replace(options, kv_tokens=kv_tokens)
         decoder = open_decoder(self._package.spec(self._variant), chosen.name, options)
         self._device = decoder.device
         return_free_heap()  # reading the tokenizer and the model left some
@@ -213,7 +222,7 @@ class EdgeLLM:
 
     @property
     def reason(self) -> str:
-        """Why this device, in words."""
+        """Why this device, and what tuning found for it, in words."""
         return self._reason
 
     @property
@@ -311,12 +320,12 @@ def _memory(device: Device) -> int | None:
 
 
 def _share_out(
-    budget: int | None, store_bytes: int, package: Package, variant: Variant, kv_type: KVType | None
+    budget: int | None, store_bytes: int, package: Package, variant: Variant, options: DecoderOptions
 ) -> tuple[int | None, int]:
     """Tokens of KV cache and bytes of disk store: where memory is short the store goes first."""
     if budget is None:
         return None, store_bytes
-    chunk = DecoderOptions.prefill_chunk
+    chunk, kv_type = options.prefill_chunk, options.kv_type
     if store_bytes:
         with suppress(BudgetError):
             return kv_tokens_within(budget, package, variant, chunk, kv_type, prefix_store=True), store_bytes

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
             name: getattr(arguments, name)
             for name in (
                 *("device", "weights", "workload", "memory_budget", "threads", "kv_type"),
-                *("batch_invariant", "prompt_lookup", "prefix_store"),
+                *("batch_invariant", "prompt_lookup", "prefix_store", "tuning"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
         }
@@ -53,6 +53,7 @@ def open_model(ref: str, settings: Settings, workload: Workload = "one") -> Edge
             prompt_lookup=settings.prompt_lookup,
             prefix_store_bytes=settings.prefix_store,
             workload=settings.workload or workload,
+            tuning=settings.tuning,
             progress=bars,
         )
 
