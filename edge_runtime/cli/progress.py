@@ -62,7 +62,8 @@ class TimeBar:
                 disable=None,  # no bar unless stderr is a terminal
             )
         self._bar.set_description_str(what, refresh=False)
-        self._bar.update(min(round(gone), self._bar.total) - self._bar.n)
+        self._bar.n = min(round(gone), self._bar.total)
+        self._bar.refresh()
 
     def close(self) -> None:
         if self._bar is not None:

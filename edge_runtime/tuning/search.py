@@ -105,7 +105,8 @@ class Search:
     def _race(self, lever: str, setups: Sequence[Setup]) -> None:
         """The candidate is whoever wins it."""
         against = self._run.candidate
-        contests = [_Contest(setup) for setup in setups]
+        known = [(each.setup, each.against) for each in self._run.verdicts if each.outcome != "no time"]
+        contests = [_Contest(setup) for setup in setups if (setup, against) not in known]
         for number in range(_ROUNDS):
             running = [each for each in contests if each.outcome is None]
             if not running:
@@ -141,7 +142,8 @@ class Search:
             scored = score and changes_answers(each.setup, self._run.default)
             figures = self._try(lever, each.setup, self._patience(lever), score=scored)
             if isinstance(figures, str):
-                each.outcome, each.why = "failed", figures
+                if self._patience(lever) > 0:  # else it was only the end of the time
+                    each.outcome, each.why = "failed", figures
             elif self._loses_answers(figures):
                 each.outcome = "loses answers"
                 each.why = f"the loss per token is {figures.nll:.3f}, the default's {self._loss:.3f}"
@@ -183,6 +185,8 @@ class Search:
 
     def _try(self, lever: str, setup: Setup, limit_s: float, *, score: bool = False) -> Figures | str:
         """Its figures, or why there are none."""
+        if limit_s <= 0:
+            return "no time was left"
         at = self._gone()
         self._watch(f"{lever}: {setup}", at)
         figures, failure = None, None

@@ -10,7 +10,7 @@ def table(run: Run) -> str:
     shape = run.shape
     lines = [
         f"{run.model} {run.weights}, {shape.prompt_tokens} prompt tokens, {shape.new_tokens} new, "
-        f"{shape.concurrency} at once; {len(run.trials)} trials",
+        f"{shape.concurrency} at once; trials: {len(run.trials)}",
         "",
     ]
     rows = [("lever", "from", "to", "gain", "")]
@@ -33,7 +33,9 @@ def conclusion(run: Run) -> str:
     if run.best is not None and run.best != run.default:
         return f"used from now on: {run.best}: {run.gain:.2f} times the default ({run.default})"
     if run.best is not None:
-        return f"nothing is faster than the default beyond the noise: {run.default} stays"
+        late = sum(each.outcome == "no time" for each in run.verdicts)
+        untried = f" ({late} ways were not tried to the end: --time-limit {2 * run.limit_s:g} gives them more time)"
+        return f"nothing is faster than the default beyond the noise: {run.default} stays{untried if late else ''}"
     if run.candidate != run.default:
         return f"no time was left to confirm {run.candidate}, so it is not used; tune again to begin with it"
     return "nothing was decided; what was found before stays"
