@@ -34,7 +34,7 @@ def conclusion(run: Run) -> str:
         return f"used from now on: {run.best}: {run.gain:.2f} times the default ({run.default})"
     if run.best is not None:
         late = sum(each.outcome == "no time" for each in run.verdicts)
-        untried = f" ({late} ways were not tried to the end: --time-limit {2 * run.limit_s:g} gives them more time)"
+        untried = f"; not tried to the end for want of time: {late} (--time-limit {2 * run.limit_s:g} gives more)"
         return f"nothing is faster than the default beyond the noise: {run.default} stays{untried if late else ''}"
     if run.candidate != run.default:
         return f"no time was left to confirm {run.candidate}, so it is not used; tune again to begin with it"

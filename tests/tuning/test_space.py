@@ -104,8 +104,8 @@ def test_pinning_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, FOUR_WITH_SMT)
     given = DecoderOptions()
 
-    def affinities(device: str, **options: int) -> tuple[int | None, dict[str, str]]:
-        found = opened(Setup(device, Options(pinning=True, **options)), given)
+    def affinities(device: str, threads: int | None = None) -> tuple[int | None, dict[str, str]]:
+        found = opened(Setup(device, Options(threads, pinning=True)), given)
         return found.threads, found.properties
 
     # processors are counted from 1, and the first thread is the caller's
