@@ -161,6 +161,10 @@ class Search:
     def _confirm(self) -> None:
         run = self._run
         if run.candidate == run.default:
+            # the time put aside is better spent on what it was cut short for than on nothing
+            cut = [each for each in run.verdicts if each.outcome == "no time" and (each.gain or 0) > MARGIN]
+            run.candidate = max(cut, key=lambda each: each.gain or 0).setup if cut else run.default
+        if run.candidate == run.default:
             # what was found earlier stays unless it was found to be wrong
             held = [each for each in run.verdicts if each.lever == HISTORY and each.outcome in _UNDECIDED]
             run.best = None if held else run.default

@@ -279,6 +279,20 @@ def test_a_limit_that_is_used_up_by_the_default() -> None:
     assert run.best == DEFAULT
 
 
+def test_the_time_put_aside_goes_to_what_was_cut_short() -> None:
+    """Time for the default, a round of threads, one of chunks and one of pinning, and three to confirm."""
+
+    def seconds(setup: Setup) -> float:
+        return 1.0 if setup == DEFAULT else 0.8 if setup == PINNED else 1.2
+
+    run = look(Machine(seconds), limit_s=95.0)
+    (cut,) = verdicts(run, "pinning")
+    assert cut.outcome == "no time"
+    assert len(cut.gains) == 1
+    assert run.best == PINNED
+    assert len(verdicts(run, CONFIRMATION)[0].gains) == 3
+
+
 def test_no_time_to_confirm_is_no_confirmation() -> None:
     """When the machine becomes so slow that what was put aside is not enough."""
     machine = Machine(lambda setup: 0.5 if setup.options.pinning else 1.0)

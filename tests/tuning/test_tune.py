@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from edge_runtime import EdgeLLM
 from edge_runtime.bench import process
 from edge_runtime.bench.job import Job
+from edge_runtime.cli.main import main
 from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import Shape
@@ -27,6 +29,7 @@ from edge_runtime.tuning.records import Options, Run, Setup, Verdict
 from edge_runtime.tuning.run import tune
 from edge_runtime.tuning.table import conclusion, table
 from tests.benchmarking.results import make_result
+from tests.conftest import usable
 from tests.tuning.machine import DEFAULT, new_run
 
 ROOT = Path(__file__).parents[2]
@@ -56,10 +59,10 @@ def command(tmp_path: Path) -> Command:
 
 def test_a_few_seconds(command: Command, tmp_path: Path) -> None:
     began = time.monotonic()
-    done = command("tune", *SMALL, "--device", "onnxruntime:cpu", "--time-limit", "12", "--json")
+    done = command("tune", *SMALL, "--device", "onnxruntime:cpu", "--time-limit", "20", "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert time.monotonic() - began < 12 + 60
+    assert time.monotonic() - began < 20 + 120
     run = json.loads(done.stdout)
     (kept,) = json.loads((tmp_path / "cache" / "tuning.json").read_bytes())["runs"]
     assert kept == run
@@ -71,15 +74,7 @@ def test_a_few_seconds(command: Command, tmp_path: Path) -> None:
     assert run["machine"] == fingerprint()
     assert run["versions"]["onnxruntime"]
     assert run["shape"] == {"prompt_tokens": 40, "new_tokens": 20, "concurrency": 1}
-    assert max(trial["at_s"] for trial in run["trials"]) < 12
-
-
-def test_table(command: Command) -> None:
-    done = command("tune", *SMALL, "--device", "onnxruntime:cpu", "--workload", "many", "--time-limit", "5")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("synthetic:tiny int4, 40 prompt tokens, 20 new, 8 at once; trials: ")
-    assert any(line.startswith("threads ") for line in lines)
+    assert max(trial["at_s"] for trial in run["trials"]) < 20
 
 
 @pytest.mark.parametrize(
@@ -237,6 +232,23 @@ def test_an_interruption_keeps_the_trials(bench: Callable[..., Bench]) -> None:
     assert len(seen[0].trials) == 3
     (kept,) = json.loads(home().tuning.read_bytes())["runs"]
     assert len(kept["trials"]) == 3
+
+
+def test_on_the_command_line(bench: Callable[..., Bench], capsys: pytest.CaptureFixture[str]) -> None:
+    usable("edge:cpu")
+    made = bench(lambda job: 0.5 if job.tuning == Options(kv_type="int8") else 1.0)
+    words = ["tune", "synthetic:tiny", "--device", "edge:cpu", "--workload", "many", "--prompt-tokens", "99"]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("synthetic:tiny int4, 99 prompt tokens, 64 new, 8 at once; trials: ")
+    assert lines[-1] == "nothing is faster than the default beyond the noise: edge:cpu stays"
+    assert {(job.prompt_tokens, job.concurrency) for job in made.jobs} == {(99, 8)}
+    assert main([*words, "--allow-int8-kv"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "used from now on: edge:cpu, KV cache int8: 2.00 times the default (edge:cpu)"
+    assert {job.tuning.kv_type for job in made.jobs if job.tuning is not None} == {None, "int8"}
+    with EdgeLLM("synthetic:tiny", "edge:cpu", workload="many") as llm:
+        assert llm.reason.endswith(": KV cache int8: 2.00 times the default")
 
 
 @pytest.mark.parametrize("limit_s", [0, -1, float("nan"), float("inf")])
