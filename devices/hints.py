@@ -52,17 +52,19 @@ def pinning_choices(device: str) -> tuple[bool, ...]:
     return (True,) if device in _ON_ITS_THREADS and len(core_groups()) > 1 else ()
 
 
-def pinning(device: str, pinned: bool, threads: int) -> dict[str, str]:
-    """The properties that bind ``threads`` threads to cores, one each as far as they go, or set them free.
+def pinning(device: str, pinned: bool, threads: int | None) -> tuple[int | None, dict[str, str]]:
+    """How many threads to ask for, and the properties that bind them to cores, one each as far as they go, or set them
+    free. ``threads`` None: as many as the engine takes.
 
-    ONNX Runtime's first thread is the caller's and stays as it is; its numbers of processors begin at 1
-    (https://onnxruntime.ai/docs/performance/tune-performance/threading.html).
+    ONNX Runtime binds only a number of threads that it is told. Its first thread is the caller's and stays as it is;
+    processors are counted from 1 there (https://onnxruntime.ai/docs/performance/tune-performance/threading.html).
     """
     if device == _OPENVINO_CPU:
-        return {"ENABLE_CPU_PINNING": "YES" if pinned else "NO"}
+        return threads, {"ENABLE_CPU_PINNING": "YES" if pinned else "NO"}
     groups = core_groups()
-    if device not in _ON_ITS_THREADS or not pinned or not groups or threads < 2:
-        return {}
-    bound = (groups[thread % len(groups)] for thread in range(1, threads))
+    if device not in _ON_ITS_THREADS or not pinned or not groups:
+        return threads, {}
+    count = threads or len(groups)
+    bound = (groups[thread % len(groups)] for thread in range(1, count))
     affinities = ";".join(",".join(str(processor + 1) for processor in group) for group in bound)
-    return {"session.intra_op_thread_affinities": affinities}
+    return count, {"session.intra_op_thread_affinities": affinities} if affinities else {}

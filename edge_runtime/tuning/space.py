@@ -18,7 +18,7 @@ from devices.kv_types import KVType
 from devices.names import KNOWN
 from edge_runtime.measurements import Shape
 from edge_runtime.package import Weights
-from edge_runtime.tuning.records import Setup
+from edge_runtime.tuning.records import Options, Setup
 
 HISTORY = "history"
 """The lever that is what earlier runs found."""
@@ -61,8 +61,14 @@ def challengers(lever: str, setup: Setup, scope: Scope) -> list[Setup]:
         found = [
             Setup(setup.device, msgspec.structs.replace(options, **change)) for change in _changes(lever, setup, scope)
         ]
-    allowed = [each for each in found if not scope.budget or each.options == each.options.frugal()]
-    return [each for index, each in enumerate(allowed) if each != setup and each not in allowed[:index]]
+    allowed = [each for each in found if each != setup and _allowed(each.options, scope)]
+    return [each for index, each in enumerate(allowed) if each not in allowed[:index]]
+
+
+def _allowed(options: Options, scope: Scope) -> bool:
+    if options.kv_type == "int8" and not scope.int8_kv:
+        return False
+    return not scope.budget or options == options.frugal()
 
 
 def _changes(lever: str, setup: Setup, scope: Scope) -> list[dict[str, object]]:
@@ -79,7 +85,8 @@ def _changes(lever: str, setup: Setup, scope: Scope) -> list[dict[str, object]]:
     if lever == "pinning":
         return [{"pinning": pinned} for pinned in pinning_choices(device)]
     ways = hints(device).get(lever, ())
-    return [{"properties": {**setup.options.properties, **way}} for way in ways]
+    others = {name: value for name, value in setup.options.properties.items() if not any(name in way for way in ways)}
+    return [{"properties": {**others, **way}} for way in ways]
 
 
 def _thread_counts(device: str) -> list[int]:
@@ -91,8 +98,7 @@ def _thread_counts(device: str) -> list[int]:
 
 def _kv_types(device: str, scope: Scope) -> list[KVType]:
     """16 bits lose nothing where the engine would take 8, which it does unless the weights are fp32."""
-    allowed = {"int8": scope.int8_kv, "float16": scope.weights != "fp32", "float32": True}
-    return [kind for kind in _KV_TYPES.get(device, ()) if allowed[kind]]
+    return [kind for kind in _KV_TYPES.get(device, ()) if kind == "int8" or scope.weights != "fp32"]
 
 
 def changes_answers(setup: Setup, default: Setup) -> bool:
@@ -128,10 +134,9 @@ def opened(setup: Setup, given: DecoderOptions) -> DecoderOptions:
     threads, properties = given.threads, dict(options.properties)
     if threads is None:
         threads = options.threads
-        if options.pinning and setup.device != "openvino:cpu":
-            threads = threads or physical_cores()  # ONNX Runtime binds those that it is told the number of
         if options.pinning is not None:
-            properties |= pinning(setup.device, options.pinning, threads or 0)
+            threads, bound = pinning(setup.device, options.pinning, threads)
+            properties |= bound
     return replace(
         given,
         threads=threads,

@@ -57,8 +57,8 @@ def test_none_changes_an_answer(device: str, spec: DecoderSpec, monkeypatch: pyt
 def test_pinned_or_not(device: str, spec: DecoderSpec) -> None:
     plain = logits(device, spec)
     for pinned in (True, False):
-        for threads in (1, 2, 3):
-            found = logits(device, spec, threads, pinning(device, pinned, threads))
+        for threads in (None, 1, 2, 3):
+            found = logits(device, spec, *pinning(device, pinned, threads))
             np.testing.assert_allclose(found, plain, atol=1e-4)
 
 
@@ -69,8 +69,10 @@ def test_affinities_name_processors_of_this_machine() -> None:
         assert pinning_choices("edge:cpu") == ()
         return
     assert pinning_choices("edge:cpu") == (True,)
-    affinities = pinning("edge:cpu", True, 5)["session.intra_op_thread_affinities"].split(";")
-    assert len(affinities) == 4
+    threads, properties = pinning("edge:cpu", True, 5)
+    affinities = properties["session.intra_op_thread_affinities"].split(";")
+    assert (threads, len(affinities)) == (5, 4)
+    assert pinning("edge:cpu", True, None)[0] == len(core_groups())
     assert {int(each) - 1 for group in affinities for each in group.split(",")} <= allowed
 
 
@@ -90,4 +92,4 @@ def test_the_engine_knows_every_name(device: str, spec: DecoderSpec) -> None:
 def test_devices_without_hints() -> None:
     assert hints("onnxruntime:cuda") == {}
     assert pinning_choices("onnxruntime:cuda") == ()
-    assert pinning("onnxruntime:cuda", True, 4) == {}
+    assert pinning("onnxruntime:cuda", True, 4) == (4, {})

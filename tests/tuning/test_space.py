@@ -55,6 +55,8 @@ def test_other_levers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
         "session.dynamic_block_base": "4",
         "session.intra_op.allow_spinning": "0",
     }
+    tried = Setup("edge:cpu", Options(properties={"session.intra_op.allow_spinning": "0"}))
+    assert [each.properties for each in options("spinning", tried)] == [{"session.intra_op.spin_duration_us": "1000"}]
     assert Options(4) in options("threads", Setup("edge:cpu", Options(2)))
     assert Options(2) not in options("threads", Setup("edge:cpu", Options(2)))
 
@@ -85,6 +87,9 @@ def test_history_within_what_is_searched() -> None:
     assert challengers(HISTORY, EDGE, scope(history=found)) == [OPENVINO, found[1]]
     assert challengers(HISTORY, EDGE, scope(history=found, devices=("edge:cpu",))) == [found[1]]
     assert challengers(HISTORY, EDGE, scope(history=found, budget=True)) == [OPENVINO]
+    small = Setup("edge:cpu", Options(kv_type="int8"))
+    assert challengers(HISTORY, EDGE, scope(history=(small,))) == []  # allowed then, not now
+    assert challengers(HISTORY, EDGE, scope(history=(small,), int8_kv=True)) == [small]
 
 
 def test_hints_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
