@@ -27,8 +27,8 @@ from edge_runtime.tuning.records import Figures, Options, Run, Setup
 from edge_runtime.tuning.search import CONFIRMATION, Search, Watch
 from edge_runtime.tuning.space import Scope
 
-_REPEATS = 2
-"""Measured rounds of a trial: between processes times differ more than within one."""
+_REPEATS = 1
+"""Measured rounds of a trial, after one to warm up: more trials tell more than longer ones."""
 _log = logging.getLogger(__name__)
 
 

@@ -109,11 +109,11 @@ class Search:
         contests = [_Contest(setup) for setup in setups if (setup, against) not in known]
         for number in range(_ROUNDS):
             running = [each for each in contests if each.outcome is None]
+            fitting = max(int(self._spare() // self._usual) - 1, 0)
+            for each in running[fitting:]:
+                each.outcome = "no time"
+            running = running[:fitting]
             if not running:
-                break
-            if self._spare() < self._usual * (1 + len(running)):
-                for each in running:
-                    each.outcome = "no time"
                 break
             self._round(lever, against, running, number, score=number == 0)
             for each in running:

@@ -293,6 +293,13 @@ def test_the_time_put_aside_goes_to_what_was_cut_short() -> None:
     assert len(verdicts(run, CONFIRMATION)[0].gains) == 3
 
 
+def test_those_are_tried_for_which_there_is_time() -> None:
+    """Of four counts of threads two, after the default and what is put aside for confirming."""
+    run = look(Machine(lambda setup: 1.0 if setup == DEFAULT else 1.4), limit_s=5 + 6 * 5 + 3.5 * 5)
+    tried = {each.setup.options.threads: each.outcome for each in verdicts(run, "threads")}
+    assert tried == {1: "lost", 2: "lost", 4: "no time", 8: "no time"}
+
+
 def test_no_time_to_confirm_is_no_confirmation() -> None:
     """When the machine becomes so slow that what was put aside is not enough."""
     machine = Machine(lambda setup: 0.5 if setup.options.pinning else 1.0)
