@@ -84,8 +84,8 @@ class Search:
         self._run, self._scope = run, scope
         self._measure, self._watch, self._keep, self._clock = measure, watch, keep, clock
         self._began = clock()
-        self._usual = 0.0
-        """Seconds of the latest trial of what was the best."""
+        self._loss: float | None = None
+        """Of the default, per token."""
 
     def go(self) -> None:
         """ConfigError if the default itself cannot be measured."""
@@ -93,7 +93,7 @@ class Search:
         first = self._try("default", run.default, self._left(), score=True)
         if isinstance(first, str):
             raise ConfigError(f"the default, {run.default}, cannot be measured, so there is nothing to beat: {first}")
-        self._usual, self._loss = self._gone(), first.nll
+        self._loss = first.nll
         for lever in levers(self._scope):
             self._race(lever, challengers(lever, run.candidate, self._scope))
             self._keep(run)
@@ -109,7 +109,7 @@ class Search:
         contests = [_Contest(setup) for setup in setups if (setup, against) not in known]
         for number in range(_ROUNDS):
             running = [each for each in contests if each.outcome is None]
-            fitting = max(int(self._spare() // self._usual) - 1, 0)
+            fitting = max(int(self._spare() // self._usual(against)) - 1, 0)
             for each in running[fitting:]:
                 each.outcome = "no time"
             running = running[:fitting]
@@ -135,9 +135,7 @@ class Search:
         times: list[tuple[_Contest, float]] = []
         for each in [*order[place:], *order[:place]]:
             if each is None:
-                began = self._clock()
                 found = self._try(lever, against, self._left())
-                self._usual = self._clock() - began
                 continue
             scored = score and changes_answers(each.setup, self._run.default)
             figures = self._try(lever, each.setup, self._patience(lever), score=scored)
@@ -171,7 +169,7 @@ class Search:
             return
         contest = _Contest(run.candidate)
         for number in range(_CONFIRMING_ROUNDS):
-            if self._left() < 2 * self._usual or contest.outcome is not None:
+            if self._left() < self._usual(run.default) + self._usual(run.candidate) or contest.outcome is not None:
                 break
             self._round(CONFIRMATION, run.default, [contest], number)
         if contest.outcome is None:
@@ -209,12 +207,17 @@ class Search:
 
     def _spare(self) -> float:
         """Seconds left when those for confirming are put aside."""
-        return self._left() - 2 * _LEAST_ROUNDS * self._usual
+        round_s = self._usual(self._run.default) + self._usual(self._run.candidate)
+        return self._left() - (_LEAST_ROUNDS + 1) * round_s
+
+    def _usual(self, setup: Setup) -> float:
+        """Seconds of its trials, on average."""
+        return statistics.fmean(trial.took_s for trial in self._run.trials if trial.setup == setup)
 
     def _patience(self, lever: str) -> float:
         if lever == CONFIRMATION:
             return self._left()
-        return min(self._spare(), _PATIENCE * self._usual + _OPENING_S)
+        return min(self._spare(), _PATIENCE * self._usual(self._run.candidate) + _OPENING_S)
 
 
 def bounds(gains: Sequence[float]) -> tuple[float, float]:

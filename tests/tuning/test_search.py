@@ -280,22 +280,22 @@ def test_a_limit_that_is_used_up_by_the_default() -> None:
 
 
 def test_the_time_put_aside_goes_to_what_was_cut_short() -> None:
-    """Time for the default, a round of threads, one of chunks and one of pinning, and three to confirm."""
+    """Time for the default, a round of threads, one of chunks and one of pinning, and four to confirm."""
 
     def seconds(setup: Setup) -> float:
         return 1.0 if setup == DEFAULT else 0.8 if setup == PINNED else 1.2
 
-    run = look(Machine(seconds), limit_s=95.0)
+    run = look(Machine(seconds), limit_s=100.0)
     (cut,) = verdicts(run, "pinning")
     assert cut.outcome == "no time"
     assert len(cut.gains) == 1
     assert run.best == PINNED
-    assert len(verdicts(run, CONFIRMATION)[0].gains) == 3
+    assert len(verdicts(run, CONFIRMATION)[0].gains) == 4
 
 
 def test_those_are_tried_for_which_there_is_time() -> None:
     """Of four counts of threads two, after the default and what is put aside for confirming."""
-    run = look(Machine(lambda setup: 1.0 if setup == DEFAULT else 1.4), limit_s=5 + 6 * 5 + 3.5 * 5)
+    run = look(Machine(lambda setup: 1.0 if setup == DEFAULT else 1.4), limit_s=5 + 4 * 2 * 5 + 3.5 * 5)
     tried = {each.setup.options.threads: each.outcome for each in verdicts(run, "threads")}
     assert tried == {1: "lost", 2: "lost", 4: "no time", 8: "no time"}
 
