@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from devices.base import DecoderOptions
+from devices.host import cores
 from devices.kv_types import KVType
 from edge_runtime.measurements import Shape, Workload
 from edge_runtime.package import Weights
@@ -112,6 +113,8 @@ class Run(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     machine: str
     """:func:`edge_runtime.machine.fingerprint`."""
     versions: dict[str, str]
+    load_average: float | None
+    """Of the minute before, by others then; None: this platform does not tell."""
     model: str
     variants: dict[str, str]
     """Device → :func:`edge_runtime.tuning.log.digest` of the variant that it was tried with."""
@@ -130,6 +133,11 @@ class Run(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Of the best over the default, in the confirming rounds."""
     trials: list[Trial] = []
     verdicts: list[Verdict] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether others took so much of the machine that what is best then may not be best when they are gone."""
+        return (self.load_average or 0) > cores() / 2
 
     @property
     def day(self) -> str:

@@ -14,6 +14,7 @@ from devices.names import KNOWN, parse_device
 from edge_runtime.bench import process
 from edge_runtime.bench.every import measurement, shapes
 from edge_runtime.bench.job import Job
+from edge_runtime.bench.machine import this_machine
 from edge_runtime.bench.measure import now
 from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.machine import fingerprint, versions
@@ -51,6 +52,7 @@ def tune(
         raise ConfigError(f"--time-limit must be a number of seconds above 0, not {limit_s:g}")
     here, shape = home(), shapes(job)[workload]
     job = msgspec.structs.replace(job, tuning=Options(), repeats=_REPEATS, nll=False, **msgspec.structs.asdict(shape))
+    load_average = this_machine().load_average  # now, while it is that of others
     process.prepare(job)
     placed = place(Store(here), job.ref, job.device, job.weights, workload=workload)
     variants = _variants(placed.package, job, placed.variant.weights)
@@ -68,6 +70,7 @@ def tune(
         started=now(),
         machine=fingerprint(),
         versions=versions(),
+        load_average=load_average,
         model=placed.package.name,
         variants=digests,
         weights=placed.variant.weights,

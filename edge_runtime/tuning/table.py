@@ -20,12 +20,13 @@ def table(run: Run) -> str:
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
     ]
     lines += [f"{each.lever}, {each.setup}: {each.why}" for each in run.verdicts if each.why is not None]
-    lines += [
-        "",
-        "gain: how many times as fast, and between which bounds with 95 % confidence; * is faster",
-        conclusion(run),
-    ]
-    return "\n".join(lines)
+    lines += ["", "gain: how many times as fast, and between which bounds with 95 % confidence; * is faster"]
+    if run.busy:
+        lines.append(
+            f"the machine was busy with other work (load average {run.load_average:g}): what is best then, threads "
+            "above all, may not be when it is quiet, so tune again then"
+        )
+    return "\n".join([*lines, conclusion(run)])
 
 
 def conclusion(run: Run) -> str:

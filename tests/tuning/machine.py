@@ -27,6 +27,7 @@ def new_run(**changes: object) -> Run:
         "started": "2026-11-26T10:00:00+00:00",
         "machine": HERE,
         "versions": {"edge-glm": "0.1.0"},
+        "load_average": 0.1,
         "model": "m",
         "variants": dict.fromkeys(DEVICES, "0"),
         "weights": "int4",

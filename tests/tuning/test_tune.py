@@ -277,6 +277,13 @@ def test_the_table_tells_each_lever() -> None:
     assert lines[-1] == "used from now on: edge:cpu, threads 2, chunk 128: 1.50 times the default (edge:cpu)"
 
 
+def test_a_busy_machine_is_told() -> None:
+    words = "busy with other work (load average 900)"
+    assert words in table(new_run(best=DEFAULT, load_average=900.0))
+    for quiet in (0.1, None):
+        assert "busy" not in table(new_run(best=DEFAULT, load_average=quiet))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
