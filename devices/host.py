@@ -16,6 +16,8 @@ from typing import NamedTuple
 _CPUINFO = Path("/proc/cpuinfo")
 _GROUP = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
+_PROCESSORS = Path("/sys/devices/system/cpu")
+_ECORES = Path("/sys/devices/cpu_atom")
 _INSTRUCTIONS = {
     # as Linux, macOS (without "hw.optional." and "arm.FEAT_") and numpy say → as everybody does
     **dict.fromkeys(("avx2", "avx2_0", "AVX2"), "AVX2"),
@@ -59,6 +61,34 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def core_groups() -> tuple[tuple[int, ...], ...]:
+    """The logical processors of each physical core, as numbered by the system, those that this process may use; ()
+    where the system does not tell, or lets no thread be pinned."""
+    groups: dict[str, list[int]] = {}
+    if hasattr(os, "sched_getaffinity"):
+        with suppress(OSError):
+            for each in sorted(os.sched_getaffinity(0)):
+                siblings = (_PROCESSORS / f"cpu{each}" / "topology" / "thread_siblings_list").read_text()
+                groups.setdefault(siblings, []).append(each)
+            return tuple(map(tuple, groups.values()))
+    return ()
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, each counted once however many threads it runs; at least 1."""
+    import psutil
+
+    return len(core_groups()) or min(psutil.cpu_count(logical=False) or cores(), cores())
+
+
+def cores_differ() -> bool:
+    """Whether some cores are slower than others, as in hybrid processors. False where the system does not tell."""
+    capacities = set()
+    with suppress(OSError):
+        capacities = {path.read_text() for path in _PROCESSORS.glob("cpu[0-9]*/cpu_capacity")}
+    return len(capacities) > 1 or _ECORES.exists()
 
 
 def instructions() -> tuple[str, ...]:

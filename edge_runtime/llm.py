@@ -30,6 +30,7 @@ from edge_runtime.store import Progress, Store
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.base import Messages, Text, TierRequest, TokenIds
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.tuning.records import Options
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
@@ -65,7 +66,8 @@ class EdgeLLM:
     for prefixes of prompts that were used twice, or are long when the model is closed; 0: none are written or read
     (:mod:`edge_runtime.prefix_store`).
     ``workload``: what ``auto`` and ``cpu`` choose a device for, by what ``edge-glm bench`` measured here
-    (:data:`edge_runtime.measurements.Workload`). ``progress`` hears of downloads and exports.
+    (:data:`edge_runtime.measurements.Workload`). ``tuning``: whether to open the model as ``edge-glm tune`` found best
+    for that, where nothing else is asked for here. ``progress`` hears of downloads and exports.
 
     **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
     chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an
@@ -91,6 +93,7 @@ class EdgeLLM:
         prefix_store_bytes: str | int = DEFAULT_SIZE,
         workload: Workload = "one",
         fallback: bool = False,
+        tuning: bool | Options = True,
         progress: Progress | None = None,
     ) -> None:
         if workload not in WORKLOADS:
@@ -105,6 +108,8 @@ class EdgeLLM:
             prompt_lookup=prompt_lookup,
             prefix_cache_bytes=prefix_cache_bytes,
             prefix_store_bytes=0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes),
+            workload=workload,
+            tuning=tuning,
         )
         wish = Wish(ref, device, weights, workload, fallback)
         first = place(store, wish, progress)
@@ -184,8 +189,8 @@ class EdgeLLM:
 
     @property
     def reason(self) -> str:
-        """Why this device, in words."""
-        return self._loaded.placement.reason
+        """Why this device, and what tuning found for it, in words."""
+        return self._loaded.reason
 
     @property
     def placement(self) -> Mapping[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -15,6 +15,7 @@ from edge_runtime.engine import Engine, Successor
 from edge_runtime.errors import BudgetError
 from edge_runtime.footprint import kv_tokens_within
 from edge_runtime.heap import return_free_heap
+from edge_runtime.measurements import Workload
 from edge_runtime.memory import BudgetSize
 from edge_runtime.package import Package, Variant
 from edge_runtime.placement import Placement
@@ -23,6 +24,8 @@ from edge_runtime.store import Store
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.local import LocalTier
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.tuning.apply import tuned
+from edge_runtime.tuning.records import Options
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +39,8 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
     prompt_lookup: bool
     prefix_cache_bytes: int | None
     prefix_store_bytes: int
+    workload: Workload
+    tuning: bool | Options
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +56,13 @@ class Loaded:
     """Tokens."""
     max_context: int
     """Tokens that prompt and answer may have together."""
+    tuned: str | None = None
+    """What ``edge-glm tune`` had found and was taken, in words."""
+
+    @property
+    def reason(self) -> str:
+        """Why this device, and what tuning found for it."""
+        return self.placement.reason if self.tuned is None else f"{self.placement.reason}; {self.tuned}"
 
 
 def load(
@@ -68,15 +80,18 @@ def load(
     device, package, variant, _ = placement
     store.verify(package, variant)
     budget = None if loading.budget is None else loading.budget.within(lambda: _memory(device)) // sharing
-    kv_tokens, store_bytes = _share_out(budget, loading.prefix_store_bytes, package, variant, loading.kv_type)
-    options = DecoderOptions(
+    given = DecoderOptions(
         max_sequences=loading.max_sequences,
-        kv_tokens=kv_tokens,
         threads=loading.threads,
         kv_type=loading.kv_type,
         batch_invariant=loading.batch_invariant,
         cache_dir=store.home.compiled,
     )
+    options, found = tuned(
+        given, device.name, variant, loading.workload, store.home, loading.tuning, budget=budget is not None
+    )
+    kv_tokens, store_bytes = _share_out(budget, loading.prefix_store_bytes, package, variant, options)
+    options = replace(options, kv_tokens=kv_tokens)
     decoder = open_decoder(package.spec(variant), device.name, options)
     return_free_heap()  # reading the tokenizer and the model left some
     try:
@@ -108,7 +123,7 @@ def load(
         add_bos=package.manifest.add_bos,
         defaults=package.generation,
     )
-    return Loaded(placement, decoder.device, engine, tier, max_prompt, context)
+    return Loaded(placement, decoder.device, engine, tier, max_prompt, context, found)
 
 
 def _memory(device: Device) -> int | None:
@@ -118,12 +133,12 @@ def _memory(device: Device) -> int | None:
 
 
 def _share_out(
-    budget: int | None, store_bytes: int, package: Package, variant: Variant, kv_type: KVWish | None
+    budget: int | None, store_bytes: int, package: Package, variant: Variant, options: DecoderOptions
 ) -> tuple[int | None, int]:
     """Tokens of KV cache and bytes of disk store: where memory is short the store goes first."""
     if budget is None:
         return None, store_bytes
-    chunk = DecoderOptions.prefill_chunk
+    chunk, kv_type = options.prefill_chunk, options.kv_type
     if store_bytes:
         with suppress(BudgetError):
             return kv_tokens_within(budget, package, variant, chunk, kv_type, prefix_store=True), store_bytes

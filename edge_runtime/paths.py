@@ -38,6 +38,11 @@ class Home:
         return self.cache / "measurements.json"
 
     @property
+    def tuning(self) -> Path:
+        """What ``edge-glm tune`` tried and found (:mod:`edge_runtime.tuning`)."""
+        return self.cache / "tuning.json"
+
+    @property
     def prefixes(self) -> Path:
         """KV cache of prompts seen before (:mod:`edge_runtime.prefix_store`)."""
         return self.cache / "prefixes"

@@ -38,6 +38,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     batch_invariant: bool = False
     prompt_lookup: bool = False
     prefix_store: str | int = DEFAULT_SIZE
+    tuning: bool = True
+    """Whether to open a model as ``edge-glm tune`` found best."""
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None

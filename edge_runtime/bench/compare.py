@@ -15,7 +15,10 @@ from edge_runtime.errors import ConfigError
 
 NOISE = 0.05
 """Two runs on a quiet machine agree within this, so less is no difference."""
-_CONDITIONS = ("model", "device", "weights", "url", "prompt_tokens", "new_tokens", "concurrency", "rate", "nll_tokens")
+_CONDITIONS = (
+    *("model", "device", "weights", "tuned", "url"),
+    *("prompt_tokens", "new_tokens", "concurrency", "rate", "nll_tokens"),
+)
 
 Verdict = Literal["better", "worse", "equal"]
 ARROWS: Mapping[Verdict, str] = {"better": "▲", "worse": "▼", "equal": "≈"}

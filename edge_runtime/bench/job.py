@@ -10,6 +10,7 @@ import msgspec
 from devices.kv_types import KVWish
 from edge_runtime.errors import ConfigError
 from edge_runtime.package import Weights
+from edge_runtime.tuning.records import Options
 
 TAIL_TOKENS = 32
 """Tokens of a prompt after the shared prefix."""
@@ -37,6 +38,8 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """Also measure answers that repeat their prompt, with and without prompt lookup."""
     nll: bool = True
     """Also score the bundled text, so that a speed comes with what it cost."""
+    tuning: Options | None = None
+    """How to open the model; None: as ``edge-glm tune`` found best, where it has."""
 
     def __post_init__(self) -> None:
         _check_shape(self.prompt_tokens, self.new_tokens)

@@ -44,6 +44,10 @@ class MeasuredLLM(EdgeLLM):
         return self._loaded.engine.limits
 
     @property
+    def tuned(self) -> str | None:
+        return self._loaded.tuned
+
+    @property
     def vocab_size(self) -> int:
         return self._loaded.engine.vocab_size
 
@@ -72,6 +76,7 @@ def open_model(
         prefix_cache_bytes=None if prefix_cache else 0,
         prefix_store_bytes=0,
         workload=Shape(job.prompt_tokens, job.new_tokens, job.concurrency).workload,
+        tuning=True if job.tuning is None else job.tuning,
         progress=progress,
     )
     try:

@@ -33,7 +33,7 @@ def measure(job: Job, started: float) -> Result:
         figures = _speed(job, local.speed(llm, job))
         peak = peak_rss_bytes()  # before scoring, which holds logits of many tokens
         nll, nll_tokens = local.loss(llm) if job.nll else (None, None)
-        model, device, weights = llm.model_id, llm.device, llm.variant.weights
+        model, device, weights, tuned = llm.model_id, llm.device, llm.variant.weights, llm.tuned
     prefix = None
     if job.shared_prefix is not None:
         with closing(local.open_model(job, prefix_cache=True)) as llm:
@@ -50,6 +50,7 @@ def measure(job: Job, started: float) -> Result:
         model=model,
         device=device,
         weights=weights,
+        tuned=tuned,
         prompt_tokens=job.prompt_tokens,
         new_tokens=job.new_tokens,
         concurrency=job.concurrency,

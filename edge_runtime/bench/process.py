@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import msgspec
 
@@ -19,26 +21,39 @@ COMMAND = (sys.executable, "-P", "-m", "edge_runtime.bench.worker")  # -P: not w
 
 def run(job: Job) -> Result:
     """Prepare the model in one process, measure it in another. Errors as :class:`edge_runtime.EdgeLLM` raises them."""
+    prepare(job)
+    return measure(job)
+
+
+def prepare(job: Job) -> None:
+    """Fetch, export and open the model once, in a process that shows its progress."""
     _work(job, prepare=True)
-    result = _work(job, prepare=False).result
+
+
+def measure(job: Job, limit_s: float | None = None) -> Result:
+    """Measure a model that was prepared. EdgeError also if it takes longer than ``limit_s``."""
+    result = _work(job, prepare=False, limit_s=limit_s).result
     assert result is not None
     return result
 
 
-def _work(job: Job, *, prepare: bool) -> Answer:
+def _work(job: Job, *, prepare: bool, limit_s: float | None = None) -> Answer:
     started = time.time()
     with subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
-            with suppress(BrokenPipeError):  # it has died: its exit code tells
-                worker.stdin.write(msgspec.json.encode(Order(job, started, prepare)) + b"\n")
-                worker.stdin.flush()  # and left open: the worker ends when it closes
-            data = worker.stdout.read()
+            with _ended_after(limit_s, worker) as late:
+                with suppress(BrokenPipeError):  # it has died: its exit code tells
+                    worker.stdin.write(msgspec.json.encode(Order(job, started, prepare)) + b"\n")
+                    worker.stdin.flush()  # and left open: the worker ends when it closes
+                data = worker.stdout.read()
         except BaseException:  # Ctrl-C
             worker.kill()
             raise
         code = worker.wait()
+    if late.is_set():
+        raise EdgeError(f"the measuring process was ended, for it took more than the {limit_s:.0f} s that it was given")
     if code or not data:
         how = f"was ended by signal {-code}; is there enough memory?" if code < 0 else f"ended with exit code {code}"
         raise EdgeError(f"the measuring process {how}")
@@ -46,3 +61,22 @@ def _work(job: Job, *, prepare: bool) -> Answer:
     if answer.error is not None:
         raise EdgeError(answer.error)
     return answer
+
+
+@contextmanager
+def _ended_after(limit_s: float | None, worker: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+    """The event is set if the worker had to be ended."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        worker.kill()
+
+    timer = None if limit_s is None else threading.Timer(limit_s, end)
+    if timer is not None:
+        timer.start()
+    try:
+        yield late
+    finally:
+        if timer is not None:
+            timer.cancel()

@@ -81,6 +81,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     device: str | None = None
     """``engine:device``; None for a server."""
     weights: str | None = None
+    tuned: str | None = None
+    """What was taken of that which ``edge-glm tune`` found."""
     url: str | None = None
     prompt_tokens: int
     new_tokens: int

@@ -36,6 +36,8 @@ def conditions(result: Result) -> str:
 def remarks(result: Result) -> dict[str, str]:
     """What does not fit a column: label → text."""
     found = {}
+    if result.tuned is not None:
+        found["opened as"] = result.tuned
     if result.shares is not None:
         shares = result.shares
         found["time per token"] = (

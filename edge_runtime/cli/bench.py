@@ -21,6 +21,7 @@ from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import Measurements
 from edge_runtime.paths import home
 from edge_runtime.settings import load_settings
+from edge_runtime.tuning.records import Options
 
 _LOADING = ("device", "weights", "memory_budget", "threads", "kv_type", "batch_invariant")
 _LOCAL = ("repeats", "shared_prefix", "copy", "nll")
@@ -75,9 +76,10 @@ def _job(arguments: argparse.Namespace) -> Job:
     _refuse(arguments, _SERVER, "--{} needs --url")
     if arguments.ref is None:
         raise ConfigError("bench needs a model reference to measure here, or --url for a server")
-    settings = load_settings({name: getattr(arguments, name) for name in _LOADING})
+    settings = load_settings({name: getattr(arguments, name) for name in (*_LOADING, "tuning")})
     loading = {name: getattr(settings, name) for name in _LOADING}
-    return Job(ref=arguments.ref, **loading, **_given(arguments, *_LOCAL, *_SHAPE))
+    tuning = None if settings.tuning else Options()
+    return Job(ref=arguments.ref, tuning=tuning, **loading, **_given(arguments, *_LOCAL, *_SHAPE))
 
 
 def _keep(job: Job, result: Result) -> None:
@@ -96,11 +98,11 @@ def _keep(job: Job, result: Result) -> None:
 def _speaks_for_auto(job: Job) -> bool:
     """Whether the model is opened for it as when nothing is said."""
     given = (job.memory_budget, job.threads, job.kv_type)
-    return not any(each is not None for each in given) and not job.batch_invariant
+    return not any(each is not None for each in (*given, job.tuning)) and not job.batch_invariant
 
 
 def _server(arguments: argparse.Namespace) -> Result:
-    _refuse(arguments, (*_LOADING, *_LOCAL), "--{} is for a model in this process; leave it out with --url")
+    _refuse(arguments, (*_LOADING, "tuning", *_LOCAL), "--{} is for a model in this process; leave it out with --url")
     if arguments.ref is not None:
         raise ConfigError(f"with --url the server's model is named by --model, not {arguments.ref!r}")
     options = _given(arguments, *_SERVER, *_SHAPE)
@@ -121,7 +123,7 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], message: str) -> None:
     for name in _given(arguments, *names):
-        raise ConfigError(message.format("no-nll" if name == "nll" else name.replace("_", "-")))
+        raise ConfigError(message.format({"nll": "no-nll", "tuning": "no-tuning"}.get(name, name.replace("_", "-"))))
 
 
 def _write(path: str, data: bytes) -> None:

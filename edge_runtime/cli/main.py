@@ -74,6 +74,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         "serve": ("serve", "serve"),
         "devices": ("devices", "devices"),
         "bench": ("bench", "bench"),
+        "tune": ("tune", "tune"),
     }[name]
     command: Callable[[argparse.Namespace], int] = getattr(import_module(f"edge_runtime.cli.{module}"), function)
     return command
@@ -171,7 +172,27 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = add("bench", "measure a model here, or a server")
     _add_bench(bench)
+
+    tune = add("tune", "find out how a model runs fastest here, and remember it")
+    _add_tune(tune)
     return parser
+
+
+def _add_tune(tune: argparse.ArgumentParser) -> None:
+    tune.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
+    _add_device(tune)
+    _add_weights(tune)
+    _add_workload(tune, "one", "tune for one stream, many, or long prompts")
+    tune.add_argument("--prompt-tokens", type=int, metavar="N", help="default: 512; four times as many for long")
+    tune.add_argument("--new-tokens", type=int, metavar="N", help="default: 64; 32 for long")
+    tune.add_argument("--time-limit", type=float, metavar="S", default=300.0, help="seconds (default: 300)")
+    _add_memory_budget(tune)
+    tune.add_argument(
+        "--allow-int8-kv",
+        action="store_true",
+        help="also try a KV cache of 8 bits, which is smaller and may be faster, but changes some answers",
+    )
+    tune.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -247,18 +268,28 @@ def _add_prefixes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_workload(parser: argparse.ArgumentParser, default: str) -> None:
+def _add_workload(
+    parser: argparse.ArgumentParser,
+    default: str,
+    what: str = "choose what bench and tune found fastest here with one stream, many, or long prompts",
+) -> None:
+    parser.add_argument("--workload", choices=("one", "many", "long"), help=f"{what} (default: {default})")
+
+
+def _add_memory_budget(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
-        "--workload",
-        choices=("one", "many", "long"),
-        help="choose the device that bench found fastest here with one stream, many, or long prompts "
-        f"(default: {default})",
+        "--memory-budget", metavar="SIZE", help="most memory to use, e.g. 1GiB, or 25%% of the device's"
     )
 
 
 def _add_loading(parser: argparse._ActionsContainer) -> None:
+    _add_memory_budget(parser)
     parser.add_argument(
-        "--memory-budget", metavar="SIZE", help="most memory to use, e.g. 1GiB, or 25%% of the device's"
+        "--no-tuning",
+        dest="tuning",
+        action="store_false",
+        default=None,
+        help="open the model as it comes, whatever edge-glm tune found",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the engine's choice)")
     parser.add_argument(

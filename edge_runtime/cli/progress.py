@@ -44,3 +44,27 @@ class Bars:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class TimeBar:
+    """Seconds of a time limit gone, and what they are spent on; shown from the first call on."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._bar: Any = None
+
+    def __call__(self, what: str, gone: float) -> None:
+        if self._bar is None:
+            self._bar = tqdm(
+                total=round(self._limit_s),
+                bar_format="{l_bar}{bar:20}| {n_fmt} of {total_fmt} s",
+                leave=False,
+                disable=None,  # no bar unless stderr is a terminal
+            )
+        self._bar.set_description_str(what, refresh=False)
+        self._bar.n = min(round(gone), self._bar.total)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
             name: getattr(arguments, name)
             for name in (
                 *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type"),
-                *("batch_invariant", "prompt_lookup", "prefix_store"),
+                *("batch_invariant", "prompt_lookup", "prefix_store", "tuning"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
         }
@@ -54,6 +54,7 @@ def open_model(ref: str, settings: Settings, workload: Workload = "one") -> Edge
             prefix_store_bytes=settings.prefix_store,
             workload=settings.workload or workload,
             fallback=settings.fallback,
+            tuning=settings.tuning,
             progress=bars,
         )
 

@@ -23,6 +23,7 @@ def serve(arguments: argparse.Namespace) -> int:
         "batch_invariant",
         "prompt_lookup",
         "prefix_store",
+        "tuning",
         "host",
         "port",
         "api_key",

@@ -105,3 +105,40 @@ def test_what_numpy_knows_where_the_system_does_not_tell(tmp_path: Path, monkeyp
     monkeypatch.setattr(host.sys, "platform", "win32")
     assert set(host.instructions()) <= here
     assert ("AVX2" in host.instructions()) == ("AVX2" in here)
+
+
+@pytest.fixture
+def processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four processors, two to a core, of which the last may not be used."""
+    for number, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        topology = tmp_path / f"cpu{number}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{siblings}\n")
+    monkeypatch.setattr(host, "_PROCESSORS", tmp_path)
+    monkeypatch.setattr(host, "_ECORES", tmp_path / "cpu_atom")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    return tmp_path
+
+
+def test_cores_and_their_threads(processors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert host.core_groups() == ((0, 2), (1,))
+    assert (host.physical_cores(), host.cores()) == (2, 3)
+    (processors / "cpu1/topology/thread_siblings_list").unlink()
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
+    assert host.core_groups() == ()
+    assert host.physical_cores() == 3  # not more than may be used
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
+    assert host.physical_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert host.core_groups() == ()
+
+
+def test_cores_that_differ(processors: Path) -> None:
+    assert not host.cores_differ()
+    for number, capacity in enumerate((1024, 1024, 1024, 512)):
+        (processors / f"cpu{number}" / "cpu_capacity").write_text(f"{capacity}\n")
+        assert host.cores_differ() == (number == 3)
+    for number in range(4):
+        (processors / f"cpu{number}" / "cpu_capacity").unlink()
+    (processors / "cpu_atom").mkdir()
+    assert host.cores_differ()

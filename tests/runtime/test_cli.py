@@ -71,7 +71,7 @@ def fails(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
 def test_help_and_version(edge: Run) -> None:
     shown = edge("--help")
     assert shown.returncode == 0
-    for command in ("pull", "export", "run", "serve", "list", "show", "rm", "devices"):
+    for command in ("pull", "export", "run", "serve", "list", "show", "rm", "devices", "bench", "tune"):
         assert command in shown.stdout
     assert edge("--version").stdout.startswith("edge-glm ")
 
