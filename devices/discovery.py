@@ -79,6 +79,8 @@ def probe_device(name: str) -> Device:
 def _hardware(name: str, known: Known) -> str:
     """The product. DeviceUnavailable if it is not here or cannot be used, with the next step."""
     if name in PLUGINS:
+        if name in RUNNABLE:
+            _onnxruntime_cpu()
         return ", ".join(dict.fromkeys(describe(found) for found in plugin_hardware(name)))
     library = known.engine.split("-")[0]
     try:

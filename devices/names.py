@@ -56,14 +56,20 @@ KNOWN: dict[str, Known] = {
     "onnxruntime:coreml": Known(
         "onnxruntime", "CoreMLExecutionProvider", "CoreML needs macOS and its onnxruntime wheel; use --device cpu"
     ),
-    "onnxruntime:webgpu": Known("onnxruntime", "WebGpuExecutionProvider"),
+    "onnxruntime:webgpu": Known("onnxruntime-webgpu", "WebGpuExecutionProvider"),
     "onnxruntime:openvino": Known("onnxruntime", "OpenVINOExecutionProvider"),
     "onnxruntime:tensorrt-rtx": Known("onnxruntime", "NvTensorRTRTXExecutionProvider"),
     "onnxruntime:qnn": Known("onnxruntime", "QNNExecutionProvider"),
     "onnxruntime:mlx": Known("onnxruntime", "MLXExecutionProvider"),
 }
 
-RUNNABLE = frozenset((*PREFERENCE, "onnxruntime:cuda", "openvino:npu", "openvino:npu-emulated"))
+RUNNABLE = frozenset(
+    (
+        *PREFERENCE,
+        *("onnxruntime:cuda", "onnxruntime:webgpu", "onnxruntime:openvino"),
+        *("openvino:npu", "openvino:npu-emulated"),
+    )
+)
 """Devices that have a decoder in this version."""
 
 

@@ -48,7 +48,7 @@ class OnnxRuntimeEdgeDecoder(PagedDecoder):
         refused or its KV cache finds no address space."""
         tokens = tokens_to_hold(spec, options)
         first = choose_kv_type("edge:cpu", options.kv_type, KV_TYPES)
-        self._session = open_session(spec, options, "CPUExecutionProvider", operators=kernels_library())
+        self._session = open_session(spec, options, "edge:cpu", operators=kernels_library())
         _check_cache(self._session, spec)
         most = tokens * _head_bytes(spec.head_dim, first)
         self._storages: dict[KVPool, KVBlocks] = {}

@@ -86,11 +86,13 @@ class OnnxRuntimeSequence:
 
 
 class OnnxRuntimeDecoder:
-    """A :class:`devices.base.Decoder` on an execution provider that computes in host memory, which is the CPU's."""
+    """A :class:`devices.base.Decoder` on execution providers over host memory: the CPU's, and OpenVINO's plugin, which
+    leaves attention to it."""
 
-    def __init__(self, spec: DecoderSpec, options: DecoderOptions, provider: str = "CPUExecutionProvider") -> None:
-        """DeviceUnavailable if the provider cannot be used, EngineError if the model is refused."""
-        choose_kv_type("onnxruntime:cpu", options.kv_type, ("float32",))
+    def __init__(self, spec: DecoderSpec, options: DecoderOptions, device: str = "onnxruntime:cpu") -> None:
+        """DeviceUnavailable if ``device`` cannot be used, EngineError if the model is refused."""
+        self._device = device
+        choose_kv_type(device, options.kv_type, ("float32",))
         max_context = spec.max_context if options.kv_tokens is None else min(spec.max_context, options.kv_tokens)
         kv_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * np.dtype(np.float32).itemsize
         self._limits = DecoderLimits(
@@ -103,7 +105,7 @@ class OnnxRuntimeDecoder:
             rope_switch=spec.rope_switch,
         )
         self._spec = spec
-        self._session = open_session(spec, options, provider)
+        self._session = open_session(spec, options, device)
         try:
             # a padded step reaches past the last token that counts
             tokens = max_context + _PADDED_STEP
@@ -128,7 +130,7 @@ class OnnxRuntimeDecoder:
 
     @property
     def device(self) -> str:
-        return "onnxruntime:cpu"
+        return self._device
 
     @property
     def engine_seconds(self) -> float:

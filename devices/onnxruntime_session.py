@@ -8,10 +8,12 @@ from typing import Any
 from devices.base import DecoderOptions, DecoderSpec
 from devices.errors import DeviceUnavailable, EngineError
 from devices.file_pages import release_file_pages
+from devices.plugins import PLUGINS, plugin_hardware
 
 
-def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str, operators: Path | None = None) -> Any:
-    """An InferenceSession. DeviceUnavailable if the provider cannot be used, EngineError if the model is refused.
+def open_session(spec: DecoderSpec, options: DecoderOptions, device: str, operators: Path | None = None) -> Any:
+    """An InferenceSession on a plugin's device (:data:`devices.plugins.PLUGINS`), else on the CPU. DeviceUnavailable if
+    it cannot be used, EngineError if the model is refused.
 
     ``operators``: a shared library of operators that the graph uses beside ONNX Runtime's. They take their weights from
     the mapped file itself, so that its pages stay.
@@ -20,8 +22,7 @@ def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str, oper
         import onnxruntime
     except ImportError as error:
         raise DeviceUnavailable(f"onnxruntime does not load ({error}); pip install onnxruntime") from error
-    if provider != "CPUExecutionProvider" or provider not in onnxruntime.get_available_providers():
-        raise DeviceUnavailable(f"{provider} cannot run this: the KV cache is in host memory; use CPUExecutionProvider")
+    hardware = plugin_hardware(device)[:1] if device in PLUGINS else ()
     with engine_errors(f"loading {spec.model}"):
         session_options = onnxruntime.SessionOptions()
         session_options.log_severity_level = 3  # errors; they also come as exceptions
@@ -35,7 +36,10 @@ def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str, oper
             session_options.add_session_config_entry(key, value)
         if operators is not None:
             session_options.register_custom_ops_library(str(operators))
-        session = onnxruntime.InferenceSession(str(spec.model), session_options, providers=[provider])
+        if hardware:  # what it does not take goes to the CPU's provider
+            session_options.add_provider_for_devices(list(hardware), {})
+        providers = None if hardware else ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(str(spec.model), session_options, providers=providers)
     if operators is None:
         release_file_pages(spec.model.parent)
     return session

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from devices.errors import DeviceUnavailable
@@ -30,34 +29,48 @@ PLUGINS: dict[str, Plugin] = {
 }
 
 
-@cache
 def plugin_hardware(name: str) -> tuple[Any, ...]:
-    """ONNX Runtime's devices of the plugin, at least one; registered once in a process.
+    """ONNX Runtime's devices of the plugin, at least one.
 
     DeviceUnavailable if the package is not installed, cannot be loaded, or finds no hardware.
     """
-    plugin = PLUGINS[name]
-    if find_spec(plugin.module) is None:
-        raise DeviceUnavailable(f"the package is not installed; pip install {plugin.distribution}")
+    distribution = PLUGINS[name].distribution
+    try:
+        found = _registered(name)
+    except ImportError:
+        raise DeviceUnavailable(f"the package is not installed; pip install {distribution}") from None
+    except DeviceUnavailable:
+        raise
+    except Exception as error:  # a foreign package's code and library: anything may come
+        raise DeviceUnavailable(
+            f"{distribution} does not load ({error}); pip install -U {distribution} onnxruntime"
+        ) from error
+    if not found:
+        raise DeviceUnavailable(f"{distribution} finds no hardware that it can use here; check the driver")
+    return found
+
+
+@cache
+def _registered(name: str) -> tuple[Any, ...]:
+    """What the plugin finds; a library can be registered only once in a process."""
+    module = import_module(PLUGINS[name].module)
     import onnxruntime
 
     if not hasattr(onnxruntime, "register_execution_provider_library"):
         raise DeviceUnavailable(f"onnxruntime {onnxruntime.__version__} takes no plugins; install 1.22 or later")
-    try:
-        module = import_module(plugin.module)
-        mlx = hasattr(module, "ep_name")  # has names of its own for both
-        providers = [module.ep_name()] if mlx else list(module.get_ep_names())
-        library = module.library_path() if mlx else module.get_library_path()
-        # under the provider's own name: some call what they find as they were registered
-        onnxruntime.register_execution_provider_library(providers[0], str(library))
-        found = tuple(each for each in onnxruntime.get_ep_devices() if each.ep_name in providers)
-    except Exception as error:  # a foreign package's code and library: anything may come
-        raise DeviceUnavailable(
-            f"{plugin.distribution} does not load ({error}); pip install -U {plugin.distribution} onnxruntime"
-        ) from error
-    if not found:
-        raise DeviceUnavailable(f"{plugin.distribution} finds no hardware that it can use here; check the driver")
-    return found
+    mlx = hasattr(module, "ep_name")  # has names of its own for both
+    providers = [module.ep_name()] if mlx else list(module.get_ep_names())
+    library = module.library_path() if mlx else module.get_library_path()
+    # under the provider's own name: some call what they find as they were registered
+    onnxruntime.register_execution_provider_library(providers[0], str(library))
+    return tuple(each for each in onnxruntime.get_ep_devices() if each.ep_name in providers)
+
+
+def plugin_memory(name: str) -> Any:
+    """ONNX Runtime's name for the memory of the plugin's device. DeviceUnavailable as for :func:`plugin_hardware`."""
+    import onnxruntime
+
+    return plugin_hardware(name)[0].memory_info(onnxruntime.OrtDeviceMemoryType.DEFAULT)
 
 
 def describe(found: Any) -> str:

@@ -82,10 +82,14 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
         from devices.onnxruntime_cuda import OnnxRuntimeCudaDecoder
 
         return OnnxRuntimeCudaDecoder(spec, options)
+    if chosen.engine == "onnxruntime-webgpu":
+        from devices.onnxruntime_webgpu import OnnxRuntimeWebGpuDecoder
+
+        return OnnxRuntimeWebGpuDecoder(spec, options)
     if chosen.engine == "onnxruntime-edge":
         from devices.onnxruntime_edge import OnnxRuntimeEdgeDecoder
 
         return OnnxRuntimeEdgeDecoder(spec, options)
     from devices.onnxruntime_gqa import OnnxRuntimeDecoder
 
-    return OnnxRuntimeDecoder(spec, options)
+    return OnnxRuntimeDecoder(spec, options, chosen.name)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
-ENGINES: tuple[Engine, ...] = ("openvino", "openvino-npu", "onnxruntime", "onnxruntime-cuda", "onnxruntime-edge")
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 WEIGHTS: tuple[Weights, ...] = ("fp32", "fp16", "int8", "int4")
 
 

@@ -44,6 +44,7 @@ _ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")
 _COMPUTED_BY: dict[Engine, tuple[str, ...]] = {
     "onnxruntime": _ONNXRUNTIME,
     "onnxruntime-cuda": _ONNXRUNTIME,
+    "onnxruntime-webgpu": (*_ONNXRUNTIME, "onnxruntime-ep-webgpu"),
     "onnxruntime-edge": (*_ONNXRUNTIME, "edge-glm"),
     "openvino": ("openvino",),
     "openvino-npu": ("openvino",),

@@ -25,6 +25,8 @@ DEVICES: dict[str, Engine] = {
     "edge:cpu": "onnx-edge",
     "onnxruntime:cpu": "onnx",
     "onnxruntime:cuda": "onnx-cuda",
+    "onnxruntime:webgpu": "onnx-webgpu",
+    "onnxruntime:openvino": "onnx",
     "openvino:cpu": "openvino",
     "openvino:npu-emulated": "openvino-npu",
 }

@@ -108,8 +108,8 @@ def standing_in() -> Iterator[list[EdgeSession]]:
     """Decoders opened within get such sessions, which are appended to the list."""
     opened: list[EdgeSession] = []
 
-    def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str, operators: Path) -> EdgeSession:
-        assert (provider, operators) == ("CPUExecutionProvider", Path("_kernels.so"))
+    def open_session(spec: DecoderSpec, options: DecoderOptions, device: str, operators: Path) -> EdgeSession:
+        assert (device, operators) == ("edge:cpu", Path("_kernels.so"))
         opened.append(EdgeSession(spec))
         return opened[-1]
 
