@@ -60,6 +60,8 @@ class StaticShapes:
             "NPUW_LLM_PREFILL_HINT": "DYNAMIC",
             "NPUW_LLM_PREFILL_CHUNK_SIZE": str(self.chunk),
             "NPUW_LLM_ENABLE_CONTINUOUS_PREFILL": "YES",
+            # else an answer may outgrow the cache it began in; the mask of the next larger one is never cleared
+            "NPUW_LLM_GENERATE_PYRAMID": "NO",
         }
 
 

@@ -186,6 +186,20 @@ class TestNumbers:
         close(fed(decoder, sequence, IDS[140:]), expected[-1])
         decoder.close()
 
+    def test_answers_that_begin_short_and_grow_long(self, spec: DecoderSpec) -> None:
+        """NPUW has smaller caches for them where prompts may be longer than 1,024, and errs when it leaves one."""
+        options = replace(OPTIONS, max_prompt=1088, kv_tokens=1140)
+        ids = np.random.default_rng(2).integers(0, ARCHITECTURE.vocab_size, 1120)
+        decoder = OpenVinoNpuDecoder(replace(spec, max_context=2048), options, emulated=True)
+        sequence = decoder.new_sequence()
+        for start in range(0, len(ids), 4):
+            (logits,) = decoder.forward([Step(sequence, ids[start : start + 4])])
+        builder = NumpyBuilder(ids)
+        build(NpuCheckpoint(RandomCheckpoint(ARCHITECTURE), "fp16"), builder)
+        assert builder.logits is not None
+        close(logits[0], builder.logits[-1])
+        decoder.close()
+
     def test_beyond_the_longest_prompt_tokens_are_appended(
         self,
         opened: OpenVinoNpuDecoder,
