@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 
 from devices.kv_types import KVType, KVWish
 
-Engine = Literal[
-    "onnxruntime", "onnxruntime-cuda", "onnxruntime-edge", "onnxruntime-webgpu", "openvino", "openvino-npu"
-]
-"""What a graph is made for. ONNX Runtime's CPU, CUDA and WebGPU providers and our own operators on the CPU (``edge``)
-take different ones; OpenVINO's NPU takes weights in layouts of its own."""
+Engine = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-edge", "openvino", "openvino-npu"]
+"""What a graph is made for. ONNX Runtime's CPU provider, whose graph WebGPU's and OpenVINO's plugins take too, its CUDA
+provider and our own operators on the CPU (``edge``) take different ones; OpenVINO's NPU takes weights in layouts of its
+own."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ KNOWN: dict[str, Known] = {
     "onnxruntime:coreml": Known(
         "onnxruntime", "CoreMLExecutionProvider", "CoreML needs macOS and its onnxruntime wheel; use --device cpu"
     ),
-    "onnxruntime:webgpu": Known("onnxruntime-webgpu", "WebGpuExecutionProvider"),
+    "onnxruntime:webgpu": Known("onnxruntime", "WebGpuExecutionProvider"),
     "onnxruntime:openvino": Known("onnxruntime", "OpenVINOExecutionProvider"),
     "onnxruntime:tensorrt-rtx": Known("onnxruntime", "NvTensorRTRTXExecutionProvider"),
     "onnxruntime:qnn": Known("onnxruntime", "QNNExecutionProvider"),

@@ -82,7 +82,7 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
         from devices.onnxruntime_cuda import OnnxRuntimeCudaDecoder
 
         return OnnxRuntimeCudaDecoder(spec, options)
-    if chosen.engine == "onnxruntime-webgpu":
+    if chosen.name == "onnxruntime:webgpu":
         from devices.onnxruntime_webgpu import OnnxRuntimeWebGpuDecoder
 
         return OnnxRuntimeWebGpuDecoder(spec, options)

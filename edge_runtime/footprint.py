@@ -14,7 +14,6 @@ _BASE: dict[Engine, int] = {
     "onnxruntime": 100 * MIB,
     "onnxruntime-cuda": 700 * MIB,
     "onnxruntime-edge": 100 * MIB,
-    "onnxruntime-webgpu": 300 * MIB,
     "openvino": 140 * MIB,
     "openvino-npu": 140 * MIB,
 }
@@ -26,7 +25,6 @@ _WEIGHT_FACTOR: dict[Engine, float] = {
     "onnxruntime": 2.0,
     "onnxruntime-cuda": 1.5,
     "onnxruntime-edge": 2.0,
-    "onnxruntime-webgpu": 2.0,
     "openvino": 3.0,
     "openvino-npu": 3.0,
 }
@@ -42,7 +40,6 @@ _KV_BYTES: dict[Engine, int] = {
     "onnxruntime": 4,
     "onnxruntime-cuda": 2,
     "onnxruntime-edge": 2,
-    "onnxruntime-webgpu": 4,
     "openvino": 2,
     "openvino-npu": 4,
 }

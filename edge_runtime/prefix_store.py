@@ -40,11 +40,10 @@ DEFAULT_SIZE = "1GiB"
 QUEUED = 1
 """Segments that may wait to be written; more would only pile up in memory."""
 
-_ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")
+_ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-webgpu", "onnxruntime-ep-openvino")
 _COMPUTED_BY: dict[Engine, tuple[str, ...]] = {
     "onnxruntime": _ONNXRUNTIME,
     "onnxruntime-cuda": _ONNXRUNTIME,
-    "onnxruntime-webgpu": (*_ONNXRUNTIME, "onnxruntime-ep-webgpu"),
     "onnxruntime-edge": (*_ONNXRUNTIME, "edge-glm"),
     "openvino": ("openvino",),
     "openvino-npu": ("openvino",),

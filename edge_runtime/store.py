@@ -38,11 +38,10 @@ Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: bytes for ``"download"``, layers for a variant's name."""
 
 DOWNLOAD = "download"
-_EXPORT_NAMES: dict[Engine, Literal["onnx", "onnx-cuda", "onnx-edge", "onnx-webgpu", "openvino", "openvino-npu"]] = {
+_EXPORT_NAMES: dict[Engine, Literal["onnx", "onnx-cuda", "onnx-edge", "openvino", "openvino-npu"]] = {
     "onnxruntime": "onnx",
     "onnxruntime-cuda": "onnx-cuda",
     "onnxruntime-edge": "onnx-edge",
-    "onnxruntime-webgpu": "onnx-webgpu",
     "openvino": "openvino",
     "openvino-npu": "openvino-npu",
 }

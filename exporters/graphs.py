@@ -13,7 +13,7 @@ from exporters.checkpoint import Checkpoint
 from exporters.network import build
 from exporters.onnx_operators import WeightFormat
 
-Engine = Literal["onnx", "onnx-cuda", "openvino", "openvino-npu", "onnx-edge", "onnx-webgpu"]
+Engine = Literal["onnx", "onnx-cuda", "openvino", "openvino-npu", "onnx-edge"]
 
 
 class _NewBuilder(Protocol):
@@ -50,10 +50,6 @@ def _builder(engine: Engine) -> tuple[devices.base.Engine, str, _NewBuilder]:
         from exporters.onnx_edge_builder import OnnxEdgeBuilder
 
         return "onnxruntime-edge", "model.onnx", OnnxEdgeBuilder
-    if engine == "onnx-webgpu":
-        from exporters.onnx_webgpu_builder import OnnxWebGpuBuilder
-
-        return "onnxruntime-webgpu", "model.onnx", OnnxWebGpuBuilder
     if engine == "openvino":
         from exporters.openvino_builder import OpenVinoBuilder
 

@@ -44,9 +44,6 @@ class _Matrix:
 class OnnxBuilder(OnnxOperators[_Matrix]):
     """Emits GroupQueryAttention, MatMulNBits, GatherBlockQuantized and the fused norms (com.microsoft)."""
 
-    _accuracy_level = 4
-    """MatMulNBits': activations as int8."""
-
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None = None) -> None:
         """``weights``: how matrices are stored. fp32 and fp16 also dequantize what comes quantized; with int8 and
         int4 quantized matrices are stored as they come and float ones as fp32. ``scratch``: see OnnxGraph."""
@@ -103,7 +100,7 @@ class OnnxBuilder(OnnxOperators[_Matrix]):
             N=packed.codes.shape[0],
             bits=packed.bits,
             block_size=packed.group,
-            accuracy_level=1 if float_input else self._accuracy_level,
+            accuracy_level=1 if float_input else 4,
         )
 
     def _append_block_sums(self, x: str, packed: PackedMatrix) -> str:

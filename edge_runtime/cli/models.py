@@ -21,7 +21,6 @@ _ENGINES: dict[str, tuple[Engine, ...]] = {
     "onnx": ("onnxruntime",),
     "onnx-cuda": ("onnxruntime-cuda",),
     "onnx-edge": ("onnxruntime-edge",),
-    "onnx-webgpu": ("onnxruntime-webgpu",),
     "openvino": ("openvino",),
     "openvino-npu": ("openvino-npu",),
     "all": ("openvino", "onnxruntime", "onnxruntime-edge"),

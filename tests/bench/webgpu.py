@@ -36,10 +36,9 @@ def open_on(
     device: str, checkpoint: Checkpoint, weights: WeightFormat, folder: Path, context: int, **options: Any
 ) -> Decoder:
     arch = checkpoint.architecture
-    on_cpu = device == "onnxruntime:cpu"
-    engine, file = write_graph(checkpoint, "onnx-webgpu", weights, folder, folder.parent)
+    engine, file = write_graph(checkpoint, "onnx", weights, folder, folder.parent)
     spec = DecoderSpec(
-        engine="onnxruntime" if on_cpu else engine,
+        engine=engine,
         model=folder / file,
         num_layers=arch.num_layers,
         num_heads=arch.num_heads,
@@ -54,7 +53,7 @@ def open_on(
 
 def compare(weights: WeightFormat) -> dict[int, float]:
     """Step length → the largest difference of a logit to the CPU's, as a share of the largest logit."""
-    checkpoint = SyntheticCheckpoint("tiny")
+    checkpoint = QuantizedCheckpoint(SyntheticCheckpoint("tiny"), weights)
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         options = {"max_sequences": 2, "prefill_chunk": 256, "kv_tokens": 1024}

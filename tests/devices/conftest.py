@@ -25,7 +25,7 @@ DEVICES: dict[str, Engine] = {
     "edge:cpu": "onnx-edge",
     "onnxruntime:cpu": "onnx",
     "onnxruntime:cuda": "onnx-cuda",
-    "onnxruntime:webgpu": "onnx-webgpu",
+    "onnxruntime:webgpu": "onnx",
     "onnxruntime:openvino": "onnx",
     "openvino:cpu": "openvino",
     "openvino:npu-emulated": "openvino-npu",
