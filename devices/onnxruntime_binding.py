@@ -32,8 +32,20 @@ class RowsBinding:
     makes them, only their values change.
     """
 
-    def __init__(self, session: Any, kv: KVRows, logits: LogitsBuffer, first: int, count: int, positions: bool) -> None:
-        """``positions``: the graph has an input ``position_ids``."""
+    def __init__(
+        self,
+        session: Any,
+        kv: KVRows,
+        logits: LogitsBuffer,
+        first: int,
+        count: int,
+        *,
+        positions: bool,
+        copied: bool,
+    ) -> None:
+        """``positions``: the graph has an input ``position_ids``. ``copied``: inputs are copied when they are bound, as
+        they are for a plugin's provider; they are then bound by :meth:`bind_inputs` alone."""
+        self._copied = copied
         self._logits = logits
         self._count = count
         self._positions = positions
@@ -73,6 +85,13 @@ class RowsBinding:
         self.logits = self._logits.rows(rows)
 
     def _bind(self) -> None:
+        if not self._copied:
+            self.bind_inputs()
+        logits = self.logits
+        self.binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+
+    def bind_inputs(self) -> None:
+        """All but the KV cache, which attention, the CPU's own operator everywhere, takes from where it is."""
         inputs: dict[str, NDArray[np.generic]] = {
             "input_ids": self.ids,
             "seqlens_k": self.held,
@@ -84,5 +103,3 @@ class RowsBinding:
             inputs["position_ids"] = self.positions
         for name, array in inputs.items():
             self.binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        logits = self.logits
-        self.binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)

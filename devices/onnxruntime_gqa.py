@@ -24,6 +24,7 @@ from devices.kv_rows import KVRows
 from devices.kv_types import choose_kv_type
 from devices.onnxruntime_binding import LogitsBuffer, RowsBinding
 from devices.onnxruntime_session import engine_errors, open_session
+from devices.plugins import PLUGINS
 from devices.row_pool import RowPool
 from devices.steps import check_batch, check_follows, check_rope_switch, snapshot_stop
 from devices.stopwatch import Stopwatch
@@ -92,6 +93,7 @@ class OnnxRuntimeDecoder:
     def __init__(self, spec: DecoderSpec, options: DecoderOptions, device: str = "onnxruntime:cpu") -> None:
         """DeviceUnavailable if ``device`` cannot be used, EngineError if the model is refused."""
         self._device = device
+        self._copied = device in PLUGINS
         choose_kv_type(device, options.kv_type, ("float32",))
         max_context = spec.max_context if options.kv_tokens is None else min(spec.max_context, options.kv_tokens)
         kv_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * np.dtype(np.float32).itemsize
@@ -212,6 +214,8 @@ class OnnxRuntimeDecoder:
                 end += step.rows
             bound.row_index[end:] = 0
             bound.total[()] = total
+            if self._copied:
+                bound.bind_inputs()
             with self._stopwatch:
                 self._session.run_with_iobinding(bound.binding)
 
@@ -237,7 +241,9 @@ class OnnxRuntimeDecoder:
     def _binding(self, first: int, count: int) -> RowsBinding:
         if (first, count) not in self._bindings:
             positions = self._limits.rope_switch is not None
-            self._bindings[first, count] = RowsBinding(self._session, self._kv, self._logits, first, count, positions)
+            self._bindings[first, count] = RowsBinding(
+                self._session, self._kv, self._logits, first, count, positions=positions, copied=self._copied
+            )
         return self._bindings[first, count]
 
     def _set_length(self, sequence: OnnxRuntimeSequence, length: int) -> None:

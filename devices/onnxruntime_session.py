@@ -8,7 +8,7 @@ from typing import Any
 from devices.base import DecoderOptions, DecoderSpec
 from devices.errors import DeviceUnavailable, EngineError
 from devices.file_pages import release_file_pages
-from devices.plugins import PLUGINS, plugin_hardware
+from devices.plugins import PLUGINS, plugin_hardware, plugin_options
 
 
 def open_session(spec: DecoderSpec, options: DecoderOptions, device: str, operators: Path | None = None) -> Any:
@@ -37,7 +37,7 @@ def open_session(spec: DecoderSpec, options: DecoderOptions, device: str, operat
         if operators is not None:
             session_options.register_custom_ops_library(str(operators))
         if hardware:  # what it does not take goes to the CPU's provider
-            session_options.add_provider_for_devices(list(hardware), {})
+            session_options.add_provider_for_devices(list(hardware), plugin_options(device, options.threads))
         providers = None if hardware else ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(str(spec.model), session_options, providers=providers)
     if operators is None:

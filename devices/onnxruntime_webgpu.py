@@ -17,11 +17,14 @@ from devices.device_kv import DeviceKV
 from devices.errors import DeviceError, EngineError, OutOfKVCache
 from devices.kv_types import choose_kv_type
 from devices.onnxruntime_session import engine_errors, open_session
-from devices.plugins import plugin_memory
+from devices.plugins import on_processor, plugin_memory
 from devices.sequence_decoder import SequenceDecoder
 from devices.steps import check_batch, check_follows, check_rope_switch, snapshot_stop
 
 NAME = "onnxruntime:webgpu"
+_SOFTWARE_STEP = 31
+"""Tokens run at once on a software adapter: the provider's kernels for 32 and more, right on a GPU, give wrong numbers
+there (SwiftShader of Chromium 156, onnxruntime-ep-webgpu 0.4.0)."""
 
 
 class StepBinding:
@@ -143,6 +146,7 @@ class OnnxRuntimeWebGpuDecoder(SequenceDecoder[WebGpuSequence]):
         self._spec = spec
         self._session: Any = open_session(spec, options, NAME)
         self._memory = plugin_memory(NAME)
+        self._longest = _SOFTWARE_STEP if on_processor(NAME) else options.prefill_chunk
 
     # ---- sequences
 
@@ -204,7 +208,18 @@ class OnnxRuntimeWebGpuDecoder(SequenceDecoder[WebGpuSequence]):
         for sequence, step in zip(sequences, batch, strict=True):
             check_rope_switch(sequence.length + step.tokens.size, self._limits.rope_switch, sequence.on_long)
         self._check_room(sum(step.tokens.size for step in batch))
-        return [self._run(sequence, step) for sequence, step in zip(sequences, batch, strict=True)]
+        return [self._run_whole(sequence, step) for sequence, step in zip(sequences, batch, strict=True)]
+
+    def _run_whole(self, sequence: WebGpuSequence, step: Step) -> NDArray[np.float32]:
+        count, longest = step.tokens.size, self._longest
+        if count <= longest:
+            return self._run(sequence, step)
+        rows = []
+        for start in range(0, count, longest):
+            part = step.tokens[start : start + longest]
+            wanted = min(max(step.rows - (count - start - len(part)), 0), len(part))
+            rows.append(self._run(sequence, Step(step.sequence, part, wanted)))
+        return np.concatenate(rows)
 
     def _run(self, sequence: WebGpuSequence, step: Step) -> NDArray[np.float32]:
         held, new = sequence.length, step.tokens.size

@@ -7,8 +7,10 @@ Each package tells where its library is and what its providers are called, most 
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from devices.errors import DeviceUnavailable
@@ -35,10 +37,10 @@ def plugin_hardware(name: str) -> tuple[Any, ...]:
     DeviceUnavailable if the package is not installed, cannot be loaded, or finds no hardware.
     """
     distribution = PLUGINS[name].distribution
+    if find_spec(PLUGINS[name].module) is None:
+        raise DeviceUnavailable(f"the package is not installed; pip install {distribution}")
     try:
         found = _registered(name)
-    except ImportError:
-        raise DeviceUnavailable(f"the package is not installed; pip install {distribution}") from None
     except DeviceUnavailable:
         raise
     except Exception as error:  # a foreign package's code and library: anything may come
@@ -66,11 +68,26 @@ def _registered(name: str) -> tuple[Any, ...]:
     return tuple(each for each in onnxruntime.get_ep_devices() if each.ep_name in providers)
 
 
+def plugin_options(name: str, threads: int | None) -> dict[str, str]:
+    """What the provider is told: OpenVINO computes in float32, as the graph asks, where it would take bfloat16."""
+    if name != "onnxruntime:openvino":
+        return {}
+    properties = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        properties["INFERENCE_NUM_THREADS"] = str(threads)
+    return {"load_config": json.dumps({"CPU": properties})}
+
+
 def plugin_memory(name: str) -> Any:
     """ONNX Runtime's name for the memory of the plugin's device. DeviceUnavailable as for :func:`plugin_hardware`."""
     import onnxruntime
 
     return plugin_hardware(name)[0].memory_info(onnxruntime.OrtDeviceMemoryType.DEFAULT)
+
+
+def on_processor(name: str) -> bool:
+    """Whether the plugin's device is the CPU, as a software adapter is. DeviceUnavailable."""
+    return bool(plugin_hardware(name)[0].device.type.name == "CPU")
 
 
 def describe(found: Any) -> str:

@@ -231,11 +231,6 @@ def test_engine_errors_are_translated(llama: DecoderSpec, tmp_path: Path, openin
         decoder.forward([Step(decoder.new_sequence(), np.array([1]))])
 
 
-def test_other_providers_are_refused(llama: DecoderSpec) -> None:
-    with pytest.raises(DeviceUnavailable, match="CUDAExecutionProvider"):
-        OnnxRuntimeDecoder(llama, DecoderOptions(), provider="CUDAExecutionProvider")
-
-
 def test_other_types_of_the_cache_are_refused(llama: DecoderSpec) -> None:
     OnnxRuntimeDecoder(llama, DecoderOptions(kv_type="float32")).close()
     with pytest.raises(DeviceUnavailable, match="onnxruntime:cpu keeps keys and values as float32, not int8"):

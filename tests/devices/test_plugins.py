@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from devices import plugins
 from devices.discovery import facts, probe_device
 from devices.errors import DeviceUnavailable
+from devices.names import RUNNABLE
 from devices.plugins import PLUGINS, plugin_hardware
 
 Install = Callable[[str, str], None]
@@ -29,7 +31,7 @@ def hardware(provider: str, kind: str, **metadata: str) -> Any:
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Makes the plugin of a device importable; registering appends to ``registered``."""
-    plugin_hardware.cache_clear()
+    plugins._registered.cache_clear()
     monkeypatch.syspath_prepend(tmp_path)
     names = []
 
@@ -40,7 +42,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     yield install_
     for module in names:
         sys.modules.pop(module, None)
-    plugin_hardware.cache_clear()
+    plugins._registered.cache_clear()
 
 
 @pytest.fixture
@@ -71,8 +73,8 @@ def test_hardware_of_a_plugin(install: Install, registered: list[tuple[str, str]
     plugin_hardware("onnxruntime:webgpu")
     assert registered == [("WebGpuExecutionProvider", "/somewhere/lib.so")]  # once
     device = probe_device("onnxruntime:webgpu")
-    assert (device.hardware, device.ready) == ("GPU Radeon 780M", False)
-    assert device.problem == "it is here, but this version does not run it; use --device cpu"
+    assert (device.hardware, device.ready) == ("GPU Radeon 780M", True)
+    assert not plugins.on_processor("onnxruntime:webgpu")
 
 
 def test_a_plugin_with_names_of_its_own(install: Install, registered: list[tuple[str, str]], tmp_path: Path) -> None:
@@ -81,6 +83,18 @@ def test_a_plugin_with_names_of_its_own(install: Install, registered: list[tuple
     (found,) = plugin_hardware("onnxruntime:mlx")
     assert plugins.describe(found) == "GPU Somebody"
     assert registered == [("MLXExecutionProvider", "/mlx.dylib")]
+
+
+def test_a_plugin_that_is_not_run(install: Install, registered: list[tuple[str, str]]) -> None:
+    install("onnxruntime:mlx", USUAL.format("MLXExecutionProvider"))
+    assert probe_device("onnxruntime:mlx").problem == "it is here, but this version does not run it; use --device cpu"
+
+
+def test_what_the_openvino_provider_is_told() -> None:
+    assert plugins.plugin_options("onnxruntime:webgpu", 3) == {}
+    told = json.loads(plugins.plugin_options("onnxruntime:openvino", 3)["load_config"])
+    assert told == {"CPU": {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "3"}}
+    assert "INFERENCE_NUM_THREADS" not in plugins.plugin_options("onnxruntime:openvino", None)["load_config"]
 
 
 def test_no_hardware(install: Install, registered: list[tuple[str, str]]) -> None:
@@ -101,12 +115,15 @@ def test_a_plugin_that_does_not_load(source: str, install: Install) -> None:
 
 @pytest.mark.parametrize("name", PLUGINS)
 def test_absent_packages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plugin_hardware.cache_clear()
+    plugins._registered.cache_clear()
     monkeypatch.setattr(plugins, "find_spec", lambda module: None)
     with pytest.raises(DeviceUnavailable, match=f"pip install {PLUGINS[name].distribution}"):
         plugin_hardware(name)
     device = probe_device(name)
-    assert device.problem == "this version does not run it (the package is not installed); use --device cpu"
+    told = f"the package is not installed; pip install {PLUGINS[name].distribution}"
+    if name not in RUNNABLE:
+        told = "this version does not run it (the package is not installed); use --device cpu"
+    assert device.problem == told
     assert facts(device).memory is None
 
 
