@@ -5,8 +5,8 @@ Every batch, whatever its mixture of prompt chunks and single tokens, is one inf
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from devices.base import DecoderOptions, DecoderSpec
 from devices.block_pool import BlockPool
 from devices.errors import EngineError
-from devices.file_pages import release_file_pages
+from devices.file_pages import releasing_file_pages
 from devices.kv_types import KVType, choose_kv_type
 from devices.openvino_graph import (
     ROWS,
@@ -50,7 +50,9 @@ class OpenVinoDecoder(PagedDecoder):
         ov, core = new_core()
         model = read_model(core, spec.model)
         self._ov = ov
-        self._weights: Path | None = spec.model.parent
+        self._unpacked: Any = model
+        """Keeps the weights mapped until the first inference has packed them all."""
+        self._folder = spec.model.parent
         long_offset = rope_offset(model, spec)
         defaults = precision_defaults(model)
         if options.kv_type is not None:
@@ -63,7 +65,8 @@ class OpenVinoDecoder(PagedDecoder):
         gather_rows(model, axis=0)
         if device == "CPU":  # it cannot read back what it writes: the operator's head sizes are not in its file
             options = replace(options, cache_dir=None)
-        self._compiled = compile_model(core, model, device, options, defaults)
+        with releasing_file_pages(self._folder):
+            self._compiled = compile_model(core, model, device, options, defaults)
         with engine_errors("creating an inference request"):
             self._request: Any = self._compiled.create_infer_request()
         self._allocate(spec, options, device, long_offset)
@@ -149,11 +152,10 @@ class OpenVinoDecoder(PagedDecoder):
         with engine_errors("running a batch"):
             for name, values in inputs.items():
                 self._request.set_tensor(name, self._ov.Tensor(values))
-            with self._stopwatch:
+            packing = nullcontext() if self._unpacked is None else releasing_file_pages(self._folder)
+            with packing, self._stopwatch:
                 self._request.infer()
-            if self._weights is not None:  # the first inference has packed them
-                release_file_pages(self._weights)
-                self._weights = None
+            self._unpacked = None
             logits = self._request.get_output_tensor(0).data
         bounds = np.cumsum([part.rows for part in asked])
         logits = logits.reshape(-1, self._vocab_size)
@@ -162,7 +164,7 @@ class OpenVinoDecoder(PagedDecoder):
     # ---- the end
 
     def _release(self) -> None:
-        self._request = None
+        self._request = self._unpacked = None
         self.caches.clear()
         release_model(self._compiled)
         self._compiled = None
