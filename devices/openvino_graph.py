@@ -12,7 +12,7 @@ from typing import Any
 
 from devices.base import DecoderOptions, DecoderSpec
 from devices.errors import EngineError
-from devices.openvino_import import import_openvino
+from devices.openvino_import import KERNEL_CACHE, import_openvino
 
 ROWS = "logit_rows"
 """Input (rows,) i64: which tokens of the batch get logits."""
@@ -107,6 +107,8 @@ def gather_rows(model: Any, axis: int) -> None:
 def compile_model(core: Any, model: Any, device: str, options: DecoderOptions, defaults: Mapping[str, str]) -> Any:
     """Compile for one stream of requests; ``options.properties`` beat ``defaults``."""
     properties = {"PERFORMANCE_HINT": "LATENCY", **defaults}
+    if device == "CPU":
+        properties["CPU_RUNTIME_CACHE_CAPACITY"] = KERNEL_CACHE
     if options.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = str(options.threads)
     if options.cache_dir is not None:

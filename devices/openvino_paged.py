@@ -5,6 +5,7 @@ Every batch, whatever its mixture of prompt chunks and single tokens, is one inf
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from devices.block_pool import BlockPool
 from devices.errors import EngineError
 from devices.file_pages import releasing_file_pages
 from devices.kv_types import KVType, choose_kv_type
+from devices.lazy_memory import small_pages
 from devices.openvino_graph import (
     ROWS,
     compile_model,
@@ -85,8 +87,8 @@ class OpenVinoDecoder(PagedDecoder):
             if kind not in _STORAGE:
                 raise EngineError(f"a KV cache of type {kind} is not supported; set KV_CACHE_PRECISION to u8 or f16")
             dims = [dim.get_length() for dim in list(port.get_partial_shape())[1:]]
-            # zeros are committed on first touch
-            cache: NDArray[np.generic] = np.zeros((pool.num_blocks + 1, *dims), _STORAGE[kind])  # 1: idle token
+            shape = (pool.num_blocks + 1, *dims)  # 1: idle token
+            cache: NDArray[np.generic] = _cache(shape, np.dtype(_STORAGE[kind]))
             self.caches.append(cache)
             tensor = self._ov.Tensor(cache, self._ov.Shape(list(cache.shape)), port.get_element_type())
             with engine_errors(f"binding {name}"):
@@ -168,3 +170,14 @@ class OpenVinoDecoder(PagedDecoder):
         self.caches.clear()
         release_model(self._compiled)
         self._compiled = None
+
+
+def _cache(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    """Zeros, of which only the pages exist that were written to. numpy would ask for huge ones. EngineError."""
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        return np.frombuffer(small_pages(size), dtype).reshape(shape)
+    except (OSError, MemoryError, OverflowError, ValueError) as error:
+        raise EngineError(
+            f"no address space for a KV cache of {size} bytes in each layer ({error}); lower kv_tokens"
+        ) from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import DecoderOptions
-from devices.discovery import Device, facts
 from devices.kv_types import KVType
 from devices.registry import open_decoder
+from edge_runtime.budgets import put_aside, share_out
 from edge_runtime.engine import Engine
-from edge_runtime.errors import BudgetError, ConfigError, InvalidRequest, PromptTooLong
-from edge_runtime.footprint import kv_tokens_within
+from edge_runtime.errors import ConfigError, InvalidRequest, PromptTooLong
 from edge_runtime.generation import Generation
 from edge_runtime.heap import return_free_heap
 from edge_runtime.measurements import WORKLOADS, Workload
@@ -59,15 +59,17 @@ class EdgeLLM:
 
     ``ref`` is a model reference (``smollm2:135m``, ``hf:org/name``, a path, …); a model that is not on this machine
     is pulled first. ``device`` is ``auto``, ``cpu``, … or ``engine:device``. ``memory_budget`` (``"1GiB"``, or
-    ``"25%"`` of the device's memory, of which a container has what it is confined to) bounds what loading may use; the
-    KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``, ``int8`` or ``int4``; None takes
-    what a present package has, int4 for a new one. ``threads``, ``kv_type``, ``max_sequences`` and ``batch_invariant``:
-    see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that repeat what was said before come faster
-    (:mod:`edge_runtime.prompt_lookup`). ``prefix_cache_bytes``: KV cache that finished requests may go on holding
-    (None: what running ones do not need). ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of prompts that were
-    used twice, or are long when the model is closed; 0: none are written or read (:mod:`edge_runtime.prefix_store`).
-    ``workload``: what ``auto`` and ``cpu`` choose a device for, by what ``edge-glm bench`` measured here
-    (:data:`edge_runtime.measurements.Workload`). ``progress`` hears of downloads and exports.
+    ``"25%"`` of the device's memory, of which a container has what it is confined to) is what the process may take at
+    most; the KV cache gets what weights and engine leave. Without one a model is refused that would take more than 80 %
+    of the memory that is free (:mod:`edge_runtime.budgets`). ``weights`` is ``fp32``, ``fp16``, ``int8`` or ``int4``;
+    None takes what a present package has, int4 for a new one. ``threads``, ``kv_type``, ``max_sequences`` and
+    ``batch_invariant``: see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that repeat what was said
+    before come faster (:mod:`edge_runtime.prompt_lookup`). ``prefix_cache_bytes``: KV cache that finished requests may
+    go on holding (None: what running ones do not need). ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of
+    prompts that were used twice, or are long when the model is closed; 0: none are written or read
+    (:mod:`edge_runtime.prefix_store`). ``workload``: what ``auto`` and ``cpu`` choose a device for, by what
+    ``edge-glm bench`` measured here (:data:`edge_runtime.measurements.Workload`). ``progress`` hears of downloads and
+    exports.
 
     **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
     chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an
@@ -99,15 +101,23 @@ class EdgeLLM:
         store = Store(home())
         budget_size = None if memory_budget is None else parse_budget(memory_budget)
         store_bytes = 0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes)
-        placed = place(store, ref, device, weights, progress, workload=workload)
+        aside = partial(put_aside, weights=weights, size=budget_size, kv_type=kv_type)
+        placed = place(store, ref, device, weights, progress, workload=workload, aside=aside)
         chosen, self._package, self._variant, self._reason = placed
         store.verify(self._package, self._variant)
         self._created = int(time.time())
         self.tokenizer = _tokenizer(self._package)
         template = ChatTemplate(self._package.chat_template, self._package.manifest.special_tokens)
         self._chats = template.source is not None
-        budget = None if budget_size is None else budget_size.within(lambda: _memory(chosen))
-        kv_tokens, store_bytes = _share_out(budget, store_bytes, self._package, self._variant, kv_type)
+        kv_tokens, store_bytes = share_out(
+            budget_size,
+            chosen,
+            self._package,
+            self._variant,
+            kv_type=kv_type,
+            max_sequences=max_sequences,
+            store_bytes=store_bytes,
+        )
         options = DecoderOptions(
             max_sequences=max_sequences,
             kv_tokens=kv_tokens,
@@ -302,25 +312,6 @@ def _joined(chunks: Iterator[Chunk]) -> Completion:
         tier=last.tier,
         logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
     )
-
-
-def _memory(device: Device) -> int | None:
-    """Bytes on it, of which a budget may be a share."""
-    memory = facts(device).memory
-    return None if memory is None else memory.total
-
-
-def _share_out(
-    budget: int | None, store_bytes: int, package: Package, variant: Variant, kv_type: KVType | None
-) -> tuple[int | None, int]:
-    """Tokens of KV cache and bytes of disk store: where memory is short the store goes first."""
-    if budget is None:
-        return None, store_bytes
-    chunk = DecoderOptions.prefill_chunk
-    if store_bytes:
-        with suppress(BudgetError):
-            return kv_tokens_within(budget, package, variant, chunk, kv_type, prefix_store=True), store_bytes
-    return kv_tokens_within(budget, package, variant, chunk, kv_type), 0
 
 
 def _tokenizer(package: Package) -> Tokenizer:

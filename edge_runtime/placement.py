@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +18,10 @@ from edge_runtime.references import PackageReference, parse_reference
 from edge_runtime.store import Progress, Store
 
 _WORKLOADS: dict[Workload, str] = {"one": "one stream", "many": "many streams", "long": "long prompts"}
+
+
+Aside = Callable[[Package, Sequence[str]], Mapping[str, str]]
+"""Which of the devices of these names shall not be taken for a package, and why."""
 
 
 class Placement(NamedTuple):
@@ -37,22 +41,24 @@ def place(
     *,
     best: bool = False,
     workload: Workload = "one",
+    aside: Aside = lambda package, names: {},
 ) -> Placement:
     """A device that ``device`` stands for and the model with a variant for it, fetched and exported if it is not here.
 
     An engine for which the model is here already is preferred to a better one, unless ``best`` asks for that. Of
     several that are here, the one that was fastest at ``workload`` when ``edge-glm bench`` measured them here is
-    taken. Raises UnknownDevice, DeviceUnavailable, and as :meth:`edge_runtime.store.Store.ensure`.
+    taken. ``aside`` keeps devices out, as those without enough memory. Raises UnknownDevice, DeviceUnavailable, and as
+    :meth:`edge_runtime.store.Store.ensure`.
     """
     parse_device(device)  # a mistyped name is told before anything is fetched
-    found = None if best else _ready(store, ref, device, weights, workload)
+    found = None if best else _ready(store, ref, device, weights, workload, aside)
     if found is None:
         choice = choose(device)
         found = choice.device, _reason(device, choice)
     try:
         return _placed(store, ref, weights, progress, *found)
     except ModelNotFound:  # packages by path or from the hub have the variants that they have
-        other = _ready(store, ref, device, weights, workload)
+        other = _ready(store, ref, device, weights, workload, aside)
         if other is None or other[0] == found[0]:
             raise
         return _placed(store, ref, weights, progress, *other)
@@ -65,7 +71,7 @@ def _placed(
 
 
 def _ready(
-    store: Store, ref: str, device: str, weights: Weights | None, workload: Workload
+    store: Store, ref: str, device: str, weights: Weights | None, workload: Workload, aside: Aside
 ) -> tuple[Device, str] | None:
     """The best device for which the model is here, and why; None if there is none.
 
@@ -82,15 +88,17 @@ def _ready(
         kept = Measurements(store.home.measurements, fingerprint())
         compared = kept.compared(names, present.name, weights, workload)
         order = partial(kept.order, model=present.name, weights=weights, workload=workload)
+    kept_out = aside(present, names)
     try:
-        choice = choose(device, engines, order)
+        choice = choose(device, engines, lambda names: [name for name in order(names) if name not in kept_out])
     except DeviceUnavailable:
         if isinstance(parse_reference(ref), PackageReference):
             raise
         return None
     if choice.device.name in compared and len(compared) > 1:
         return choice.device, f"the fastest here of {len(compared)} measured with {_WORKLOADS[workload]}"
-    return choice.device, _reason(device, choice)
+    why = (f"{name}: {reason}" for name, reason in kept_out.items())
+    return choice.device, _reason(device, choice._replace(passed_over=(*why, *choice.passed_over)))
 
 
 def _reason(asked: str, choice: Choice) -> str:
