@@ -12,6 +12,7 @@ from typing import Any
 
 from devices.base import DecoderOptions, DecoderSpec
 from devices.errors import EngineError
+from devices.heap import map_large_blocks
 from devices.openvino_import import KERNEL_CACHE, import_openvino
 
 ROWS = "logit_rows"
@@ -130,4 +131,5 @@ def new_core() -> tuple[Any, Any]:
         ov = import_openvino()
     except ImportError as error:
         raise EngineError(f"OpenVINO does not load ({error}); pip install openvino") from error
+    map_large_blocks()
     return ov, ov.Core()

@@ -67,18 +67,18 @@ class _Costs(NamedTuple):
     """Of an engine, in its own ways."""
 
     base: int
-    """With a model of 0.3 MiB, without its tokenizer."""
+    """Interpreter and engine, with a model of 0.3 MiB, without its tokenizer."""
     packed: float
-    """Bytes in memory for a byte of 4- or 8-bit weights in the file; what is only looked up by row (an embedding that
-    is not the head as well) is not packed."""
+    """Bytes in memory for a byte of the file, of matrices of 4 or 8 bits."""
     loose: float
-    """The same for weights of floats."""
+    """The same for matrices of floats."""
     tied: float
-    """Bytes beside that for a value of an embedding that is the head as well."""
+    """Bytes more for each value of an embedding that is the head as well: its rows are read from the file's pages, and
+    OpenVINO makes a copy of 16 bits beside the packed one. An embedding that is not the head is not packed."""
     loading: float
-    """Bytes that loading takes for a moment, for a byte of the file."""
+    """Bytes read and not packed yet, for a byte of the file: ONNX Runtime keeps scales and zero points to the end."""
     running: int
-    """What the engine takes when it first runs, whatever the model."""
+    """What the first inferences take, whatever the model; OpenVINO generates code for each number of tokens."""
     copies: int
     """Values of the hidden size alive for each token of a step."""
     logits: int
@@ -86,13 +86,13 @@ class _Costs(NamedTuple):
 
 
 _COSTS: dict[Engine, _Costs] = {
-    "onnxruntime": _Costs(82 * MIB, 1.14, 2.0, 1.0, 0.27, 24 * MIB, 36, 3),
+    "onnxruntime": _Costs(82 * MIB, 1.16, 2.0, 1.125, 0.24, 4 * MIB, 24, 2),
     # the budget is the GPU's memory: a context took 527 MiB, kernels' own the rest (H200, CUDA 13); 1.09 times the file
     # in fp16, and in int4 1.48: matrices are dequantized for long steps
     "onnxruntime-cuda": _Costs(700 * MIB, 1.5, 1.5, 0.0, 0.0, 0, 24, 1),
     # quantized matrices stay in the mapped file; those of floats are ONNX Runtime's
-    "onnxruntime-edge": _Costs(75 * MIB, 1.0, 2.0, 0.0, 0.0, 8 * MIB, 24, 3),
-    "openvino": _Costs(103 * MIB, 1.4, 3.0, 2.0, 0.0, 40 * MIB, 24, 3),
+    "onnxruntime-edge": _Costs(75 * MIB, 1.0, 2.0, 0.0, 0.0, 4 * MIB, 12, 1),
+    "openvino": _Costs(103 * MIB, 1.43, 3.0, 2.9, 0.0, 40 * MIB, 24, 2),
 }
 _TOKENIZER = 340
 """Bytes for an entry of the vocabulary: 16 MiB for 49,152 with merges."""
@@ -113,11 +113,12 @@ def footprint(model: Model, use: Use, resident: int = 0) -> Footprint:
     """``resident``: what this process has in memory already, engine and tokenizer included; 0: a new process."""
     architecture, costs = model.architecture, _COSTS[model.engine]
     values = architecture.vocab_size * architecture.hidden_size
-    looked_up = values * _BYTES_OF_A_ROW[model.weights] if architecture.tied_head is False else 0
     per_byte = costs.packed if model.weights in ("int4", "int8") else costs.loose
-    weights = per_byte * (model.nbytes - looked_up) + looked_up
-    if architecture.tied_head is not False:
-        weights += costs.tied * values
+    rows = int(values * _BYTES_OF_A_ROW[model.weights])
+    if architecture.tied_head is False:
+        weights, unread = per_byte * (model.nbytes - rows) + rows, rows
+    else:
+        weights, unread = per_byte * model.nbytes + costs.tied * values, rows // 2
     per_token = kv_bytes_per_token(model, use.kv_type)
     rounded = (-(-use.tokens // _KV_BLOCK) + use.sequences) * _KV_BLOCK
     step = use.chunk + use.sequences
@@ -126,7 +127,7 @@ def footprint(model: Model, use: Use, resident: int = 0) -> Footprint:
     return Footprint(
         base=max(costs.base + _TOKENIZER * architecture.vocab_size, resident),
         weights=int(weights),
-        loading=int(costs.loading * model.nbytes),
+        loading=max(int(costs.loading * model.nbytes) - unread, 0),
         kv=rounded * per_token,
         prefix=_STORE_SEGMENTS * SEGMENT * per_token if use.prefix_store else 0,
         activations=activations + costs.running,

@@ -247,6 +247,7 @@ class EdgeLLM:
     def close(self) -> None:
         """End every request and free the model. Idempotent."""
         self._engine.close()
+        return_free_heap()
 
     def __enter__(self) -> EdgeLLM:
         return self
