@@ -65,12 +65,17 @@ def share_out(
     context = model.architecture.max_context
     use = Use(context * (max_sequences if budget.asked else 1), max_sequences, kv_type=kv_type)
     # what is in use already is not free either
-    resident = psutil.Process().memory_info().rss if budget.asked and device.name.endswith(":cpu") else 0
+    resident = _resident(device) if budget.asked else 0
     for kept in dict.fromkeys((store_bytes, 0)):
         tokens = tokens_within(budget.nbytes, model, use._replace(prefix_store=kept > 0), resident)
         if tokens >= tokens_needed(model, use):
             return tokens if budget.asked or tokens < context else None, kept
     raise BudgetError(refusal(budget, model, variant.name, use, package, resident))
+
+
+def _resident(device: Device) -> int:
+    """What this process has already of the memory that the model will be in."""
+    return int(psutil.Process().memory_info().rss) if device.name.endswith(":cpu") else 0
 
 
 def put_aside(

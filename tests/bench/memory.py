@@ -2,7 +2,7 @@
 
     python -m tests.bench.memory PACKAGE [--device DEVICE …] [--load LOAD …] [--scale 0.25]
 
-Each line is a process of its own. ``one``: a prompt of 512 tokens; ``many``: 16 prompts of 448 at once; ``mixed``: 24
+Each line is a process of its own. ``one``: a prompt of 512 tokens; ``many``: 16 prompts of 448 at once; ``mixed``: 16
 of 20 to 700; ``budget``: ``many`` under a budget that leaves KV cache for 2,048 tokens; ``reload``: the same again in
 one process after the model was closed. Prompts are random tokens, so that every row of the embedding is read.
 ``--scale`` makes prompts shorter. Linux only: the peak is VmHWM of /proc/self/status.
@@ -95,7 +95,7 @@ def _lengths(load: str) -> list[int]:
         return [512]
     if load == "mixed":
         generator = random.Random(0)
-        return [generator.randrange(20, 700) for _ in range(24)]
+        return [generator.randrange(20, 700) for _ in range(STREAMS)]
     return [448] * STREAMS
 
 
