@@ -11,7 +11,7 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.lazy_memory import lazy_memory
+from devices.lazy_memory import small_pages
 
 _KEEP_TOKENS = 64
 """Pages of fewer tokens are not given back: a crop by a few drafted tokens is followed by as many new ones."""
@@ -31,7 +31,7 @@ class KVRows:
         self.shape = (rows, kv_heads, self.capacity, head_dim)
         self._token_bytes = token_bytes
         size = int(np.prod(self.shape)) * 4
-        self._maps = [_small_pages(size) for _ in range(2 * layers)]
+        self._maps = [small_pages(size) for _ in range(2 * layers)]
         self.buffers = [np.frombuffer(m, np.float32).reshape(self.shape) for m in self._maps]
         """Keys and values, layer by layer (k0, v0, k1, v1, …)."""
 
@@ -82,13 +82,3 @@ class KVRows:
         for memory in self._maps:
             memory.close()
         self._maps.clear()
-
-
-def _small_pages(size: int) -> mmap.mmap:
-    memory = lazy_memory(size)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_NOHUGEPAGE)  # a first token would take 2 MiB per head
-        except OSError:  # a kernel without huge pages has nothing to switch off
-            return memory
-    return memory

@@ -14,3 +14,14 @@ def lazy_memory(size: int) -> mmap.mmap:
     if sys.platform == "win32":
         return mmap.mmap(-1, size)
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+
+
+def small_pages(size: int) -> mmap.mmap:
+    """The same, never given in huge pages: where pieces far apart grow at once, each would take 2 MiB."""
+    memory = lazy_memory(size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        except OSError:  # a kernel without huge pages has nothing to switch off
+            return memory
+    return memory

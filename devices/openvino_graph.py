@@ -12,7 +12,8 @@ from typing import Any
 
 from devices.base import DecoderOptions, DecoderSpec
 from devices.errors import EngineError
-from devices.openvino_import import import_openvino
+from devices.heap import map_large_blocks
+from devices.openvino_import import KERNEL_CACHE, import_openvino
 
 ROWS = "logit_rows"
 """Input (rows,) i64: which tokens of the batch get logits."""
@@ -116,6 +117,8 @@ def compile_properties(options: DecoderOptions, defaults: Mapping[str, str]) -> 
 
 def compile_model(core: Any, model: Any, device: str, options: DecoderOptions, defaults: Mapping[str, str]) -> Any:
     """Compile with :func:`compile_properties`."""
+    if device == "CPU":
+        defaults = {"CPU_RUNTIME_CACHE_CAPACITY": KERNEL_CACHE, **defaults}
     properties = compile_properties(options, defaults)
     with engine_errors(f"compiling for {device} with {properties}"):
         return core.compile_model(model, device, properties)
@@ -133,4 +136,5 @@ def new_core() -> tuple[Any, Any]:
         ov = import_openvino()
     except ImportError as error:
         raise EngineError(f"OpenVINO does not load ({error}); pip install openvino") from error
+    map_large_blocks()
     return ov, ov.Core()

@@ -5,9 +5,10 @@ Every batch, whatever its mixture of prompt chunks and single tokens, is one inf
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 from devices.base import DecoderOptions, DecoderSpec
 from devices.block_pool import BlockPool
 from devices.errors import EngineError
-from devices.file_pages import release_file_pages
+from devices.file_pages import releasing_file_pages
 from devices.kv_pool import KVPool
 from devices.kv_types import KVType, choose_kv_type
+from devices.lazy_memory import small_pages
 from devices.openvino_graph import (
     ROWS,
     compile_model,
@@ -76,7 +78,9 @@ class OpenVinoDecoder(PagedDecoder):
         ov, core = new_core()
         model = read_model(core, spec.model)
         self._ov = ov
-        self._weights: Path | None = spec.model.parent
+        self._unpacked: Any = model
+        """Keeps the weights mapped until the first inference has packed them all."""
+        self._folder = spec.model.parent
         long_offset = rope_offset(model, spec)
         defaults = precision_defaults(model)
         if options.kv_type not in (None, "auto"):
@@ -89,7 +93,8 @@ class OpenVinoDecoder(PagedDecoder):
         gather_rows(model, axis=0)
         if device == "CPU":  # it cannot read back what it writes: the operator's head sizes are not in its file
             options = replace(options, cache_dir=None)
-        self._compiled = compile_model(core, model, device, options, defaults)
+        with releasing_file_pages(self._folder):
+            self._compiled = compile_model(core, model, device, options, defaults)
         with engine_errors("creating an inference request"):
             self._request: Any = self._compiled.create_infer_request()
         self._allocate(spec, options, device, long_offset)
@@ -108,8 +113,8 @@ class OpenVinoDecoder(PagedDecoder):
             if kind not in _STORAGE:
                 raise EngineError(f"a KV cache of type {kind} is not supported; set KV_CACHE_PRECISION to u8 or f16")
             dims = [dim.get_length() for dim in list(port.get_partial_shape())[1:]]
-            # zeros are committed on first touch
-            cache: NDArray[np.generic] = np.zeros((pool.num_blocks + 1, *dims), _STORAGE[kind])  # 1: idle token
+            shape = (pool.num_blocks + 1, *dims)  # 1: idle token
+            cache: NDArray[np.generic] = _cache(shape, np.dtype(_STORAGE[kind]))
             self.caches.append(cache)
             tensor = self._ov.Tensor(cache, self._ov.Shape(list(cache.shape)), port.get_element_type())
             with engine_errors(f"binding {name}"):
@@ -157,11 +162,10 @@ class OpenVinoDecoder(PagedDecoder):
         with engine_errors("running a batch"):
             for name, values in inputs.items():
                 self._request.set_tensor(name, self._ov.Tensor(values))
-            with self._stopwatch:
+            packing = nullcontext() if self._unpacked is None else releasing_file_pages(self._folder)
+            with packing, self._stopwatch:
                 self._request.infer()
-            if self._weights is not None:  # the first inference has packed them
-                release_file_pages(self._weights)
-                self._weights = None
+            self._unpacked = None
             logits = self._request.get_output_tensor(0).data
         bounds = np.cumsum([part.rows for part in asked])
         logits = logits.reshape(-1, self._vocab_size)
@@ -170,7 +174,18 @@ class OpenVinoDecoder(PagedDecoder):
     # ---- the end
 
     def _release(self) -> None:
-        self._request = None
+        self._request = self._unpacked = None
         self.caches.clear()
         release_model(self._compiled)
         self._compiled = None
+
+
+def _cache(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    """Zeros, of which only the pages exist that were written to. numpy would ask for huge ones. EngineError."""
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        return np.frombuffer(small_pages(size), dtype).reshape(shape)
+    except (OSError, MemoryError, OverflowError, ValueError) as error:
+        raise EngineError(
+            f"no address space for a KV cache of {size} bytes in each layer ({error}); lower kv_tokens"
+        ) from error

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderOptions
 from devices.kv_types import KVWish
+from edge_runtime.budgets import put_aside
 from edge_runtime.errors import ConfigError, InvalidRequest
 from edge_runtime.failover import Failover
 from edge_runtime.generation import Generation
+from edge_runtime.heap import return_free_heap
 from edge_runtime.loading import Loaded, Loading, load
 from edge_runtime.measurements import WORKLOADS, Workload
 from edge_runtime.memory import parse_budget, parse_bytes
@@ -58,13 +61,14 @@ class EdgeLLM:
     the next takes over when one does not open or fails while running; with ``fallback`` those of ``auto`` do so for
     any ``device``. Requests of which nothing was sent are answered there, the others end with the error.
     ``memory_budget`` (``"1GiB"``, or ``"25%"`` of the device's memory, of which a container has what it is confined to)
-    bounds what loading may use; the KV cache gets what weights and engine leave. ``weights`` is ``fp32``, ``fp16``,
-    ``int8`` or ``int4``; None takes what a present package has, int4 for a new one. ``threads``, ``kv_type``,
-    ``max_sequences`` and ``batch_invariant``: see :class:`devices.DecoderOptions`. ``prompt_lookup``: answers that
-    repeat what was said before come faster (:mod:`edge_runtime.prompt_lookup`). ``prefix_cache_bytes``: KV cache that
-    finished requests may go on holding (None: what running ones do not need). ``prefix_store_bytes`` (``"1GiB"``): disk
-    for prefixes of prompts that were used twice, or are long when the model is closed; 0: none are written or read
-    (:mod:`edge_runtime.prefix_store`).
+    is what the process may take at most; the KV cache gets what weights and engine leave. Without one a model is
+    refused that would take more than 80 % of the memory that is free (:mod:`edge_runtime.budgets`). ``weights`` is
+    ``fp32``, ``fp16``, ``int8`` or ``int4``; None takes what a present package has, int4 for a new one.
+    ``threads``, ``kv_type``, ``max_sequences`` and ``batch_invariant``: see :class:`devices.DecoderOptions`.
+    ``prompt_lookup``: answers that repeat what was said before come faster (:mod:`edge_runtime.prompt_lookup`).
+    ``prefix_cache_bytes``: KV cache that finished requests may go on holding (None: what running ones do not need).
+    ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of prompts that were used twice, or are long when the model
+    is closed; 0: none are written or read (:mod:`edge_runtime.prefix_store`).
     ``workload``: what ``auto`` and ``cpu`` choose a device for, by what ``edge-glm bench`` measured here
     (:data:`edge_runtime.measurements.Workload`). ``tuning``: whether to open the model as ``edge-glm tune`` found best
     for that, where nothing else is asked for here. ``progress`` hears of downloads and exports.
@@ -112,13 +116,14 @@ class EdgeLLM:
             tuning=tuning,
         )
         wish = Wish(ref, device, weights, workload, fallback)
-        first = place(store, wish, progress)
+        unfit = partial(put_aside, weights=weights, size=loading.budget, kv_type=kv_type)
+        first = place(store, wish, progress, unfit=unfit)
         self._created = int(time.time())
         self.tokenizer = tokenizer = _tokenizer(first.package)
         template = ChatTemplate(first.package.chat_template, first.package.manifest.special_tokens)
         self._chats = template.source is not None
         self._failover = Failover(
-            place=lambda aside: place(store, wish, aside=aside),
+            place=lambda aside: place(store, wish, aside=aside, unfit=unfit),
             load=lambda placement, successor, sharing: load(
                 store, placement, loading, tokenizer, template, successor, sharing
             ),
@@ -213,6 +218,7 @@ class EdgeLLM:
     def close(self) -> None:
         """End every request and free the model. Idempotent."""
         self._failover.close()
+        return_free_heap()
 
     def __enter__(self) -> EdgeLLM:
         return self

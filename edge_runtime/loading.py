@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from devices.base import DecoderOptions
-from devices.discovery import Device, facts
 from devices.kv_types import KVWish
 from devices.registry import open_decoder
+from edge_runtime.budgets import share_out
 from edge_runtime.engine import Engine, Successor
-from edge_runtime.errors import BudgetError
-from edge_runtime.footprint import kv_tokens_within
 from edge_runtime.heap import return_free_heap
 from edge_runtime.measurements import Workload
 from edge_runtime.memory import BudgetSize
-from edge_runtime.package import Package, Variant
 from edge_runtime.placement import Placement
 from edge_runtime.prefix_store import PrefixStore, fingerprint
 from edge_runtime.store import Store
@@ -79,7 +75,6 @@ def load(
     Raises CorruptModel, DeviceUnavailable, EngineError, BudgetError, ConfigError; then nothing stays open."""
     device, package, variant, _ = placement
     store.verify(package, variant)
-    budget = None if loading.budget is None else loading.budget.within(lambda: _memory(device)) // sharing
     given = DecoderOptions(
         max_sequences=loading.max_sequences,
         threads=loading.threads,
@@ -88,9 +83,19 @@ def load(
         cache_dir=store.home.compiled,
     )
     options, found = tuned(
-        given, device.name, variant, loading.workload, store.home, loading.tuning, budget=budget is not None
+        given, device.name, variant, loading.workload, store.home, loading.tuning, budget=loading.budget is not None
     )
-    kv_tokens, store_bytes = _share_out(budget, loading.prefix_store_bytes, package, variant, options)
+    kv_tokens, store_bytes = share_out(
+        loading.budget,
+        device,
+        package,
+        variant,
+        kv_type=options.kv_type,
+        max_sequences=loading.max_sequences,
+        chunk=options.prefill_chunk,
+        store_bytes=loading.prefix_store_bytes,
+        sharing=sharing,
+    )
     options = replace(options, kv_tokens=kv_tokens)
     decoder = open_decoder(package.spec(variant), device.name, options)
     return_free_heap()  # reading the tokenizer and the model left some
@@ -124,22 +129,3 @@ def load(
         defaults=package.generation,
     )
     return Loaded(placement, decoder.device, engine, tier, max_prompt, context, found)
-
-
-def _memory(device: Device) -> int | None:
-    """Bytes on it, of which a budget may be a share."""
-    memory = facts(device).memory
-    return None if memory is None else memory.total
-
-
-def _share_out(
-    budget: int | None, store_bytes: int, package: Package, variant: Variant, options: DecoderOptions
-) -> tuple[int | None, int]:
-    """Tokens of KV cache and bytes of disk store: where memory is short the store goes first."""
-    if budget is None:
-        return None, store_bytes
-    chunk, kv_type = options.prefill_chunk, options.kv_type
-    if store_bytes:
-        with suppress(BudgetError):
-            return kv_tokens_within(budget, package, variant, chunk, kv_type, prefix_store=True), store_bytes
-    return kv_tokens_within(budget, package, variant, chunk, kv_type), 0

@@ -76,6 +76,8 @@ class ArchitectureSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     sliding_windows: tuple[int | None, ...] = ()
     """Per layer; empty: none."""
     rope_switch: int | None = None
+    tied_head: bool | None = None
+    """The vocabulary projection is the embedding. None: not known."""
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

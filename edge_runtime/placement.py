@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -38,6 +38,10 @@ class Wish(msgspec.Struct, frozen=True):
         return parse_device(self.device, self.fallback)
 
 
+Unfit = Callable[[Package, Sequence[str]], Mapping[str, str]]
+"""Which of the devices of these names are nothing for a package, as for want of memory, and why."""
+
+
 class Placement(NamedTuple):
     device: Device
     package: Package
@@ -53,23 +57,25 @@ def place(
     *,
     best: bool = False,
     aside: Mapping[str, str] = MappingProxyType({}),
+    unfit: Unfit = lambda package, names: {},
 ) -> Placement:
     """A device that will do and the model with a variant for it, fetched and exported if it is not here.
 
     An engine for which the model is here already is preferred to a better one, unless ``best`` asks for that. Of
     several that are here, the one that was fastest at the workload when ``edge-glm bench`` measured them here is
-    taken. ``aside``: devices that are not to be taken, and why. Raises UnknownDevice, DeviceUnavailable, and as
+    taken. ``aside``: devices that are not to be taken, and why; ``unfit`` tells more of them, for a model that
+    is here. Raises UnknownDevice, DeviceUnavailable, and as
     :meth:`edge_runtime.store.Store.ensure`.
     """
     names = wish.names  # a mistyped one is told before anything is fetched
-    found = None if best else _ready(store, wish, aside)
+    found = None if best else _ready(store, wish, aside, unfit)
     if found is None:
         choice = choose(wish.device, names, aside=aside)
         found = choice.device, _reason(wish, choice)
     try:
         return _placed(store, wish, progress, *found)
     except ModelNotFound:  # packages by path or from the hub have the variants that they have
-        other = _ready(store, wish, aside)
+        other = _ready(store, wish, aside, unfit)
         if other is None or other[0] == found[0]:
             raise
         return _placed(store, wish, progress, *other)
@@ -79,7 +85,7 @@ def _placed(store: Store, wish: Wish, progress: Progress | None, device: Device,
     return Placement(device, *store.ensure(wish.ref, device.engine, wish.weights, progress), reason)
 
 
-def _ready(store: Store, wish: Wish, aside: Mapping[str, str]) -> tuple[Device, str] | None:
+def _ready(store: Store, wish: Wish, aside: Mapping[str, str], unfit: Unfit) -> tuple[Device, str] | None:
     """The best device for which the model is here, and why; None if there is none.
 
     DeviceUnavailable where none can be added.
@@ -94,6 +100,7 @@ def _ready(store: Store, wish: Wish, aside: Mapping[str, str]) -> tuple[Device, 
         kept = Measurements(store.home.measurements, fingerprint())
         compared = kept.compared(names, present.name, wish.weights, wish.workload)
         names = tuple(kept.order(names, present.name, wish.weights, wish.workload))
+    aside = {**unfit(present, names), **aside}
     try:
         choice = choose(wish.device, names, engines, aside)
     except DeviceUnavailable:

@@ -1,6 +1,6 @@
 """The models on this machine: pull them, list them, find them, remove them.
 
-The only part of the runtime that calls the exporters, in one function.
+The only part of the runtime that calls the exporters, in two functions.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from devices.base import Engine
 from edge_runtime.errors import EdgeError, ModelNotFound, UnknownReference
 from edge_runtime.fetch import Fetched, fetch_hub, fetch_pypi
 from edge_runtime.locks import file_lock
-from edge_runtime.package import Package, Variant, Weights, is_package, storage_errors
+from edge_runtime.package import ArchitectureSummary, Package, Variant, Weights, is_package, storage_errors
 from edge_runtime.package_writer import write_package
 from edge_runtime.paths import Home
 from edge_runtime.references import (
@@ -63,6 +63,15 @@ class StoredModel:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What can be said of a model before it is exported."""
+
+    architecture: ArchitectureSummary
+    nbytes: Mapping[Engine, int]
+    """Of the files that an export would make for each engine, within a few hundredths."""
+
+
+@dataclass(frozen=True)
 class Store:
     """Models under ``home.models``, one package each. Safe between processes."""
 
@@ -98,6 +107,16 @@ class Store:
     def present(self, reference: str) -> Package | None:
         """As :meth:`find`, None if the reference is fine but the model is not here."""
         return self._present(parse_reference(reference))
+
+    def outline(self, reference: str, weights: Weights) -> Outline:
+        """Of a model that is a file on this disk, or made up. ModelNotFound for one that would have to be downloaded;
+        UnsupportedModel, CorruptModel."""
+        parsed = parse_reference(reference)
+        if not isinstance(parsed, PathReference | SyntheticReference):
+            raise ModelNotFound(
+                f"{reference} is not on this machine, and its size not known before it is: edge-glm pull"
+            )
+        return _outline(_fetch(parsed, Path(), None), weights)
 
     def list(self) -> list[StoredModel]:
         """Everything in the store, by folder name; also what cannot be opened."""
@@ -222,6 +241,25 @@ def _pinned(reference: Reference, present: Package | None) -> Reference:
     if isinstance(source, HubReference) and isinstance(target, HubReference):
         return HubReference(source.repo, source.revision, target.file)
     return source
+
+
+def variant_name(engine: Engine, weights: Weights) -> str:
+    """What an export calls it."""
+    return f"{_EXPORT_NAMES[engine]}-{weights}"
+
+
+def _outline(fetched: Fetched, weights: Weights) -> Outline:
+    from exporters.estimate import estimated_bytes
+    from exporters.export import summarize
+    from exporters.formats import open_checkpoint
+
+    checkpoint = open_checkpoint(fetched.path)
+    sizes = {
+        engine: estimated_bytes(checkpoint, name, weights)
+        for engine, name in _EXPORT_NAMES.items()
+        if name != "openvino-npu" or weights in ("int4", "fp16")
+    }
+    return Outline(summarize(checkpoint.architecture), sizes)
 
 
 def _export(

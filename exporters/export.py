@@ -134,6 +134,7 @@ def summarize(arch: Architecture) -> ArchitectureSummary:
         max_context=arch.max_context,
         sliding_windows=windows if any(windows) else (),
         rope_switch=arch.rope_switch,
+        tied_head=arch.tied_head,
     )
 
 

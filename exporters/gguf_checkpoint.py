@@ -90,6 +90,10 @@ class GgufCheckpoint:
             made["other_chat_templates"] = templates
         return made
 
+    def kind(self, name: str) -> str:
+        """The format that the file has a tensor in, as GGML calls it."""
+        return str(self._sources[name].info.kind.name)
+
     def tensor(self, name: str) -> Tensor:
         source = self._sources[name]
         raw = self._file.rows(source.info, source.start, source.stop)

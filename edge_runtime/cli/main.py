@@ -73,6 +73,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         "run": ("run", "run"),
         "serve": ("serve", "serve"),
         "devices": ("devices", "devices"),
+        "plan": ("plan", "plan"),
         "bench": ("bench", "bench"),
         "tune": ("tune", "tune"),
     }[name]
@@ -169,6 +170,17 @@ def _parser() -> argparse.ArgumentParser:
 
     devices = add("devices", "list devices, and why one cannot be used")
     devices.add_argument("--json", action="store_true", help="print JSON")
+
+    plan = add("plan", "show what memory a model takes on each device, and what fits a budget")
+    plan.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
+    _add_device(plan)
+    _add_weights(plan)
+    _add_memory_budget(plan)
+    _add_kv_type(plan)
+    _add_workload(plan, "one")
+    plan.add_argument("--context", type=int, metavar="N", help="tokens of each sequence (default: what fits)")
+    plan.add_argument("--sequences", type=int, metavar="N", help="sequences of so many tokens at once (default: 1)")
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
     bench = add("bench", "measure a model here, or a server")
     _add_bench(bench)
@@ -278,25 +290,31 @@ def _add_workload(
 
 def _add_memory_budget(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
-        "--memory-budget", metavar="SIZE", help="most memory to use, e.g. 1GiB, or 25%% of the device's"
+        "--memory-budget",
+        metavar="SIZE",
+        help="most memory to use, e.g. 1GiB, or 25%% of the device's (default: 80%% of what is free)",
+    )
+
+
+def _add_kv_type(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--kv-type",
+        choices=("float32", "float16", "int8", "auto"),
+        help="type of the KV cache; int8 is half as large as float16; auto: on edge:cpu, int8 for long prompts and "
+        "where memory is short (default: the device's choice)",
     )
 
 
 def _add_loading(parser: argparse._ActionsContainer) -> None:
     _add_memory_budget(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the engine's choice)")
+    _add_kv_type(parser)
     parser.add_argument(
         "--no-tuning",
         dest="tuning",
         action="store_false",
         default=None,
         help="open the model as it comes, whatever edge-glm tune found",
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the engine's choice)")
-    parser.add_argument(
-        "--kv-type",
-        choices=("float32", "float16", "int8", "auto"),
-        help="type of the KV cache; int8 is half as large as float16; auto: on edge:cpu, int8 for long prompts and "
-        "where memory is short (default: the device's choice)",
     )
     parser.add_argument(
         "--batch-invariant",

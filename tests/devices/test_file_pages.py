@@ -5,12 +5,13 @@ from __future__ import annotations
 import mmap
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from devices.file_pages import release_file_pages
+from devices.file_pages import release_file_pages, releasing_file_pages
 
 SIZE = 4 << 20
 
@@ -48,3 +49,30 @@ def test_clean_pages_are_dropped_and_come_back(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_mapped(tmp_path: Path) -> None:
     release_file_pages(tmp_path)
     release_file_pages(tmp_path / "none")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told")
+def test_what_is_read_meanwhile_is_dropped_soon(tmp_path: Path) -> None:
+    data = np.random.default_rng(1).bytes(SIZE)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(data)
+    with path.open("r+b") as file:
+        read_only = mmap.mmap(file.fileno(), SIZE, access=mmap.ACCESS_READ)
+        private = mmap.mmap(file.fileno(), SIZE, access=mmap.ACCESS_COPY)
+        private[:] = bytes(SIZE)
+        with releasing_file_pages(tmp_path):
+            assert read_only[:] == data
+            end = time.monotonic() + 10
+            while resident(path) > SIZE and time.monotonic() < end:
+                time.sleep(0.01)
+            assert resident(path) <= SIZE  # what is left is the written one
+            assert read_only[:] == data
+        assert resident(path) <= SIZE
+        assert private[:] == bytes(SIZE)
+        for mapping in (read_only, private):
+            mapping.close()
+
+
+def test_nothing_to_drop_meanwhile(tmp_path: Path) -> None:
+    with releasing_file_pages(tmp_path):
+        pass

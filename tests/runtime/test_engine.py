@@ -10,7 +10,7 @@ import pytest
 
 from devices.base import Step
 from edge_runtime.engine import Engine
-from edge_runtime.errors import PromptTooLong
+from edge_runtime.errors import Overloaded, PromptTooLong
 from edge_runtime.request import Usage
 from edge_runtime.sampling import SamplingParams
 from tests.fake_decoder import FakeDecoder
@@ -99,6 +99,27 @@ def test_preemption_loses_nothing() -> None:
         assert engine.stats.preemptions > 0
     assert [answer.tokens for answer in answers] == alone
     assert {answer.finish_reason for answer in answers} == {"length"}
+
+
+def test_when_memory_is_short_prefixes_go_first_then_requests_wait_then_they_are_refused() -> None:
+    gate = Gate()
+    decoder = FakeDecoder(kv_tokens=96, max_context=96)
+    params = SamplingParams(temperature=0, max_tokens=20)
+    with serving(decoder, max_queue=1) as engine:
+        ask(engine, prompt(1, 20), params)
+        assert engine.stats.cached_tokens > 0
+        decoder.before_forward = gate
+        running = engine.submit(prompt(2, 60), params)
+        assert gate.reached.wait(60)
+        waiting = engine.submit(prompt(3, 60), params)
+        with pytest.raises(Overloaded) as refused:
+            engine.submit(prompt(4, 60), params)
+        assert refused.value.retry_after > 0
+        gate.open.set()
+        assert collect(running)[0].finish_reason == collect(waiting)[0].finish_reason == "length"
+        assert engine.stats.preemptions == 0
+        assert engine.stats.cached_sequences == 1  # the last; the first ones gave way
+    assert max(len(batch) for batch in decoder.batches) == 1  # no two at once
 
 
 def test_one_sequence_may_fill_the_whole_cache() -> None:

@@ -428,7 +428,7 @@ def test_a_named_device_fails_without_fallback(tiny: Path, monkeypatch: pytest.M
 
 
 def test_a_real_device_that_does_not_open(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: OnnxRuntimeDecoder, spec: DecoderSpec, options: DecoderOptions) -> None:
+    def refuse(self: OnnxRuntimeDecoder, spec: DecoderSpec, options: DecoderOptions, device: str) -> None:
         raise EngineError("loading failed in ONNX Runtime: out of address space")
 
     monkeypatch.setattr(OnnxRuntimeDecoder, "__init__", refuse)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edge_runtime.errors import BudgetError, ConfigError
-from edge_runtime.memory import MemoryBudget, format_bytes, parse_budget, parse_bytes
+from edge_runtime.errors import ConfigError
+from edge_runtime.memory import format_bytes, parse_budget, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -62,35 +62,3 @@ def test_sizes_for_people() -> None:
         "1.5 MiB",
         "1.50 GiB",
     ]
-
-
-def test_reservations_add_up() -> None:
-    budget = MemoryBudget(1000)
-    budget.reserve("base", 100)
-    budget.reserve("weights", 600)
-    budget.reserve("base", 50)
-    assert budget.left == 250
-    assert dict(budget.reserved) == {"base": 150, "weights": 600}
-    assert budget.release("base") == 150
-    assert budget.release("base") == 0
-    assert budget.left == 400
-
-
-def test_a_refusal_says_what_would_do() -> None:
-    budget = MemoryBudget(1024)
-    budget.reserve("weights", 1000)
-    with pytest.raises(BudgetError, match=r"kv needs 100 B.* 24 B are left \(weights 1000 B\).* 1.1 KiB would do"):
-        budget.reserve("kv", 100)
-    assert budget.left == 24
-    with pytest.raises(BudgetError, match="0 bytes"):
-        MemoryBudget(0)
-
-
-def test_kv_tokens() -> None:
-    budget = MemoryBudget(10_000)
-    budget.reserve("weights", 4_000)
-    assert budget.kv_tokens_for(10, at_least=100, at_most=10_000) == 600
-    assert budget.kv_tokens_for(10, at_least=100, at_most=512) == 512
-    with pytest.raises(BudgetError, match=r"601 tokens .* enough for 600 tokens; .* a budget of 9.8 KiB"):
-        budget.kv_tokens_for(10, at_least=601, at_most=601)
-    assert budget.left == 6_000

@@ -1,0 +1,89 @@
+"""``edge-glm plan``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from edge_runtime.memory import parse_budget
+from edge_runtime.paths import home
+from edge_runtime.planning import Candidate, Need, Plan
+from edge_runtime.planning import plan as make_plan
+from edge_runtime.settings import load_settings
+from edge_runtime.store import Store
+
+_MIB = 1 << 20
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """0 if something fits, else 1, with the refusal on standard error; the table or the JSON is printed either way."""
+    names = ("device", "weights", "memory_budget", "kv_type", "workload")
+    settings = load_settings({name: getattr(arguments, name) for name in names})
+    size = None if settings.memory_budget is None else parse_budget(settings.memory_budget)
+    need = Need(settings.weights, settings.kv_type, arguments.context, arguments.sequences, settings.workload or "one")
+    made = make_plan(Store(home()), arguments.ref, settings.device, size, need)
+    print(json.dumps(_row(made), indent=2) if arguments.json else _table(made))
+    if made.choice is None:
+        print(f"edge-glm: {made.reason}", file=sys.stderr)
+    return 0 if made.choice else 1
+
+
+def _row(made: Plan) -> dict[str, Any]:
+    shown = made.choice or next(iter(made.candidates), None)
+    about = {} if shown is None else _about(shown)
+    return {
+        "fits": made.choice is not None,
+        "choice": None if made.choice is None else {"device": made.choice.device, "variant": made.choice.variant},
+        "parts": about.get("parts"),
+        "peak_bytes": about.get("peak_bytes"),
+        "max_context": about.get("max_context"),
+        "max_sequences": about.get("max_sequences"),
+        "budget_bytes": about.get("budget_bytes"),
+        "estimated": made.estimated,
+        "reason": made.reason,
+        "candidates": [_about(each) for each in made.candidates],
+    }
+
+
+def _about(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "device": candidate.device,
+        "variant": candidate.variant,
+        "fits": candidate.fits,
+        "parts": candidate.parts._asdict(),
+        "peak_bytes": candidate.parts.peak,
+        "least_budget_bytes": candidate.least,
+        "budget_bytes": None if candidate.budget is None else candidate.budget.nbytes,
+        "max_context": candidate.max_context,
+        "max_sequences": candidate.max_sequences,
+        "reason": candidate.reason,
+    }
+
+
+def _table(made: Plan) -> str:
+    """MiB. One row for each candidate, the chosen one marked; then why the others cannot be taken."""
+    head = ["", "device", "variant", "base", "weights", "loading", "kv", "prefix", "activations", "peak", "least"]
+    rows = [[*head, "context"]]
+    for each in made.candidates:
+        sizes = [*each.parts, each.parts.peak, each.least]
+        mark = "*" if each is made.choice else "" if each.fits else "-"
+        rows.append([mark, each.device, each.variant, *(f"{size / _MIB:.0f}" for size in sizes), str(each.max_context)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(_cell(text, width, column) for column, (text, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    lines = [line.rstrip() for line in lines]
+    budgets = {each.device: each.budget for each in made.candidates if each.budget is not None}
+    for said in dict.fromkeys(str(budget) for budget in budgets.values()):
+        lines.append(f"MiB, within {said}" + ("; sizes of files are estimated" if made.estimated else ""))
+    if made.choice is not None:
+        lines += [f"- {each.device}: {each.reason}" for each in made.candidates if not each.fits]
+        lines.append(f"* {made.choice.device}, {made.reason}")
+    return "\n".join(lines)
+
+
+def _cell(text: str, width: int, column: int) -> str:
+    return text.ljust(width) if column < 3 else text.rjust(width)

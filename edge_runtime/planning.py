@@ -1,0 +1,171 @@
+"""What a model would take on each device, before anything is loaded, and which of them would be chosen.
+
+Sizes come from the package if the model is here, else from the header of a file on this disk or from the shape of a
+made-up model; nothing is exported or downloaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from devices.base import DecoderOptions
+from devices.discovery import Device, probe_device
+from devices.kv_types import KVWish
+from devices.names import parse_device
+from edge_runtime.budgets import Budget, resolve
+from edge_runtime.errors import ConfigError
+from edge_runtime.footprint import (
+    KV_TYPES,
+    Footprint,
+    Model,
+    Use,
+    footprint,
+    least_budget,
+    tokens_needed,
+    tokens_within,
+)
+from edge_runtime.measurements import Workload
+from edge_runtime.memory import BudgetSize, format_bytes
+from edge_runtime.package import Package, Weights
+from edge_runtime.placement import Wish, place
+from edge_runtime.store import Store, variant_name
+
+MOST_SEQUENCES = 4096
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a model shall be opened for. None: as it is opened where nothing is said."""
+
+    weights: Weights | None = None
+    kv_type: KVWish | None = None
+    context: int | None = None
+    """Tokens of each sequence."""
+    sequences: int | None = None
+    workload: Workload = "one"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A variant on a device."""
+
+    device: str
+    variant: str
+    parts: Footprint
+    """For the use that was asked for; if none was, for what of the usual one fits."""
+    least: int
+    """The smallest budget that the variant can be opened with."""
+    max_context: int
+    """Tokens of a sequence."""
+    max_sequences: int
+    budget: Budget | None
+    reason: str | None = None
+    """Why it cannot be taken. None: it can."""
+
+    @property
+    def fits(self) -> bool:
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Plan:
+    candidates: tuple[Candidate, ...]
+    """Best device first."""
+    choice: Candidate | None
+    reason: str
+    """Why it is the choice, or why there is none."""
+    estimated: bool
+    """The model is not here: sizes of files are estimated from its shape."""
+
+
+def plan(store: Store, ref: str, device: str, size: BudgetSize | None, need: Need) -> Plan:
+    """ModelNotFound where the model's shape is not to be had without a download; ConfigError for a use that makes no
+    sense; UnknownReference, UnknownDevice, CorruptModel."""
+    names = parse_device(device)
+    package = store.present(ref)
+    models = _of_package(package, need.weights) if package is not None else _of_outline(store, ref, need.weights)
+    _check(need, next(iter(models.values())).architecture.max_context if models else 1)
+    found = []
+    for name in names:
+        probed = probe_device(name)
+        budget = resolve(size, probed) if probed.ready else None
+        found += [
+            _candidate(probed, variant, model, budget, need)
+            for variant, model in models.items()
+            if model.engine == probed.engine
+        ]
+    choice, reason = _choose(store, ref, device, need, package, found)
+    return Plan(tuple(found), choice, reason, package is None)
+
+
+def _of_package(package: Package, weights: Weights | None) -> dict[str, Model]:
+    variants = package.manifest.variants
+    return {each.name: Model.of(package, each) for each in variants if weights in (None, each.weights)}
+
+
+def _of_outline(store: Store, ref: str, weights: Weights | None) -> dict[str, Model]:
+    outline = store.outline(ref, weights or "int4")
+    return {
+        variant_name(engine, weights or "int4"): Model(outline.architecture, engine, weights or "int4", nbytes)
+        for engine, nbytes in outline.nbytes.items()
+    }
+
+
+def _check(need: Need, max_context: int) -> None:
+    for what, given, most in (("context", need.context, max_context), ("sequences", need.sequences, MOST_SEQUENCES)):
+        if given is not None and not 1 <= given <= most:
+            raise ConfigError(f"--{what} must be from 1 to {most}, not {given}")
+
+
+def _candidate(device: Device, variant: str, model: Model, budget: Budget | None, need: Need) -> Candidate:
+    context = model.architecture.max_context
+    asked = need.context is not None or need.sequences is not None
+    sequences = need.sequences or (1 if asked else DecoderOptions.max_sequences)
+    each = need.context or context
+    contexts = sequences if asked or (budget is not None and budget.asked) else 1
+    use = Use(each * contexts, sequences, kv_type=need.kv_type)
+    reason = device.problem
+    if need.kv_type not in (None, "auto", *KV_TYPES[model.engine]):
+        reason = reason or f"it keeps keys and values as {' or '.join(KV_TYPES[model.engine])}, not {need.kv_type}"
+        use = use._replace(kv_type=None)
+    tokens = use.tokens
+    if budget is not None:
+        tokens = tokens_within(budget.nbytes, model, use)
+        if tokens < tokens_needed(model, use):
+            reason = reason or f"{variant} needs {format_bytes(least_budget(model, use))}, more than {budget}"
+            tokens = use.tokens if asked else tokens_needed(model, use)
+        elif asked and tokens < use.tokens:
+            peak = footprint(model, use).peak
+            reason = reason or (
+                f"{variant} with {use.tokens} tokens of KV cache needs {format_bytes(peak)}, more than {budget}; "
+                f"{tokens} tokens would fit"
+            )
+            tokens = use.tokens
+    return Candidate(
+        device=device.name,
+        variant=variant,
+        parts=footprint(model, use._replace(tokens=tokens)),
+        least=least_budget(model, use),
+        max_context=min(each, tokens),
+        max_sequences=sequences,
+        budget=budget,
+        reason=reason,
+    )
+
+
+def _choose(
+    store: Store, ref: str, device: str, need: Need, package: Package | None, found: list[Candidate]
+) -> tuple[Candidate | None, str]:
+    """As :class:`edge_runtime.EdgeLLM` would, among what fits the use."""
+    fitting = {each.device for each in found if each.fits}
+    if not found:
+        return None, f"{ref} has no variant for {device}"
+    if not fitting:
+        return None, "; ".join(f"{each.device}: {each.reason}" for each in found)
+    first = next(each for each in found if each.fits)
+    if package is None:
+        return first, f"the first for {device} that fits; it would be exported first"
+    out = {each.device: str(each.reason) for each in found if each.device not in fitting}
+    placed = place(store, Wish(ref, device, need.weights, need.workload), unfit=lambda package, names: out)
+    chosen = (placed.device.name, placed.variant.name)
+    return next((each for each in found if (each.device, each.variant) == chosen and each.fits), first), placed.reason
