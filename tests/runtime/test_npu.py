@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edge_runtime import EdgeLLM, SamplingParams
 from edge_runtime.errors import PromptTooLong
+from edge_runtime.store import export_package
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -90,3 +93,25 @@ def test_a_cancelled_one_lets_the_next_in(llm: EdgeLLM) -> None:
     next(iter(stream))
     stream.close()
     assert llm.generate(ids(6, 40), GREEDY).token_ids == expected
+
+
+def test_the_cpu_answers_meanwhile_and_what_is_too_long(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("EDGE_GLM_HOME", str(home))
+    folder = str(home / "both")
+    export_package("synthetic:tiny", Path(folder), ["openvino-npu", "onnxruntime"], "fp16")
+    with EdgeLLM(folder, "openvino:npu-emulated", threads=1, fallback=True, prefix_store_bytes=0) as model:
+        at_first = model.placement
+        assert len(model.generate(ids(1, 20), GREEDY).token_ids) == 8
+        if at_first["device"] == "onnxruntime:cpu":  # unless the compiler was faster
+            assert "not openvino:npu-emulated: it is compiling the model" in at_first["reason"]
+        deadline = time.monotonic() + 120
+        while model.device != "openvino:npu-emulated":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert len(model.generate(ids(1, 20), GREEDY).token_ids) == 8
+        assert model.max_context == 1024
+        score = model.score(ids(2, 1024))  # the NPU takes one token less
+        assert score.shape == (1023,)
