@@ -28,7 +28,7 @@ from exporters.architecture import Architecture
 from exporters.checkpoint import Checkpoint, TextFiles
 from exporters.families import architecture
 from exporters.formats import open_checkpoint
-from exporters.graphs import write_graph
+from exporters.graphs import Engine, write_graph
 from exporters.hf_names import tensor_shape
 from exporters.network import tensor_names
 from exporters.onnx_operators import WeightFormat
@@ -106,9 +106,19 @@ def measure_gpu() -> Limits:
     return Limits(copied, product)
 
 
-def open_cuda(checkpoint: Checkpoint, weights: WeightFormat, folder: Path, **options: Any) -> Decoder:
+def open_on(
+    device: str,
+    export: Engine,
+    checkpoint: Checkpoint,
+    weights: WeightFormat,
+    folder: Path,
+    *,
+    context: int | None = None,
+    **options: Any,
+) -> Decoder:
+    """Written into ``folder``. ``context``: the model's, at most."""
     arch = checkpoint.architecture
-    engine, file = write_graph(checkpoint, "onnx-cuda", weights, folder, folder.parent)
+    engine, file = write_graph(checkpoint, export, weights, folder, folder.parent)
     spec = DecoderSpec(
         engine=engine,
         model=folder / file,
@@ -117,10 +127,14 @@ def open_cuda(checkpoint: Checkpoint, weights: WeightFormat, folder: Path, **opt
         num_kv_heads=arch.num_kv_heads,
         head_dim=arch.head_dim,
         vocab_size=arch.vocab_size,
-        max_context=arch.max_context,
+        max_context=min(arch.max_context, context or arch.max_context),
         rope_switch=arch.rope_switch,
     )
-    return open_decoder(spec, "onnxruntime:cuda", DecoderOptions(**options))
+    return open_decoder(spec, device, DecoderOptions(**options))
+
+
+def open_cuda(checkpoint: Checkpoint, weights: WeightFormat, folder: Path, **options: Any) -> Decoder:
+    return open_on("onnxruntime:cuda", "onnx-cuda", checkpoint, weights, folder, **options)
 
 
 def prefilled(decoder: Decoder, count: int, length: int) -> list[DecoderSequence]:

@@ -18,37 +18,17 @@ from typing import Any, get_args
 
 import numpy as np
 
-from devices import Decoder, DecoderOptions, DecoderSpec, Step, open_decoder
-from exporters.checkpoint import Checkpoint
+from devices import Step
 from exporters.formats import open_checkpoint
-from exporters.graphs import write_graph
 from exporters.onnx_operators import WeightFormat
 from exporters.quantize import QuantizedCheckpoint
 from exporters.synthetic import CONFIGS, SyntheticCheckpoint
-from tests.bench.cuda import TiledCheckpoint, decode_seconds, prefill_seconds
+from tests.bench.cuda import TiledCheckpoint, decode_seconds, open_on, prefill_seconds
 from tests.bench.fidelity import TEXTS, all_logits, measure_loss
 
+WEBGPU = "onnxruntime:webgpu"
 LENGTHS = (1, 8, 31, 32, 48, 128, 256)
 """Tokens of a step."""
-
-
-def open_on(
-    device: str, checkpoint: Checkpoint, weights: WeightFormat, folder: Path, context: int, **options: Any
-) -> Decoder:
-    arch = checkpoint.architecture
-    engine, file = write_graph(checkpoint, "onnx", weights, folder, folder.parent)
-    spec = DecoderSpec(
-        engine=engine,
-        model=folder / file,
-        num_layers=arch.num_layers,
-        num_heads=arch.num_heads,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-        vocab_size=arch.vocab_size,
-        max_context=min(arch.max_context, context),
-        rope_switch=arch.rope_switch,
-    )
-    return open_decoder(spec, device, DecoderOptions(**options))
 
 
 def compare() -> dict[int, float]:
@@ -57,9 +37,9 @@ def compare() -> dict[int, float]:
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         options = {"max_sequences": 2, "prefill_chunk": 256, "kv_tokens": 1024}
-        devices = ("onnxruntime:cpu", "onnxruntime:webgpu")
+        devices = ("onnxruntime:cpu", WEBGPU)
         cpu, gpu = (
-            open_on(device, checkpoint, "fp32", Path(scratch) / str(index), 1024, **options)
+            open_on(device, "onnx", checkpoint, "fp32", Path(scratch) / str(index), context=1024, **options)
             for index, device in enumerate(devices)
         )
         rng = np.random.default_rng(0)
@@ -82,11 +62,12 @@ def measure_speed(name: str, weights: WeightFormat) -> dict[str, Any]:
         started = time.perf_counter()
         checkpoint = TiledCheckpoint(name, weights, whole=True)
         decoder = open_on(
-            "onnxruntime:webgpu",
+            WEBGPU,
+            "onnx",
             checkpoint,
             weights,
             Path(scratch) / "model",
-            4096,
+            context=4096,
             max_sequences=16,
             prefill_chunk=256,
             kv_tokens=16 * 1024,
@@ -106,7 +87,8 @@ def measure_gguf(gguf: Path, weights: WeightFormat) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = QuantizedCheckpoint(open_checkpoint(gguf), weights)
         options = {"max_sequences": 2, "prefill_chunk": 256, "kv_tokens": 4096}
-        decoder = open_on("onnxruntime:webgpu", checkpoint, weights, Path(scratch) / "model", 4096, **options)
+        folder = Path(scratch) / "model"
+        decoder = open_on(WEBGPU, "onnx", checkpoint, weights, folder, context=4096, **options)
         for text in TEXTS:
             loss = measure_loss(lambda ids: all_logits(decoder, ids), text)
             row[text] = f"{loss.excess:+.3%} {loss.top1:.2%}"
