@@ -6,6 +6,7 @@ import argparse
 import sys
 from contextlib import closing, suppress
 
+from devices.names import parse_device
 from edge_runtime.cli.progress import Bars
 from edge_runtime.errors import InvalidRequest, RequestError
 from edge_runtime.llm import EdgeLLM, Prompt
@@ -40,9 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def open_model(ref: str, settings: Settings, workload: Workload = "one") -> EdgeLLM:
-    """Load, showing bars for whatever has to be fetched or prepared first."""
+    """Load, showing bars for whatever has to be fetched or prepared first, and saying where the device is another."""
     with Bars() as bars:
-        return EdgeLLM(
+        llm = EdgeLLM(
             ref,
             settings.device,
             settings.memory_budget,
@@ -57,6 +58,9 @@ def open_model(ref: str, settings: Settings, workload: Workload = "one") -> Edge
             tuning=settings.tuning,
             progress=bars,
         )
+    if llm.device not in parse_device(settings.device):
+        print(f"edge-glm: on {llm.device}, {llm.reason}", file=sys.stderr)
+    return llm
 
 
 def _prompt(given: str | None) -> str | None:

@@ -68,6 +68,16 @@ def fails(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
     return line
 
 
+def test_another_device_is_never_silent(edge: Run) -> None:
+    line = fails(edge("run", "synthetic:tiny", "hello", "--device", "npu"))
+    assert "openvino finds no NPU here" in line
+    done = edge("run", "synthetic:tiny", "hello", "--device", "npu", "--fallback", "--max-tokens", "2")
+    assert done.returncode == 0
+    (told,) = done.stderr.splitlines()
+    assert told.startswith("edge-glm: on ")
+    assert "the best that can be used; not openvino:npu: " in told
+
+
 def test_help_and_version(edge: Run) -> None:
     shown = edge("--help")
     assert shown.returncode == 0
@@ -124,7 +134,7 @@ def test_seed(edge: Run) -> None:
         (["run", "synthetic:tiny", " "], "the prompt is empty"),
         (["run", "synthetic:tiny", "hi", "--temperature", "-1"], "temperature"),
         (["run", "synthetic:tiny", "hi", "--max-tokens", "5000"], "max_tokens asks for 5000 more"),
-        (["run", "synthetic:tiny", "hi", "--memory-budget", "1MiB"], "a budget of"),
+        (["run", "synthetic:tiny", "hi", "--memory-budget", "1MiB"], "no variant of synthetic:tiny fits"),
         (["show", "synthetic:absent"], "not on this machine"),
         (["rm", "synthetic:absent"], "not on this machine"),
         (["export", "synthetic:absent", "-o", "x"], "there are: "),
