@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 from devices.kv_types import KVType, KVWish
 
-Engine = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-edge", "openvino", "openvino-npu"]
+Engine = Literal[
+    "onnxruntime", "onnxruntime-coreml", "onnxruntime-cuda", "onnxruntime-edge", "openvino", "openvino-npu"
+]
 """What a graph is made for. ONNX Runtime's CPU provider, whose graph WebGPU's and OpenVINO's plugins take too, its CUDA
-provider and our own operators on the CPU (``edge``) take different ones; OpenVINO's NPU takes weights in layouts of its
-own."""
+provider and our own operators on the CPU (``edge``) take different ones; CoreML takes static shapes, and OpenVINO's NPU
+weights in layouts of its own."""
 
 
 @dataclass(frozen=True)

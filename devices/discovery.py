@@ -131,6 +131,7 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "edge:cpu": _edge,
     "onnxruntime:cpu": _onnxruntime_cpu,
     "openvino:npu-emulated": _npu_emulated,
+    "onnxruntime:coreml-emulated": lambda: "emulated: the code for CoreML on the CPU, for tests only",
 }
 """Devices whose being listed by the engine is not enough; each gives the product's name."""
 

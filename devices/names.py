@@ -54,8 +54,12 @@ KNOWN: dict[str, Known] = {
         "install onnxruntime-gpu in place of onnxruntime, or use --device cpu",
     ),
     "onnxruntime:coreml": Known(
-        "onnxruntime", "CoreMLExecutionProvider", "CoreML needs macOS and its onnxruntime wheel; use --device cpu"
+        "onnxruntime-coreml",
+        "CoreMLExecutionProvider",
+        "CoreML needs macOS and its onnxruntime wheel; use --device cpu",
+        compiles=True,
     ),
+    "onnxruntime:coreml-emulated": Known("onnxruntime-coreml", "CPUExecutionProvider"),
     "onnxruntime:webgpu": Known("onnxruntime", "WebGpuExecutionProvider"),
     "onnxruntime:openvino": Known("onnxruntime", "OpenVINOExecutionProvider"),
     "onnxruntime:tensorrt-rtx": Known("onnxruntime", "NvTensorRTRTXExecutionProvider"),
@@ -67,6 +71,7 @@ RUNNABLE = frozenset(
     (
         *PREFERENCE,
         *("onnxruntime:cuda", "onnxruntime:webgpu", "onnxruntime:openvino"),
+        *("onnxruntime:coreml", "onnxruntime:coreml-emulated"),
         *("openvino:npu", "openvino:npu-emulated"),
     )
 )

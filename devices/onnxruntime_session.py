@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,33 @@ def open_session(spec: DecoderSpec, options: DecoderOptions, device: str, operat
     ``operators``: a shared library of operators that the graph uses beside ONNX Runtime's. They take their weights from
     the mapped file itself, so that its pages stay.
     """
+    hardware = plugin_hardware(device)[:1] if device in PLUGINS else ()
+
+    def prepare(session_options: Any) -> None:
+        if operators is not None:
+            session_options.register_custom_ops_library(str(operators))
+        if hardware:  # what it does not take goes to the CPU's provider
+            session_options.add_provider_for_devices(list(hardware), plugin_options(device, options.threads))
+
+    session = new_session(spec.model, options, None if hardware else ["CPUExecutionProvider"], prepare)
+    if operators is None:
+        release_file_pages(spec.model.parent)
+    return session
+
+
+def new_session(
+    model: Path,
+    options: DecoderOptions,
+    providers: Sequence[Any] | None,
+    prepare: Callable[[Any], None] = lambda session_options: None,
+) -> Any:
+    """As ``options`` say, and ``prepare`` by what it does to the SessionOptions. ``providers``: None where that names
+    them. DeviceUnavailable without ONNX Runtime, EngineError if the model is refused."""
     try:
         import onnxruntime
     except ImportError as error:
         raise DeviceUnavailable(f"onnxruntime does not load ({error}); pip install onnxruntime") from error
-    hardware = plugin_hardware(device)[:1] if device in PLUGINS else ()
-    with engine_errors(f"loading {spec.model}"):
+    with engine_errors(f"loading {model}"):
         session_options = onnxruntime.SessionOptions()
         session_options.log_severity_level = 3  # errors; they also come as exceptions
         session_options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
@@ -34,15 +56,8 @@ def open_session(spec: DecoderSpec, options: DecoderOptions, device: str, operat
         session_options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         for key, value in options.properties.items():
             session_options.add_session_config_entry(key, value)
-        if operators is not None:
-            session_options.register_custom_ops_library(str(operators))
-        if hardware:  # what it does not take goes to the CPU's provider
-            session_options.add_provider_for_devices(list(hardware), plugin_options(device, options.threads))
-        providers = None if hardware else ["CPUExecutionProvider"]
-        session = onnxruntime.InferenceSession(str(spec.model), session_options, providers=providers)
-    if operators is None:
-        release_file_pages(spec.model.parent)
-    return session
+        prepare(session_options)
+        return onnxruntime.InferenceSession(str(model), session_options, providers=providers)
 
 
 class engine_errors:  # a generator made a token 17 µs longer

@@ -78,6 +78,10 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
         from devices.openvino_npu import OpenVinoNpuDecoder
 
         return OpenVinoNpuDecoder(spec, options, emulated=chosen.name == "openvino:npu-emulated")
+    if chosen.engine == "onnxruntime-coreml":
+        from devices.onnxruntime_coreml import OnnxRuntimeCoreMLDecoder
+
+        return OnnxRuntimeCoreMLDecoder(spec, options, emulated=chosen.name == "onnxruntime:coreml-emulated")
     if chosen.engine == "onnxruntime-cuda":
         from devices.onnxruntime_cuda import OnnxRuntimeCudaDecoder
 

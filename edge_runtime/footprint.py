@@ -89,6 +89,8 @@ class _Costs(NamedTuple):
 
 _COSTS: dict[Engine, _Costs] = {
     "onnxruntime": _Costs(79 * MIB, 1.15, 2.0, 1.125, 0.24, 4 * MIB, 0, 24, 2),
+    # nothing was measured on a Mac: two sessions, each of which may copy the weights
+    "onnxruntime-coreml": _Costs(79 * MIB, 2.5, 2.5, 0.0, 0.0, 4 * MIB, 0, 24, 2),
     # the budget is the GPU's memory: a context took 527 MiB, kernels' own the rest (H200, CUDA 13); 1.09 times the file
     # in fp16, and in int4 1.48: matrices are dequantized for long steps
     "onnxruntime-cuda": _Costs(700 * MIB, 1.5, 1.5, 0.0, 0.0, 0, 0, 24, 1),
@@ -106,6 +108,7 @@ _STORE_SEGMENTS = QUEUED + 2
 """Segments of KV cache in memory while the prefix store writes: those waiting, one as it is and one as a file."""
 KV_TYPES: dict[Engine, tuple[KVType, ...]] = {
     "onnxruntime": ("float32",),
+    "onnxruntime-coreml": ("float16", "float32"),
     "onnxruntime-cuda": ("float16",),
     "onnxruntime-edge": ("float16", "int8"),
     "openvino": ("int8", "float16", "float32"),

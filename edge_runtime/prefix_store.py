@@ -43,6 +43,7 @@ QUEUED = 1
 _ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-webgpu", "onnxruntime-ep-openvino")
 _COMPUTED_BY: dict[Engine, tuple[str, ...]] = {
     "onnxruntime": _ONNXRUNTIME,
+    "onnxruntime-coreml": _ONNXRUNTIME,
     "onnxruntime-cuda": _ONNXRUNTIME,
     "onnxruntime-edge": (*_ONNXRUNTIME, "edge-glm"),
     "openvino": ("openvino",),

@@ -19,7 +19,7 @@ from devices.base import Engine
 from edge_runtime.errors import EdgeError, ModelNotFound, UnknownReference
 from edge_runtime.fetch import Fetched, fetch_hub, fetch_pypi
 from edge_runtime.locks import file_lock
-from edge_runtime.package import ArchitectureSummary, Package, Variant, Weights, is_package, storage_errors
+from edge_runtime.package import WEIGHTS, ArchitectureSummary, Package, Variant, Weights, is_package, storage_errors
 from edge_runtime.package_writer import write_package
 from edge_runtime.paths import Home
 from edge_runtime.references import (
@@ -38,13 +38,16 @@ Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: bytes for ``"download"``, layers for a variant's name."""
 
 DOWNLOAD = "download"
-_EXPORT_NAMES: dict[Engine, Literal["onnx", "onnx-cuda", "onnx-edge", "openvino", "openvino-npu"]] = {
+_EXPORT_NAMES: dict[Engine, Literal["onnx", "onnx-coreml", "onnx-cuda", "onnx-edge", "openvino", "openvino-npu"]] = {
     "onnxruntime": "onnx",
+    "onnxruntime-coreml": "onnx-coreml",
     "onnxruntime-cuda": "onnx-cuda",
     "onnxruntime-edge": "onnx-edge",
     "openvino": "openvino",
     "openvino-npu": "openvino-npu",
 }
+_FORMATS: dict[str, tuple[Weights, ...]] = {"openvino-npu": ("int4", "fp16"), "onnx-coreml": ("fp16", "fp32")}
+"""Weights that an export takes, where it does not take all."""
 _WEIGHT_PREFERENCE: tuple[Weights, ...] = ("int4", "int8", "fp16", "fp32")
 
 
@@ -257,7 +260,7 @@ def _outline(fetched: Fetched, weights: Weights) -> Outline:
     sizes = {
         engine: estimated_bytes(checkpoint, name, weights)
         for engine, name in _EXPORT_NAMES.items()
-        if name != "openvino-npu" or weights in ("int4", "fp16")
+        if weights in _FORMATS.get(name, WEIGHTS)
     }
     return Outline(summarize(checkpoint.architecture), sizes)
 

@@ -21,7 +21,7 @@ _CONSTANTS: dict[Engine, dict[int, float]] = {
     "openvino-npu": {4: 0.5, 8: 0},
 }
 """Bytes beside the codes of a group, by their bits."""
-_FRACTIONAL: dict[Engine, float] = {"onnx": 1.28, "onnx-cuda": 1.28, "onnx-edge": 0, "openvino": 1, "openvino-npu": 0}
+_FRACTIONAL: dict[Engine, float] = {"onnx": 1.28, "onnx-cuda": 1.28, "openvino": 1}
 """Bytes more where zero points are no integers, as in GGUF's Q4_1 and Q4_K."""
 _KINDS_OF_8_BITS = frozenset({"Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"})
 _FRACTIONAL_KINDS = frozenset({"Q4_1", "Q4_K", "Q5_1", "Q5_K"})
@@ -42,7 +42,7 @@ def estimated_bytes(checkpoint: Checkpoint, engine: Engine, weights: Weights) ->
             kind = checkpoint.kind(name) if isinstance(checkpoint, GgufCheckpoint) else ""
             eight = weights == "int8" or kind in _KINDS_OF_8_BITS or (not kind.startswith("Q4") and _outer(name))
             bits = 8 if eight else 4
-            beside = _CONSTANTS[engine][bits] + (_FRACTIONAL[engine] if kind in _FRACTIONAL_KINDS else 0)
+            beside = _CONSTANTS[engine][bits] + (_FRACTIONAL.get(engine, 0) if kind in _FRACTIONAL_KINDS else 0)
             total += values * (bits / 8 + beside / _GROUP)
     return int(total)
 

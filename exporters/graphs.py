@@ -13,7 +13,7 @@ from exporters.checkpoint import Checkpoint
 from exporters.network import build
 from exporters.onnx_operators import WeightFormat
 
-Engine = Literal["onnx", "onnx-cuda", "openvino", "openvino-npu", "onnx-edge"]
+Engine = Literal["onnx", "onnx-coreml", "onnx-cuda", "openvino", "openvino-npu", "onnx-edge"]
 
 
 class _NewBuilder(Protocol):
@@ -42,6 +42,10 @@ def _builder(engine: Engine) -> tuple[devices.base.Engine, str, _NewBuilder]:
         from exporters.onnx_builder import OnnxBuilder
 
         return "onnxruntime", "model.onnx", OnnxBuilder
+    if engine == "onnx-coreml":
+        from exporters.onnx_coreml_builder import OnnxCoreMLBuilder
+
+        return "onnxruntime-coreml", "model.onnx", OnnxCoreMLBuilder
     if engine == "onnx-cuda":
         from exporters.onnx_cuda_builder import OnnxCudaBuilder
 

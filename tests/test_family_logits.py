@@ -1,24 +1,32 @@
-"""Every family, on both engines, against Transformers' fp32 logits (tests/tools/make_references.py)."""
+"""Every family, on both engines and in CoreML's graphs, against Transformers' fp32 logits (tests/tools)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from devices import Decoder, DecoderOptions, DecoderSequence, DecoderSpec, Step, open_decoder
+from devices.base import Engine
 from exporters.network import build
 from exporters.onnx_builder import OnnxBuilder
+from exporters.onnx_coreml_builder import OnnxCoreMLBuilder
 from exporters.openvino_builder import OpenVinoBuilder
 from exporters.safetensors_checkpoint import SafetensorsCheckpoint
 
 FAMILIES = Path(__file__).parent / "fixtures" / "families"
 LENGTHS = (7, 24, 72)
 TOLERANCE = 1e-3
+BUILDERS: dict[Engine, tuple[Callable[..., Any], str, str]] = {
+    "onnxruntime": (OnnxBuilder, "onnxruntime:cpu", "model.onnx"),
+    "onnxruntime-coreml": (OnnxCoreMLBuilder, "onnxruntime:coreml-emulated", "model.onnx"),
+    "openvino": (OpenVinoBuilder, "openvino:cpu", "openvino_model.xml"),
+}
 EXACT = {"KV_CACHE_PRECISION": "f32", "INFERENCE_PRECISION_HINT": "f32"}
 
 
@@ -48,7 +56,7 @@ class Case:
 
 
 def _cases() -> list[tuple[str, str]]:
-    return [(folder.name, engine) for folder in sorted(FAMILIES.iterdir()) for engine in ("onnxruntime", "openvino")]
+    return [(folder.name, engine) for folder in sorted(FAMILIES.iterdir()) for engine in BUILDERS]
 
 
 @pytest.fixture(scope="module", params=_cases(), ids="-".join)
@@ -57,13 +65,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     checkpoint = SafetensorsCheckpoint(FAMILIES / family)
     arch = checkpoint.architecture
     folder = tmp_path_factory.mktemp(family)
-    onnx = engine == "onnxruntime"
-    builder = OnnxBuilder(arch, "fp32", folder) if onnx else OpenVinoBuilder(arch, "fp32", folder)
-    build(checkpoint, builder)
-    builder.save(folder)
+    builder, device, file = BUILDERS[engine]
+    graph = builder(arch, "fp32", folder)
+    build(checkpoint, graph)
+    graph.save(folder)
     spec = DecoderSpec(
         engine=engine,
-        model=folder / ("model.onnx" if onnx else "openvino_model.xml"),
+        model=folder / file,
         num_layers=arch.num_layers,
         num_heads=arch.num_heads,
         num_kv_heads=arch.num_kv_heads,
@@ -74,9 +82,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         rope_switch=arch.rope_switch,
     )
     options = DecoderOptions(
-        max_sequences=4, prefill_chunk=96, kv_tokens=512, threads=2, properties={} if onnx else EXACT
+        max_sequences=4,
+        prefill_chunk=96,
+        kv_tokens=512,
+        threads=2,
+        properties=EXACT if engine == "openvino" else {},
     )
-    decoder = open_decoder(spec, f"{engine}:cpu", options)
+    decoder = open_decoder(spec, device, options)
     with np.load(FAMILIES / family / "reference.npz") as arrays:
         logits = {length: arrays[f"logits_{length}"] for length in LENGTHS}
         yield Case(decoder, arrays["ids"].astype(np.int64), logits)

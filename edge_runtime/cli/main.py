@@ -260,7 +260,7 @@ def _add_fallback(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_engine(parser: argparse.ArgumentParser, default: str | None, help: str) -> None:
-    choices = ("onnx", "onnx-cuda", "onnx-edge", "openvino", "openvino-npu", "all")
+    choices = ("onnx", "onnx-coreml", "onnx-cuda", "onnx-edge", "openvino", "openvino-npu", "all")
     parser.add_argument("--engine", choices=choices, default=default, help=help)
 
 

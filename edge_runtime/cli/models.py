@@ -19,6 +19,7 @@ from edge_runtime.store import Store, StoredModel, export_package
 
 _ENGINES: dict[str, tuple[Engine, ...]] = {
     "onnx": ("onnxruntime",),
+    "onnx-coreml": ("onnxruntime-coreml",),
     "onnx-cuda": ("onnxruntime-cuda",),
     "onnx-edge": ("onnxruntime-edge",),
     "openvino": ("openvino",),

@@ -24,6 +24,7 @@ EXACT = {"KV_CACHE_PRECISION": "f32", "INFERENCE_PRECISION_HINT": "f32"}
 DEVICES: dict[str, Engine] = {
     "edge:cpu": "onnx-edge",
     "onnxruntime:cpu": "onnx",
+    "onnxruntime:coreml-emulated": "onnx-coreml",
     "onnxruntime:cuda": "onnx-cuda",
     "onnxruntime:webgpu": "onnx",
     "onnxruntime:openvino": "onnx",

@@ -1,0 +1,236 @@
+"""The network as ONNX graphs of standard operators with static shapes, which is what CoreML takes.
+
+Two graphs share one weight file: ``model.onnx`` reads :data:`STEP` tokens of a prompt, ``decode.onnx`` one token.
+Inputs of a graph for N tokens, whose caches hold C: ``input_ids`` [N] int32; ``position_ids`` [N] int32, rows of the
+rotary tables; ``row_index`` [1] int32, which token gets logits; ``mask`` [N, C + N], and ``mask.W`` for layers with a
+window of W, added to the scores of the C cached tokens and of the new ones; ``past.L.key``/``.value`` [kv_heads, C,
+head_dim]. Outputs: ``logits`` [1, vocab] float32, and ``new.L.key``/``.value`` [kv_heads, N, head_dim], for the caller
+to put behind what its caches hold.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.errors import StorageError, UnsupportedModel
+from exporters.architecture import Activation, Architecture, Rope
+from exporters.builder import AttentionSpec, Linear
+from exporters.onnx_graph import MODEL_FILE
+from exporters.onnx_operators import OnnxOperators, WeightFormat
+from exporters.weights import QuantizedTensor, Tensor
+
+STEP = 64
+"""Tokens of a prompt that are read at once; fewer are filled up."""
+CONTEXT = 2048
+"""Tokens that the caches hold, unless the model was made for fewer: every step attends over all of them."""
+DECODE_FILE = "decode.onnx"
+_FLOAT, _FLOAT16 = 1, 10  # of onnx.TensorProto
+
+
+class _StepGraph(OnnxOperators[str]):
+    """One graph, for ``tokens`` tokens at once."""
+
+    def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None, tokens: int) -> None:
+        super().__init__(architecture, weights, scratch, np.float16 if weights == "fp16" else np.float32)
+        graph = self._graph
+        self._tokens = tokens
+        self._capacity = min(architecture.max_context, CONTEXT)
+        self._ids = graph.input("input_ids", np.int32, [tokens])
+        self._positions = graph.input("position_ids", np.int32, [tokens])
+        self._row_index = graph.input("row_index", np.int32, [1])
+        self._masks: dict[int | None, str] = {}
+        self._angles: dict[Rope, tuple[str, str]] = {}
+
+    # --- what there is no quantized form of ---------------------------------------------------------------------------
+
+    def _matrix(self, tensor: QuantizedTensor, name: str) -> str:
+        raise AssertionError("CoreML's matrices are floats")
+
+    def _embed_packed(self, matrix: str, table: QuantizedTensor) -> str:
+        raise AssertionError("CoreML's matrices are floats")
+
+    def _packed_product(self, x: str, matrix: str, bias: str, name: str) -> str:
+        raise AssertionError("CoreML's matrices are floats")
+
+    # --- norms and gates ----------------------------------------------------------------------------------------------
+
+    def rms_norm(self, x: str, weight: NDArray[np.float32], eps: float) -> str:
+        """In float32: squares of activations pass float16's range."""
+        graph = self._graph
+        wide = x if self._dtype == np.float32 else graph.one("Cast", [x], to=_FLOAT)
+        mean = graph.one("ReduceMean", [graph.one("Mul", [wide, wide]), graph.ints(-1)], keepdims=1)
+        root = graph.one("Sqrt", [graph.one("Add", [mean, graph.scalar(eps)])])
+        normed = graph.one("Div", [wide, root])
+        if self._dtype != np.float32:
+            normed = graph.one("Cast", [normed], to=_FLOAT16)
+        return graph.one("Mul", [normed, graph.constant(weight.astype(self._dtype))])
+
+    def add_rms_norm(self, x: str, y: str, weight: NDArray[np.float32], eps: float) -> tuple[str, str]:
+        total = self.add(x, y)
+        return total, self.rms_norm(total, weight, eps)
+
+    def glu(self, gate_up: str, activation: Activation) -> str:
+        if activation != "silu":
+            return super().glu(gate_up, activation)
+        half = self._arch.intermediate_size
+        gate, up = self._graph.node("Split", [gate_up, self._graph.ints(half, half)], 2, axis=-1)
+        gate = self._graph.one("Mul", [gate, self._graph.one("Sigmoid", [gate])])
+        return self._graph.one("Mul", [gate, up])
+
+    # --- attention ----------------------------------------------------------------------------------------------------
+
+    def attention(self, qkv: str, spec: AttentionSpec) -> str:
+        """Cached and new keys side by side; the mask says which of them a token sees."""
+        graph, count, dim = self._graph, self._tokens, spec.head_dim
+        heads, kv_heads = spec.num_heads, spec.num_kv_heads
+        group, seen = heads // kv_heads, self._capacity + count
+        sizes = graph.ints(heads * dim, kv_heads * dim, kv_heads * dim)
+        parts = graph.node("Split", [qkv, sizes], 3, axis=-1)
+        query, key, value = (
+            graph.one("Reshape", [part, graph.ints(count, number, dim)])
+            for part, number in zip(parts, (heads, kv_heads, kv_heads), strict=True)
+        )
+        query = query if spec.q_norm is None else self.rms_norm(query, spec.q_norm, spec.norm_eps)
+        key = key if spec.k_norm is None else self.rms_norm(key, spec.k_norm, spec.norm_eps)
+        if spec.layer.rope is not None:
+            query, key = (self._rotated(x, spec.layer.rope, dim) for x in (query, key))
+        query, key, value = (graph.one("Transpose", [x], perm=[1, 0, 2]) for x in (query, key, value))
+        keys, values = (self._cached(spec, kind, new) for kind, new in (("key", key), ("value", value)))
+
+        query = self.scale(graph.one("Reshape", [query, graph.ints(kv_heads, group * count, dim)]), spec.scale)
+        scores = graph.one("MatMul", [query, graph.one("Transpose", [keys], perm=[0, 2, 1])])
+        if spec.softcap is not None:
+            scores = self._softcap(scores, spec.softcap, self._dtype)
+        scores = graph.one("Reshape", [scores, graph.ints(kv_heads, group, count, seen)])
+        scores = graph.one("Add", [scores, self._mask(spec.layer.sliding_window)])
+        weights = graph.one("Reshape", [graph.one("Softmax", [scores], axis=-1), graph.ints(kv_heads, -1, seen)])
+        y = graph.one("Reshape", [graph.one("MatMul", [weights, values]), graph.ints(heads, count, dim)])
+        return graph.one("Reshape", [graph.one("Transpose", [y], perm=[1, 0, 2]), graph.ints(count, heads * dim)])
+
+    def _cached(self, spec: AttentionSpec, kind: str, new: str) -> str:
+        dims = [spec.num_kv_heads, self._capacity, spec.head_dim]
+        past = self._graph.input(f"past.{spec.index}.{kind}", self._dtype, dims)
+        name = f"new.{spec.index}.{kind}"
+        self._graph.node("Identity", [new], [name])
+        self._graph.output(name, self._dtype, [spec.num_kv_heads, self._tokens, spec.head_dim])
+        return self._graph.one("Concat", [past, new], axis=1)
+
+    def _mask(self, window: int | None) -> str:
+        if window not in self._masks:
+            name = "mask" if window is None else f"mask.{window}"
+            dims = [self._tokens, self._capacity + self._tokens]
+            self._masks[window] = self._graph.input(name, self._dtype, dims)
+        return self._masks[window]
+
+    def _rotated(self, x: str, rope: Rope, dim: int) -> str:
+        """``x`` (tokens, heads, head_dim)."""
+        graph, rotary = self._graph, 2 * len(rope.inv_freq)
+        cos, sin = self._angles_of(rope)
+        turned, rest = x, ""
+        if rotary < dim:
+            turned, rest = graph.node("Split", [x, graph.ints(rotary, dim - rotary)], 2, axis=-1)
+        if rope.interleaved:
+            pairs = graph.one("Reshape", [turned, graph.ints(self._tokens, -1, rotary // 2, 2)])
+            halves = graph.node("Split", [pairs, graph.ints(1, 1)], 2, axis=-1)
+            first, second = (graph.one("Reshape", [half, graph.ints(self._tokens, -1, rotary // 2)]) for half in halves)
+        else:
+            first, second = graph.node("Split", [turned, graph.ints(rotary // 2, rotary // 2)], 2, axis=-1)
+        both = [
+            graph.one("Sub", [graph.one("Mul", [first, cos]), graph.one("Mul", [second, sin])]),
+            graph.one("Add", [graph.one("Mul", [second, cos]), graph.one("Mul", [first, sin])]),
+        ]
+        if rope.interleaved:
+            both = [graph.one("Unsqueeze", [half, graph.ints(-1)]) for half in both]
+            joined = graph.one("Concat", both, axis=-1)
+            both = [graph.one("Reshape", [joined, graph.ints(self._tokens, -1, rotary)])]
+        parts = both + ([rest] if rest else [])
+        return parts[0] if len(parts) == 1 else graph.one("Concat", parts, axis=-1)
+
+    def _angles_of(self, rope: Rope) -> tuple[str, str]:
+        """Cosines and sines of the tokens' positions, (tokens, 1, rotary_dim / 2)."""
+        if rope not in self._angles:
+            graph = self._graph
+            rows = (graph.one("Gather", [table, self._positions], axis=0) for table in self._rope_tables(rope))
+            cos, sin = (graph.one("Unsqueeze", [row, graph.ints(1)]) for row in rows)
+            self._angles[rope] = cos, sin
+        return self._angles[rope]
+
+
+Both = tuple[str, str]
+"""A value of the graph for prompts and of that for one token."""
+
+
+class OnnxCoreMLBuilder:
+    """Implements :class:`exporters.builder.Builder` on both graphs at once. UnsupportedModel for quantized weights."""
+
+    def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None = None) -> None:
+        if weights not in ("fp16", "fp32"):
+            raise UnsupportedModel(f"CoreML takes weights as fp16 or fp32, not {weights}; choose --weights fp16")
+        self._scratch = scratch
+        self._graphs = tuple(_StepGraph(architecture, weights, scratch, tokens) for tokens in (STEP, 1))
+
+    def embed(self, table: Tensor) -> Both:
+        return self._value("embed", table)
+
+    def linear(self, x: Both, parts: Sequence[Linear], name: str) -> Both:
+        return self._value("linear", x, parts, name)
+
+    def rms_norm(self, x: Both, weight: NDArray[np.float32], eps: float) -> Both:
+        return self._value("rms_norm", x, weight, eps)
+
+    def add_rms_norm(self, x: Both, y: Both, weight: NDArray[np.float32], eps: float) -> tuple[Both, Both]:
+        (a, b), (c, d) = self._both("add_rms_norm", x, y, weight, eps)
+        return (a, c), (b, d)
+
+    def add(self, x: Both, y: Both) -> Both:
+        return self._value("add", x, y)
+
+    def scale(self, x: Both, factor: float) -> Both:
+        return self._value("scale", x, factor)
+
+    def attention(self, qkv: Both, spec: AttentionSpec) -> Both:
+        return self._value("attention", qkv, spec)
+
+    def glu(self, gate_up: Both, activation: Activation) -> Both:
+        return self._value("glu", gate_up, activation)
+
+    def select_rows(self, x: Both) -> Both:
+        return self._value("select_rows", x)
+
+    def lm_head(self, x: Both, table: Tensor | None, scale: float, softcap: float | None) -> None:
+        self._both("lm_head", x, table, scale, softcap)
+
+    def save(self, folder: Path) -> None:
+        """Write both graphs and the one weight file. StorageError if ``folder`` cannot be written."""
+        prompts, token = self._graphs
+        prompts.save(folder)
+        with tempfile.TemporaryDirectory(dir=self._scratch) as other:
+            token.save(Path(other))
+            try:
+                # written in one order, so that both graphs find their weights at the same places
+                shutil.move(Path(other) / MODEL_FILE, folder / DECODE_FILE)
+            except OSError as error:
+                raise StorageError(f"cannot write {folder / DECODE_FILE}: {error}; free space") from error
+
+    def _value(self, name: str, *arguments: Any) -> Both:
+        prompts, token = self._both(name, *arguments)
+        return prompts, token
+
+    def _both(self, name: str, *arguments: Any) -> tuple[Any, ...]:
+        """The call on each graph; of values each its own."""
+        return tuple(
+            getattr(graph, name)(*(_own(argument, index) for argument in arguments))
+            for index, graph in enumerate(self._graphs)
+        )
+
+
+def _own(argument: Any, index: int) -> Any:
+    is_value = isinstance(argument, tuple) and len(argument) == 2 and all(isinstance(name, str) for name in argument)
+    return argument[index] if is_value else argument
