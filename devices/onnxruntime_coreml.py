@@ -209,15 +209,15 @@ class OnnxRuntimeCoreMLDecoder(SequenceDecoder[CoreMLSequence]):
         count, held = tokens.size, sequence.length
         session = self._sessions[count == 1]
         size = 1 if count == 1 else self._step
-        ids = np.zeros(size, np.int32)
-        ids[:count] = tokens
+        ids = np.zeros((size, 1), np.int64)
+        ids[:count, 0] = tokens
         first = held + (self._spec.max_context if sequence.on_long else 0)
         # what fills up may lie past the tables' end
-        positions = np.minimum(np.arange(first, first + size), first + count - 1).astype(np.int32)
+        positions = np.minimum(np.arange(first, first + size), first + count - 1)[:, None]
         inputs: dict[str, NDArray[np.generic]] = {
             "input_ids": ids,
             "position_ids": positions,
-            "row_index": np.array([count - 1], np.int32),
+            "row_index": np.array([[count - 1]]),
         }
         inputs |= {name: self._mask(held, size, window) for name, window in self._windows.items()}
         names = [f"{layer}.{kind}" for layer in range(self._spec.num_layers) for kind in ("key", "value")]

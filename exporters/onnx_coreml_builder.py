@@ -1,11 +1,11 @@
 """The network as ONNX graphs of standard operators with static shapes, which is what CoreML takes.
 
 Two graphs share one weight file: ``model.onnx`` reads :data:`STEP` tokens of a prompt, ``decode.onnx`` one token.
-Inputs of a graph for N tokens, whose caches hold C: ``input_ids`` [N] int32; ``position_ids`` [N] int32, rows of the
-rotary tables; ``row_index`` [1] int32, which token gets logits; ``mask`` [N, C + N], and ``mask.W`` for layers with a
-window of W, added to the scores of the C cached tokens and of the new ones; ``past.L.key``/``.value`` [kv_heads, C,
-head_dim]. Outputs: ``logits`` [1, vocab] float32, and ``new.L.key``/``.value`` [kv_heads, N, head_dim], for the caller
-to put behind what its caches hold.
+Inputs of a graph for N tokens, whose caches hold C: ``input_ids`` [N, 1] int64; ``position_ids`` [N, 1] int64, rows of
+the rotary tables; ``row_index`` [1, 1] int64, which token gets logits; ``mask`` [N, C + N], and ``mask.W`` for layers
+with a window of W, added to the scores of the C cached tokens and of the new ones; ``past.L.key``/``.value`` [kv_heads,
+C, head_dim]. Outputs: ``logits`` [1, vocab] float32, and ``new.L.key``/``.value`` [kv_heads, N, head_dim], for the
+caller to put behind what its caches hold.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from exporters.architecture import Activation, Architecture, Rope
 from exporters.builder import AttentionSpec, Linear
 from exporters.onnx_graph import MODEL_FILE
 from exporters.onnx_operators import OnnxOperators, WeightFormat
-from exporters.weights import QuantizedTensor, Tensor
+from exporters.weights import QuantizedTensor, Tensor, dequantize
 
 STEP = 64
 """Tokens of a prompt that are read at once; fewer are filled up."""
@@ -42,11 +42,20 @@ class _StepGraph(OnnxOperators[str]):
         graph = self._graph
         self._tokens = tokens
         self._capacity = min(architecture.max_context, CONTEXT)
-        self._ids = graph.input("input_ids", np.int32, [tokens])
-        self._positions = graph.input("position_ids", np.int32, [tokens])
-        self._row_index = graph.input("row_index", np.int32, [1])
+        self._ids = graph.input("input_ids", np.int64, [tokens, 1])
+        self._positions = graph.input("position_ids", np.int64, [tokens, 1])
+        self._row_index = graph.input("row_index", np.int64, [1, 1])
         self._masks: dict[int | None, str] = {}
         self._angles: dict[Rope, tuple[str, str]] = {}
+
+    # --- rows of tables, by GatherND: CoreML's provider has no Gather -------------------------------------------------
+
+    def embed(self, table: Tensor) -> str:
+        self._embedding = self._graph.weight("embed.weight", self._stored(dequantize(table)))
+        return self._graph.one("GatherND", [self._embedding, self._ids])
+
+    def select_rows(self, x: str) -> str:
+        return self._graph.one("GatherND", [x, self._row_index])
 
     # --- what there is no quantized form of ---------------------------------------------------------------------------
 
@@ -157,7 +166,7 @@ class _StepGraph(OnnxOperators[str]):
         """Cosines and sines of the tokens' positions, (tokens, 1, rotary_dim / 2)."""
         if rope not in self._angles:
             graph = self._graph
-            rows = (graph.one("Gather", [table, self._positions], axis=0) for table in self._rope_tables(rope))
+            rows = (graph.one("GatherND", [table, self._positions]) for table in self._rope_tables(rope))
             cos, sin = (graph.one("Unsqueeze", [row, graph.ints(1)]) for row in rows)
             self._angles[rope] = cos, sin
         return self._angles[rope]
