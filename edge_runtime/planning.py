@@ -156,12 +156,12 @@ def _within(budget: Budget, variant: str, model: Model, use: Use, asked: bool) -
         tokens = tokens_within(budget.nbytes, model, use)
         if tokens >= needed:
             return tokens, use, None
-    peak = footprint(model, use._replace(tokens=needed)).peak
-    reason = f"{variant} needs {format_bytes(peak)} with {needed} tokens of KV cache, more than {budget}"
+    least = footprint(model, use._replace(tokens=needed)).budget
+    reason = f"{variant} needs {format_bytes(least)} with {needed} tokens of KV cache, more than {budget}"
     if tokens >= tokens_needed(model, use):
         reason += f"; {tokens} tokens would fit"
     for kv_type in KV_TYPES[model.engine]:
-        if footprint(model, use._replace(tokens=needed, kv_type=kv_type)).peak <= budget.nbytes:
+        if footprint(model, use._replace(tokens=needed, kv_type=kv_type)).budget <= budget.nbytes:
             reason += f"; --kv-type {kv_type} would fit"
     return needed, use, reason
 

@@ -78,11 +78,11 @@ def test_a_budget_decides(store: Store, tiny: str) -> None:
 def test_a_use_that_was_asked_for_must_fit_as_a_whole(store: Store) -> None:
     whole = made(store, BIG, None, "edge:cpu", context=8192, sequences=4).candidates[0]
     assert (whole.max_context, whole.max_sequences) == (8192, 4)
-    small = made(store, BIG, whole.parts.peak - 200 * MIB, "edge:cpu", context=8192, sequences=4)
+    small = made(store, BIG, whole.parts.budget - 200 * MIB, "edge:cpu", context=8192, sequences=4)
     assert small.choice is None
     assert "with 32768 tokens of KV cache, more than the budget" in small.reason
     assert "tokens would fit; --kv-type int8 would fit" in small.reason
-    fitting = made(store, BIG, whole.parts.peak - 200 * MIB, "edge:cpu", context=8192, sequences=4, kv_type="int8")
+    fitting = made(store, BIG, whole.parts.budget - 200 * MIB, "edge:cpu", context=8192, sequences=4, kv_type="int8")
     assert fitting.choice is not None
 
 
