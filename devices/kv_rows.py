@@ -50,8 +50,8 @@ class KVRows:
             kept = buffer[a, :, :a_length].copy()
             buffer[a, :, :b_length] = buffer[b, :, :b_length]
             buffer[b, :, :a_length] = kept
-        self.release(a, b_length, a_length)
-        self.release(b, a_length, b_length)
+        self.release(a, b_length, a_length, at_least=1)
+        self.release(b, a_length, b_length, at_least=1)
 
     def read(self, row: int, start: int, stop: int) -> tuple[NDArray[np.float32], ...]:
         """Copies of tokens ``start`` to ``stop``: (kv_heads, stop − start, head_dim) for each buffer."""
@@ -62,9 +62,11 @@ class KVRows:
         for buffer, array in zip(self.buffers, arrays, strict=True):
             buffer[row, :, start : start + array.shape[1]] = array
 
-    def release(self, row: int, start: int, end: int) -> None:
-        """Give back the memory of tokens ``start .. end − 1``, where the system can and it is worth it."""
-        if (end - start < _KEEP_TOKENS and start > 0) or not hasattr(mmap, "MADV_DONTNEED"):
+    def release(self, row: int, start: int, end: int, at_least: int = _KEEP_TOKENS) -> None:
+        """Give back the memory of tokens ``start .. end − 1``, where the system can and they are ``at_least`` so many,
+        or all of the row.
+        """
+        if (end - start < at_least and start > 0) or not hasattr(mmap, "MADV_DONTNEED"):
             return
         _, heads, capacity, _ = self.shape
         head_bytes = capacity * self._token_bytes

@@ -13,6 +13,7 @@ from devices.kv_types import KVWish
 from devices.names import KNOWN, RUNNABLE
 from edge_runtime.errors import BudgetError
 from edge_runtime.footprint import KV_TYPES, Model, Use, footprint, least_budget, tokens_needed, tokens_within
+from edge_runtime.heap import return_free_heap
 from edge_runtime.memory import BudgetSize, format_bytes
 from edge_runtime.package import Package, Variant, Weights
 
@@ -78,7 +79,10 @@ def share_out(
 
 def _resident(device: Device) -> int:
     """What this process has already of the memory that the model will be in."""
-    return int(psutil.Process().memory_info().rss) if device.name.endswith(":cpu") else 0
+    if not device.name.endswith(":cpu"):
+        return 0
+    return_free_heap()  # reading the tokenizer left some
+    return int(psutil.Process().memory_info().rss)
 
 
 def put_aside(
@@ -128,7 +132,7 @@ def refusal(
     others = list(_others(budget, model, variant, use, package))
     asked = "a larger budget" if budget.asked else "ending other programs, or a --memory-budget of your own"
     return (
-        f"{variant} needs {format_bytes(parts.peak)} at least ({said}, {loading or running}), which is more than "
+        f"{variant} needs {format_bytes(parts.budget)} at least ({said}, {loading or running}), which is more than "
         f"{budget}; what would do: {'; '.join([*others, asked])}"
     )
 

@@ -13,7 +13,7 @@ from devices.discovery import Device, probe_device
 from devices.kv_types import KVWish
 from devices.names import parse_device
 from edge_runtime.budgets import Budget, resolve
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, ModelNotFound
 from edge_runtime.footprint import (
     KV_TYPES,
     Footprint,
@@ -43,6 +43,7 @@ class Need:
     """Tokens of each sequence."""
     sequences: int | None = None
     workload: Workload = "one"
+    prefix_store: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def plan(store: Store, ref: str, device: str, size: BudgetSize | None, need: Nee
     names = parse_device(device)
     package = store.present(ref)
     models = _of_package(package, need.weights) if package is not None else _of_outline(store, ref, need.weights)
-    _check(need, next(iter(models.values())).architecture.max_context if models else 1)
+    _check(need, next(iter(models.values())).architecture.max_context)
     found = []
     for name in names:
         probed = probe_device(name)
@@ -100,7 +101,11 @@ def plan(store: Store, ref: str, device: str, size: BudgetSize | None, need: Nee
 
 def _of_package(package: Package, weights: Weights | None) -> dict[str, Model]:
     variants = package.manifest.variants
-    return {each.name: Model.of(package, each) for each in variants if weights in (None, each.weights)}
+    found = {each.name: Model.of(package, each) for each in variants if weights in (None, each.weights)}
+    if not found:
+        there = ", ".join(each.name for each in variants)
+        raise ModelNotFound(f"{package.name} is here without {weights} variants; it has: {there}")
+    return found
 
 
 def _of_outline(store: Store, ref: str, weights: Weights | None) -> dict[str, Model]:
@@ -123,24 +128,14 @@ def _candidate(device: Device, variant: str, model: Model, budget: Budget | None
     sequences = need.sequences or (1 if asked else DecoderOptions.max_sequences)
     each = need.context or context
     contexts = sequences if asked or (budget is not None and budget.asked) else 1
-    use = Use(each * contexts, sequences, kv_type=need.kv_type)
+    use = Use(each * contexts, sequences, kv_type=need.kv_type, prefix_store=need.prefix_store)
     reason = device.problem
     if need.kv_type not in (None, "auto", *KV_TYPES[model.engine]):
-        reason = reason or f"it keeps keys and values as {' or '.join(KV_TYPES[model.engine])}, not {need.kv_type}"
+        reason = f"it keeps keys and values as {' or '.join(KV_TYPES[model.engine])}, not {need.kv_type}"
         use = use._replace(kv_type=None)
     tokens = use.tokens
-    if budget is not None:
-        tokens = tokens_within(budget.nbytes, model, use)
-        if tokens < tokens_needed(model, use):
-            reason = reason or f"{variant} needs {format_bytes(least_budget(model, use))}, more than {budget}"
-            tokens = use.tokens if asked else tokens_needed(model, use)
-        elif asked and tokens < use.tokens:
-            peak = footprint(model, use).peak
-            reason = reason or (
-                f"{variant} with {use.tokens} tokens of KV cache needs {format_bytes(peak)}, more than {budget}; "
-                f"{tokens} tokens would fit"
-            )
-            tokens = use.tokens
+    if budget is not None and reason is None:
+        tokens, use, reason = _within(budget, variant, model, use, asked)
     return Candidate(
         device=device.name,
         variant=variant,
@@ -153,6 +148,24 @@ def _candidate(device: Device, variant: str, model: Model, budget: Budget | None
     )
 
 
+def _within(budget: Budget, variant: str, model: Model, use: Use, asked: bool) -> tuple[int, Use, str | None]:
+    """Tokens of KV cache, with the prefix store or without it, and why not, if not."""
+    needed = use.tokens if asked else tokens_needed(model, use)
+    for kept in dict.fromkeys((use.prefix_store, False)):
+        use = use._replace(prefix_store=kept)
+        tokens = tokens_within(budget.nbytes, model, use)
+        if tokens >= needed:
+            return tokens, use, None
+    least = footprint(model, use._replace(tokens=needed)).budget
+    reason = f"{variant} needs {format_bytes(least)} with {needed} tokens of KV cache, more than {budget}"
+    if tokens >= tokens_needed(model, use):
+        reason += f"; {tokens} tokens would fit"
+    for kv_type in KV_TYPES[model.engine]:
+        if footprint(model, use._replace(tokens=needed, kv_type=kv_type)).budget <= budget.nbytes:
+            reason += f"; --kv-type {kv_type} would fit"
+    return needed, use, reason
+
+
 def _choose(
     store: Store, ref: str, device: str, need: Need, package: Package | None, found: list[Candidate]
 ) -> tuple[Candidate | None, str]:
@@ -161,7 +174,9 @@ def _choose(
     if not found:
         return None, f"{ref} has no variant for {device}"
     if not fitting:
-        return None, "; ".join(f"{each.device}: {each.reason}" for each in found)
+        why = "; ".join(f"{each.device}: {each.reason}" for each in found)
+        least = min(found, key=lambda each: each.least)
+        return None, f"{why}; the least budget that would do is {format_bytes(least.least)}, on {least.device}"
     first = next(each for each in found if each.fits)
     if package is None:
         return first, f"the first for {device} that fits; it would be exported first"

@@ -30,7 +30,9 @@ _FRACTIONAL_KINDS = frozenset({"Q4_1", "Q4_K", "Q5_1", "Q5_K"})
 def estimated_bytes(checkpoint: Checkpoint, engine: Engine, weights: Weights) -> int:
     """Within a few hundredths of what :func:`exporters.export.export` writes; the tensors are not read."""
     arch = checkpoint.architecture
-    total = 0.0
+    ropes = {layer.rope for layer in arch.layers if layer.rope is not None}
+    tables = sum(rope.rotary_dim * (1 if rope.long_inv_freq is None else 2) for rope in ropes)
+    total = 0.0 if engine == "openvino" else 4.0 * arch.max_context * tables  # cosines and sines of every position
     for name in tensor_names(arch):
         shape = tensor_shape(arch, name)
         values = math.prod(shape)

@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_weights(plan)
     _add_memory_budget(plan)
     _add_kv_type(plan)
+    _add_prefix_store(plan)
     _add_workload(plan, "one")
     plan.add_argument("--context", type=int, metavar="N", help="tokens of each sequence (default: what fits)")
     plan.add_argument("--sequences", type=int, metavar="N", help="sequences of so many tokens at once (default: 1)")
@@ -275,6 +276,10 @@ def _add_prefixes(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="draft tokens from what was said before: faster where an answer repeats its prompt",
     )
+    _add_prefix_store(parser)
+
+
+def _add_prefix_store(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--prefix-store", metavar="SIZE", help="disk for what prompts leave in the KV cache; 0: none (default: 1GiB)"
     )

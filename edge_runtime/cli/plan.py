@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from edge_runtime.memory import parse_budget
+from edge_runtime.memory import parse_budget, parse_bytes
 from edge_runtime.paths import home
 from edge_runtime.planning import Candidate, Need, Plan
 from edge_runtime.planning import plan as make_plan
@@ -19,10 +19,17 @@ _MIB = 1 << 20
 
 def plan(arguments: argparse.Namespace) -> int:
     """0 if something fits, else 1, with the refusal on standard error; the table or the JSON is printed either way."""
-    names = ("device", "weights", "memory_budget", "kv_type", "workload")
+    names = ("device", "weights", "memory_budget", "kv_type", "workload", "prefix_store")
     settings = load_settings({name: getattr(arguments, name) for name in names})
     size = None if settings.memory_budget is None else parse_budget(settings.memory_budget)
-    need = Need(settings.weights, settings.kv_type, arguments.context, arguments.sequences, settings.workload or "one")
+    need = Need(
+        weights=settings.weights,
+        kv_type=settings.kv_type,
+        context=arguments.context,
+        sequences=arguments.sequences,
+        workload=settings.workload or "one",
+        prefix_store=parse_bytes(settings.prefix_store) > 0,
+    )
     made = make_plan(Store(home()), arguments.ref, settings.device, size, need)
     print(json.dumps(_row(made), indent=2) if arguments.json else _table(made))
     if made.choice is None:

@@ -21,7 +21,7 @@ import msgspec
 
 from edge_runtime.footprint import Model, Use, footprint
 from edge_runtime.package import Package, Variant
-from tests.bench.memory_order import NEW, Order
+from tests.bench.memory_order import NEW, Answer, Order
 
 DEVICES = {"edge:cpu": "onnxruntime-edge", "onnxruntime:cpu": "onnxruntime", "openvino:cpu": "openvino"}
 LOADS = ("one", "many", "mixed", "budget", "reload")
@@ -70,17 +70,17 @@ def measure(folder: Path, device: str, load: str, scale: float = 1.0) -> Line:
     sequences = len(prompts) if load == "one" else STREAMS
     tokens = min(sum(prompts) + NEW * len(prompts), model.architecture.max_context)
     if load in ("budget", "reload"):
-        budget = footprint(model, Use(TIGHT)).peak
+        budget = footprint(model, Use(TIGHT)).budget
         order = Order(str(folder), device, prompts, budget=budget, rounds=2 if load == "reload" else 1)
-        return Line(budget, run(order))
-    return Line(footprint(model, Use(tokens, sequences)).peak, run(Order(str(folder), device, prompts)))
+        return Line(budget, run(order).peak)
+    return Line(footprint(model, Use(tokens, sequences)).peak, run(Order(str(folder), device, prompts)).peak)
 
 
-def run(order: Order) -> int:
-    """The peak of a new process that obeys, in bytes."""
+def run(order: Order) -> Answer:
+    """What a new process that obeys has found."""
     command = [sys.executable, "-m", "tests.bench.memory_worker"]
     done = subprocess.run(command, input=msgspec.json.encode(order), stdout=subprocess.PIPE, check=True)
-    return int(done.stdout.splitlines()[-1])
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=Answer)
 
 
 def _variant(package: Package, device: str) -> Variant:

@@ -1,7 +1,8 @@
-"""The process that :mod:`tests.bench.memory` measures: reads an order, obeys, prints its peak in bytes."""
+"""The process that :mod:`tests.bench.memory` measures: reads an order, obeys, prints bytes as JSON."""
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 import sys
@@ -11,13 +12,23 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime import EdgeLLM, SamplingParams
-from tests.bench.memory_order import Order
+from edge_runtime.heap import return_free_heap
+from tests.bench.memory_order import Answer, Order
 
 
-def obey(order: Order) -> None:
+def obey(order: Order) -> Answer:
     generator = random.Random(1)
+    before = after = memory("VmRSS")
+    used = 0
     for _ in range(order.rounds):
-        with EdgeLLM(order.package, order.device, order.budget, prefix_store_bytes=order.prefix_store) as llm:
+        llm = EdgeLLM(
+            order.package,
+            order.device,
+            order.budget,
+            threads=order.threads,
+            prefix_store_bytes=order.prefix_store,
+        )
+        with llm:
             size = llm.package.manifest.architecture.vocab_size
             params = SamplingParams(temperature=0, max_tokens=order.new_tokens, ignore_eos=True)
             prompts = [[generator.randrange(size) for _ in range(length)] for length in order.prompts]
@@ -26,6 +37,12 @@ def obey(order: Order) -> None:
                 thread.start()
             for thread in threads:
                 thread.join()
+            before, used = after, memory("VmRSS")
+        del llm
+        gc.collect()
+        return_free_heap()
+        after = memory("VmRSS")
+    return Answer(memory("VmHWM"), before, used, after)
 
 
 def memory(name: str) -> int:
@@ -36,5 +53,6 @@ def memory(name: str) -> int:
 
 
 if __name__ == "__main__":
-    obey(msgspec.json.decode(sys.stdin.buffer.read(), type=Order))
-    print(memory("VmHWM"))
+    sys.stdout.write(
+        "\n" + msgspec.json.encode(obey(msgspec.json.decode(sys.stdin.buffer.read(), type=Order))).decode()
+    )

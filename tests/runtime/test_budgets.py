@@ -48,7 +48,7 @@ def openvino(package: Package) -> tuple[Variant, Model]:
 
 def test_a_budget_is_used_to_the_full(package: Package) -> None:
     variant, model = openvino(package)
-    peak = footprint(model, Use(3 * CONTEXT, STREAMS)).peak
+    peak = footprint(model, Use(3 * CONTEXT, STREAMS)).budget
     tokens, _ = share_out(BudgetSize(peak), CPU, package, variant)
     assert tokens is not None
     assert 3 * CONTEXT <= tokens < 3 * CONTEXT + 64
@@ -68,7 +68,7 @@ def test_a_percentage_is_of_all_memory(package: Package, monkeypatch: pytest.Mon
 def test_the_prefix_store_goes_first(package: Package) -> None:
     variant, model = openvino(package)
     tight = least_budget(model, Use(CONTEXT, STREAMS))
-    with_store = footprint(model, Use(256, STREAMS, prefix_store=True)).peak
+    with_store = footprint(model, Use(256, STREAMS, prefix_store=True)).budget
     assert share_out(BudgetSize(with_store), CPU, package, variant, store_bytes=GIB)[1] == GIB
     assert share_out(BudgetSize(tight), CPU, package, variant, store_bytes=GIB) == (256, 0)
 
@@ -108,7 +108,7 @@ def test_without_a_budget_a_share_of_what_is_free_is_the_limit(
     assert share_out(None, CPU, package, variant, store_bytes=5) == (None, 5)
     have(monkeypatch, None)
     assert share_out(None, CPU, package, variant, store_bytes=5) == (None, 5)
-    least, whole = least_budget(model, Use(CONTEXT)), footprint(model, Use(CONTEXT)).peak
+    least, whole = least_budget(model, Use(CONTEXT)), footprint(model, Use(CONTEXT)).budget
     have(monkeypatch, int((least + whole) / 2 / DEFAULT_SHARE))
     tokens, store = share_out(None, CPU, package, variant, store_bytes=5)
     assert tokens is not None

@@ -94,12 +94,12 @@ def test_more_of_anything_takes_more() -> None:
 @pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-edge", "openvino"])
 def test_tokens_within_are_the_most_that_fit(engine: Engine) -> None:
     model, use = MODEL._replace(engine=engine), Use(8192, 4)
-    budget = footprint(model, use).peak - 50 * MIB
+    budget = footprint(model, use).budget - 50 * MIB
     tokens = tokens_within(budget, model, use)
     assert 0 < tokens < 8192
-    assert footprint(model, use._replace(tokens=tokens)).peak <= budget
-    assert footprint(model, use._replace(tokens=tokens + 1)).peak > budget
-    assert tokens_within(footprint(model, use).peak, model, use) == 8192
+    fitting, over = (footprint(model, use._replace(tokens=count)) for count in (tokens, tokens + 1))
+    assert fitting.peak < fitting.budget <= budget < over.budget
+    assert tokens_within(footprint(model, use).budget, model, use) == 8192
     assert tokens_within(1, model, use) == 0
 
 

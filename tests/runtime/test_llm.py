@@ -246,7 +246,7 @@ def _tight(home: Path) -> int:
     """What this process would have with about 700 tokens of KV cache."""
     model = Model.of(*_tiny(home))
     resident = psutil.Process().memory_info().rss
-    return footprint(model, Use(700, 1), resident).peak
+    return footprint(model, Use(700, 1), resident).budget
 
 
 class WithoutTemplate(SyntheticCheckpoint):

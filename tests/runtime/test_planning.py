@@ -1,0 +1,165 @@
+"""``edge-glm plan``: what a model would take, what fits, what would be chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_runtime.budgets import Budget
+from edge_runtime.cli.main import main
+from edge_runtime.errors import ConfigError, ModelNotFound, UnknownDevice, UnknownReference
+from edge_runtime.memory import BudgetSize
+from edge_runtime.paths import Home
+from edge_runtime.planning import Need, Plan, plan
+from edge_runtime.store import Store, export_package
+
+MIB = 1 << 20
+BIG = "synthetic:glm-edge-1.5b"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """On a machine where all engines can be used and 64 GiB are free."""
+    monkeypatch.setattr("devices.edge_kernels.instructions", lambda: "avx2")
+    monkeypatch.setenv("EDGE_GLM_HOME", str(tmp_path / "home"))
+    return Store(Home(tmp_path / "home", tmp_path / "home" / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("made") / "tiny"
+    return str(export_package("synthetic:tiny", folder, ["onnxruntime", "openvino", "onnxruntime-edge"], "int4").folder)
+
+
+def made(store: Store, ref: str, budget: int | None = None, device: str = "auto", **wish: Any) -> Plan:
+    return plan(store, ref, device, None if budget is None else BudgetSize(budget), Need(**wish))
+
+
+def test_what_is_here_is_planned_as_it_would_be_opened(store: Store, tiny: str) -> None:
+    found = made(store, tiny, 1 << 30)
+    assert [(each.device, each.variant) for each in found.candidates] == [
+        ("edge:cpu", "onnx-edge-int4"),
+        ("onnxruntime:cpu", "onnx-int4"),
+        ("openvino:cpu", "openvino-int4"),
+    ]
+    assert found.choice is found.candidates[0]
+    assert found.reason == "the first choice for auto"
+    assert not found.estimated
+    for each in found.candidates:
+        assert each.fits
+        assert each.budget == Budget(1 << 30)
+        assert each.parts.peak <= 1 << 30
+        assert (each.max_context, each.max_sequences) == (1024, 16)
+        assert each.parts.prefix > 0
+    assert made(store, tiny, 1 << 30, prefix_store=False).candidates[0].parts.prefix == 0
+    assert made(store, tiny, 1 << 30, "openvino:cpu").reason == "it was asked for"
+
+
+def test_a_budget_decides(store: Store, tiny: str) -> None:
+    roomy = made(store, tiny)
+    edge, _, openvino = roomy.candidates
+    tight = made(store, tiny, (edge.least + openvino.least) // 2, "openvino:cpu")
+    assert tight.choice is None
+    assert "openvino-int4 needs" in tight.reason
+    assert "the least budget that would do is" in tight.reason
+    between = made(store, tiny, edge.least)
+    assert between.choice is not None
+    assert between.choice.device == "edge:cpu"
+    assert between.choice.max_context == 256
+    assert between.choice.parts.prefix == 0  # the store went first
+    nothing = made(store, tiny, edge.least - 1)
+    assert nothing.choice is None
+    assert all(not each.fits for each in nothing.candidates)
+
+
+def test_a_use_that_was_asked_for_must_fit_as_a_whole(store: Store) -> None:
+    whole = made(store, BIG, None, "edge:cpu", context=8192, sequences=4).candidates[0]
+    assert (whole.max_context, whole.max_sequences) == (8192, 4)
+    small = made(store, BIG, whole.parts.budget - 200 * MIB, "edge:cpu", context=8192, sequences=4)
+    assert small.choice is None
+    assert "with 32768 tokens of KV cache, more than the budget" in small.reason
+    assert "tokens would fit; --kv-type int8 would fit" in small.reason
+    fitting = made(store, BIG, whole.parts.budget - 200 * MIB, "edge:cpu", context=8192, sequences=4, kv_type="int8")
+    assert fitting.choice is not None
+
+
+def test_what_is_not_here_is_estimated_and_nothing_is_made(store: Store) -> None:
+    found = made(store, BIG)
+    assert found.estimated
+    assert found.choice is not None
+    assert found.choice.device == "edge:cpu"
+    assert found.choice.parts.weights == pytest.approx(1055 * MIB, rel=0.01)  # the file's size
+    assert not store.home.models.exists()
+
+
+def test_a_type_of_cache_that_a_device_has_not(store: Store) -> None:
+    found = made(store, BIG, kv_type="float32")
+    assert found.choice is not None
+    assert found.choice.device == "onnxruntime:cpu"
+    assert found.candidates[0].reason == "it keeps keys and values as float16 or int8, not float32"
+
+
+def test_bad_wishes(store: Store, tiny: str) -> None:
+    with pytest.raises(UnknownDevice):
+        made(store, tiny, device="tpu")
+    with pytest.raises(UnknownReference):
+        made(store, "nothing")
+    with pytest.raises(ModelNotFound, match="edge-glm pull"):
+        made(store, "hf:org/name")
+    with pytest.raises(ModelNotFound, match="without fp16 variants; it has: onnx-int4"):
+        made(store, tiny, weights="fp16")
+    with pytest.raises(ConfigError, match="--context must be from 1 to 1024, not 1025"):
+        made(store, tiny, context=1025)
+    with pytest.raises(ConfigError, match="--sequences must be from 1"):
+        made(store, tiny, sequences=0)
+
+
+@pytest.mark.parametrize(("engine", "weights"), [("openvino", "fp16"), ("onnxruntime-edge", "int8")])
+def test_a_made_up_model_is_estimated_by_its_shapes(store: Store, engine: Any, weights: Any, tmp_path: Path) -> None:
+    found = store.outline("synthetic:smollm2-135m", weights)
+    (variant,) = export_package("synthetic:smollm2-135m", tmp_path / "made", [engine], weights).manifest.variants
+    assert found.nbytes[engine] == pytest.approx(variant.bytes, rel=0.02)
+
+
+def test_a_gguf_file_is_estimated_by_its_tensors(store: Store, smollm2_gguf: Path, smollm2_package: Any) -> None:
+    found = store.outline(str(smollm2_gguf), "int4")
+    assert found.architecture == smollm2_package.manifest.architecture
+    for variant in smollm2_package.manifest.variants:
+        assert found.nbytes[variant.engine] == pytest.approx(variant.bytes, rel=0.05)
+
+
+def test_json_and_exit_codes(
+    store: Store, tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["plan", tiny, "--memory-budget", "1GiB", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["fits"] is True
+    assert said["choice"] == {"device": "edge:cpu", "variant": "onnx-edge-int4"}
+    assert set(said["parts"]) == {"base", "weights", "loading", "kv", "prefix", "activations"}
+    assert said["parts"]["base"] + said["parts"]["weights"] < said["peak_bytes"] <= said["budget_bytes"] == 1 << 30
+    assert (said["max_context"], said["max_sequences"], len(said["candidates"])) == (1024, 16, 3)
+
+    monkeypatch.setenv("EDGE_GLM_MEMORY_BUDGET", "8MiB")
+    assert main(["plan", tiny, "--json"]) == 1
+    captured = capsys.readouterr()
+    said = json.loads(captured.out)
+    assert (said["fits"], said["choice"], said["budget_bytes"]) == (False, None, 8 * MIB)
+    assert captured.err.startswith("edge-glm: edge:cpu: onnx-edge-int4 needs ")
+    for budget in ("0", "-1", "lots", "0%", "101%"):
+        assert main(["plan", tiny, f"--memory-budget={budget}"]) == 1
+        assert "is no memory budget" in (said := capsys.readouterr().err) or "is not a size" in said
+
+
+def test_a_table(store: Store, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    edge, _, openvino = made(store, tiny).candidates
+    budget = (edge.least + openvino.least) // 2
+    assert main(["plan", tiny, "--memory-budget", str(budget)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["device", "variant", "base", "weights"]
+    assert lines[1].startswith("*  edge:cpu")
+    assert lines[3].startswith("-  openvino:cpu")
+    assert any(line.startswith("- openvino:cpu: openvino-int4 needs ") for line in lines)
+    assert lines[-1].startswith("* edge:cpu, the first choice for auto") or "best that can be used" in lines[-1]
