@@ -87,9 +87,13 @@ def plan(store: Store, ref: str, device: str, size: BudgetSize | None, need: Nee
     models = _of_package(package, need.weights) if package is not None else _of_outline(store, ref, need.weights)
     _check(need, next(iter(models.values())).architecture.max_context)
     found = []
+    budgets: dict[str, Budget | None] = {}
+    """Of each piece of hardware: what is free changes while one looks."""
     for name in names:
-        probed = probe_device(name)
-        budget = resolve(size, probed) if probed.ready else None
+        probed, hardware = probe_device(name), name.partition(":")[2]
+        if probed.ready and hardware not in budgets:
+            budgets[hardware] = resolve(size, probed)
+        budget = budgets.get(hardware) if probed.ready else None
         found += [
             _candidate(probed, variant, model, budget, need)
             for variant, model in models.items()
