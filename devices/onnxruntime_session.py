@@ -8,6 +8,7 @@ from typing import Any
 from devices.base import DecoderOptions, DecoderSpec
 from devices.errors import DeviceUnavailable, EngineError
 from devices.file_pages import release_file_pages
+from devices.heap import map_large_blocks
 
 
 def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str, operators: Path | None = None) -> Any:
@@ -31,6 +32,7 @@ def open_session(spec: DecoderSpec, options: DecoderOptions, provider: str, oper
         session_options.enable_mem_pattern = False  # it plans per input shape, and every chunk has its own
         # weights outside the arena: it would round them up to powers of two and never shrink
         session_options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        map_large_blocks()  # its arena's, which then go back to the system with the session
         for key, value in options.properties.items():
             session_options.add_session_config_entry(key, value)
         if operators is not None:
