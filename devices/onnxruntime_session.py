@@ -9,6 +9,7 @@ from typing import Any
 from devices.base import DecoderOptions, DecoderSpec
 from devices.errors import DeviceUnavailable, EngineError
 from devices.file_pages import release_file_pages
+from devices.heap import map_large_blocks
 from devices.plugins import PLUGINS, plugin_hardware, plugin_options
 
 
@@ -27,6 +28,8 @@ def open_session(spec: DecoderSpec, options: DecoderOptions, device: str, operat
         if hardware:  # what it does not take goes to the CPU's provider
             session_options.add_provider_for_devices(list(hardware), plugin_options(device, options.threads))
 
+    if operators is None:
+        map_large_blocks()
     session = new_session(spec.model, options, None if hardware else ["CPUExecutionProvider"], prepare)
     if operators is None:
         release_file_pages(spec.model.parent)

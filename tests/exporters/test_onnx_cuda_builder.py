@@ -112,7 +112,7 @@ def test_32_bits_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_engine(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown engine 'tensorrt'; known: onnx, onnx-cuda, openvino"):
+    with pytest.raises(ConfigError, match="unknown engine 'tensorrt'; known: onnx, onnx-coreml, onnx-cuda, openvino"):
         write_graph(RandomCheckpoint(ARCHITECTURE), "tensorrt", "fp16", tmp_path, tmp_path)  # type: ignore[arg-type]
 
 

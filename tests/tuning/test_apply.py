@@ -136,9 +136,9 @@ def test_a_broken_log_changes_nothing(opened: Open, caplog: pytest.LogCaptureFix
 def test_a_budget_is_not_passed(package: Package, opened: Open) -> None:
     keep(package, Setup(DEVICE, Options(threads=1, prefill_chunk=512)))
     assert opened().prefill_chunk == 512
-    short = opened(memory_budget="200MiB")
+    short = opened(memory_budget="2GiB")
     assert (short.threads, short.prefill_chunk) == (1, 256)
-    assert short.kv_tokens == opened(memory_budget="200MiB", tuning=False).kv_tokens
+    assert short.kv_tokens == opened(memory_budget="2GiB", tuning=False).kv_tokens
 
 
 def test_the_kv_cache_is_left_to_batch_invariance(package: Package) -> None:

@@ -87,7 +87,7 @@ def test_a_few_seconds(command: Command, tmp_path: Path) -> None:
         (["synthetic:tiny", "--time-limit", "nan"], "not nan"),
         (["synthetic:tiny", "--new-tokens", "1"], "--new-tokens must be at least 2"),
         (["synthetic:tiny", "--workload", "long"], "make 2080 tokens; the context of this model and device has 1024"),
-        (["synthetic:tiny", "--memory-budget", "1MiB"], "a budget of"),
+        (["synthetic:tiny", "--memory-budget", "1MiB"], "more than the budget of 1.0 MiB"),
     ],
 )
 def test_refusals_are_one_line(command: Command, arguments: list[str], message: str) -> None:
