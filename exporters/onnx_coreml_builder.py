@@ -48,7 +48,7 @@ class _StepGraph(OnnxOperators[str]):
         self._masks: dict[int | None, str] = {}
         self._angles: dict[Rope, tuple[str, str]] = {}
 
-    # --- rows of tables, by GatherND: CoreML's provider has no Gather -------------------------------------------------
+    # --- rows of tables, by GatherND: the provider's list of operators has no Gather ----------------------------------
 
     def embed(self, table: Tensor) -> str:
         self._embedding = self._graph.weight("embed.weight", self._stored(dequantize(table)))
