@@ -124,7 +124,7 @@ def test_seed(edge: Run) -> None:
         (["run", "synthetic:tiny", " "], "the prompt is empty"),
         (["run", "synthetic:tiny", "hi", "--temperature", "-1"], "temperature"),
         (["run", "synthetic:tiny", "hi", "--max-tokens", "5000"], "max_tokens asks for 5000 more"),
-        (["run", "synthetic:tiny", "hi", "--memory-budget", "1MiB"], "a budget of"),
+        (["run", "synthetic:tiny", "hi", "--memory-budget", "1MiB"], "more than the budget of 1.0 MiB"),
         (["show", "synthetic:absent"], "not on this machine"),
         (["rm", "synthetic:absent"], "not on this machine"),
         (["export", "synthetic:absent", "-o", "x"], "there are: "),
