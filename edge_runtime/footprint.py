@@ -95,7 +95,7 @@ class _Costs(NamedTuple):
 
 
 _COSTS: dict[Engine, _Costs] = {
-    "onnxruntime": _Costs(79 * MIB, 1.15, 2.0, 1.125, 0.24, 4 * MIB, 0, 24, 2),
+    "onnxruntime": _Costs(79 * MIB, 1.15, 2.0, 1.125, 0.24, 2 * MIB, 0, 24, 2),
     # nothing was measured on a Mac: two sessions, each of which may copy the weights
     "onnxruntime-coreml": _Costs(79 * MIB, 2.5, 2.5, 0.0, 0.0, 4 * MIB, 0, 24, 2),
     # the budget is the GPU's memory: a context took 527 MiB, kernels' own the rest (H200, CUDA 13); 1.09 times the file
@@ -103,7 +103,7 @@ _COSTS: dict[Engine, _Costs] = {
     "onnxruntime-cuda": _Costs(700 * MIB, 1.5, 1.5, 0.0, 0.0, 0, 0, 24, 1),
     # quantized matrices stay in the mapped file; those of floats are ONNX Runtime's
     "onnxruntime-edge": _Costs(75 * MIB, 1.0, 2.0, 0.0, 0.0, 4 * MIB, 0, 12, 1),
-    "openvino": _Costs(103 * MIB, 1.41, 3.0, 2.75, 0.0, 4 * MIB, 9 * MIB // 2, 24, 2),
+    "openvino": _Costs(103 * MIB, 1.41, 3.0, 2.75, 0.0, 4 * MIB, 4 * MIB, 24, 2),
     # nothing was measured on an NPU; emulated there is no holding to it, for the CPU has float32 copies
     "openvino-npu": _Costs(103 * MIB, 3.0, 3.0, 0.0, 0.0, 4 * MIB, 0, 24, 1),
 }

@@ -3,7 +3,7 @@
     python -m tests.bench.memory PACKAGE [--device DEVICE …] [--load LOAD …] [--scale 0.25]
 
 Each line is a process of its own. ``one``: a prompt of 512 tokens; ``many``: 16 prompts of 448 at once; ``mixed``: 16
-of 20 to 700; ``budget``: ``many`` under a budget that leaves KV cache for 2,048 tokens; ``reload``: the same again in
+of 20 to 700; ``budget``: ``many`` under a budget that leaves KV cache for 4,096 tokens; ``reload``: the same again in
 one process after the model was closed. Prompts are random tokens, so that every row of the embedding is read.
 ``--scale`` makes prompts shorter. Linux only: the peak is VmHWM of /proc/self/status.
 """
@@ -26,7 +26,7 @@ from tests.bench.memory_order import NEW, Answer, Order
 DEVICES = {"edge:cpu": "onnxruntime-edge", "onnxruntime:cpu": "onnxruntime", "openvino:cpu": "openvino"}
 LOADS = ("one", "many", "mixed", "budget", "reload")
 STREAMS = 16
-TIGHT = 2048
+TIGHT = 4096
 """Tokens of KV cache under a budget."""
 MIB = 1 << 20
 

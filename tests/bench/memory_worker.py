@@ -6,7 +6,8 @@ import gc
 import random
 import re
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -32,11 +33,9 @@ def obey(order: Order) -> Answer:
             size = llm.package.manifest.architecture.vocab_size
             params = SamplingParams(temperature=0, max_tokens=order.new_tokens, ignore_eos=True)
             prompts = [[generator.randrange(size) for _ in range(length)] for length in order.prompts]
-            threads = [threading.Thread(target=llm.generate, args=(prompt, params)) for prompt in prompts]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(len(prompts)) as pool:
+                for answer in pool.map(partial(llm.generate, params=params), prompts):
+                    assert len(answer.token_ids) == order.new_tokens
             before, used = after, memory("VmRSS")
         del llm
         gc.collect()
