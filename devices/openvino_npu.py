@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import DecoderLimits, DecoderOptions, DecoderSpec, Snapshot, Step
-from devices.errors import DeviceError, EngineError, OutOfSequences
+from devices.bound_sequence import BoundSequence
+from devices.errors import EngineError, OutOfSequences
 from devices.kv_types import choose_kv_type
 from devices.openvino_npuw import open_npuw, static_shapes
 from devices.sequence_decoder import SequenceDecoder
@@ -23,28 +24,16 @@ _ONE_BY_ONE = 8
 """So many tokens are appended one after the other; more are read like a prompt, with what a kept prefix leaves out."""
 
 
-class NpuSequence:
+class NpuSequence(BoundSequence["OpenVinoNpuDecoder"]):
     """Token ids. See :class:`devices.base.DecoderSequence`."""
 
     def __init__(self, decoder: OpenVinoNpuDecoder) -> None:
-        self._decoder: OpenVinoNpuDecoder | None = decoder
+        super().__init__(decoder)
         self.tokens: list[int] = []
-
-    @property
-    def decoder(self) -> OpenVinoNpuDecoder:
-        """DeviceError when the sequence or its decoder is closed."""
-        if self._decoder is None:
-            raise DeviceError("the sequence is closed; open a new one")
-        self._decoder.check_open()
-        return self._decoder
 
     @property
     def length(self) -> int:
         return len(self.tokens) if self.decoder else 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.length * self.decoder.limits.kv_bytes_per_token
 
     def crop(self, length: int) -> int:
         self._check_length(length)
@@ -65,15 +54,6 @@ class NpuSequence:
         """EngineError, always."""
         check_follows(snapshot, self.length, self.decoder.limits)
         raise EngineError(f"{self.decoder.device} takes no snapshots; prefill instead")
-
-    def close(self) -> None:
-        decoder, self._decoder = self._decoder, None
-        if decoder is not None:
-            decoder.forget(self)
-
-    def _check_length(self, length: int) -> None:
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length {length} is not within 0..{self.length}, the tokens held")
 
 
 class OpenVinoNpuDecoder(SequenceDecoder[NpuSequence]):

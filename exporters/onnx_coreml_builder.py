@@ -1,11 +1,11 @@
 """The network as ONNX graphs of standard operators with static shapes, which is what CoreML takes.
 
 Two graphs share one weight file: ``model.onnx`` reads :data:`STEP` tokens of a prompt, ``decode.onnx`` one token.
-Inputs of a graph for N tokens, whose caches hold C: ``input_ids`` [N, 1] int64; ``position_ids`` [N, 1] int64, rows of
-the rotary tables; ``row_index`` [1, 1] int64, which token gets logits; ``mask`` [N, C + N], and ``mask.W`` for layers
-with a window of W, added to the scores of the C cached tokens and of the new ones; ``past.L.key``/``.value`` [kv_heads,
-C, head_dim]. Outputs: ``logits`` [1, vocab] float32, and ``new.L.key``/``.value`` [kv_heads, N, head_dim], for the
-caller to put behind what its caches hold.
+Inputs of a graph for N tokens, whose caches hold C: ``input_ids`` [N] int64; ``position_ids`` [N] int64, rows of the
+rotary tables, of which there are C, and for longrope C more; ``row_index`` [1] int64, which token gets logits;
+``mask`` [N, C + N], and ``mask.W`` for layers with a window of W, added to the scores of the C cached tokens and of the
+new ones; ``past.L.key``/``.value`` [kv_heads, C, head_dim]. Outputs: ``logits`` [1, vocab] float32, and
+``new.L.key``/``.value`` [kv_heads, N, head_dim], for the caller to put behind what its caches hold.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from edge_runtime.errors import StorageError, UnsupportedModel
 from exporters.architecture import Activation, Architecture, Rope
 from exporters.builder import AttentionSpec, Linear
 from exporters.onnx_graph import MODEL_FILE
-from exporters.onnx_operators import OnnxOperators, WeightFormat
+from exporters.onnx_operators import OnnxOperators, WeightFormat, passes_float16
 from exporters.weights import QuantizedTensor, Tensor, dequantize
 
 STEP = 64
 """Tokens of a prompt that are read at once; fewer are filled up."""
 CONTEXT = 2048
 """Tokens that the caches hold, unless the model was made for fewer: every step attends over all of them."""
+LARGEST = 16384
+"""No longer dimension may an operator's input have (onnxruntime/core/providers/coreml/builders/helper.cc). The rows of
+a larger vocabulary's embedding are found on the CPU."""
+OPSET = 20
+"""The provider takes no operator of a later version (base_op_builder.h in the same place)."""
 DECODE_FILE = "decode.onnx"
 _FLOAT, _FLOAT16 = 1, 10  # of onnx.TensorProto
 
@@ -38,24 +43,46 @@ class _StepGraph(OnnxOperators[str]):
     """One graph, for ``tokens`` tokens at once."""
 
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None, tokens: int) -> None:
-        super().__init__(architecture, weights, scratch, np.float16 if weights == "fp16" else np.float32)
+        half = weights == "fp16" and not passes_float16(architecture)
+        super().__init__(architecture, weights, scratch, np.float16 if half else np.float32, OPSET)
         graph = self._graph
         self._tokens = tokens
         self._capacity = min(architecture.max_context, CONTEXT)
-        self._ids = graph.input("input_ids", np.int64, [tokens, 1])
-        self._positions = graph.input("position_ids", np.int64, [tokens, 1])
-        self._row_index = graph.input("row_index", np.int64, [1, 1])
+        self._ids = graph.input("input_ids", np.int64, [tokens])
+        self._positions = graph.input("position_ids", np.int64, [tokens])
+        self._row_index = graph.input("row_index", np.int64, [1])
         self._masks: dict[int | None, str] = {}
         self._angles: dict[Rope, tuple[str, str]] = {}
+        self._apart: dict[str, str] = {}  # the second matrix's output by the first's
 
-    # --- rows of tables, by GatherND: the provider's list of operators has no Gather ----------------------------------
+    def _positions_held(self) -> int:
+        return self._capacity
 
-    def embed(self, table: Tensor) -> str:
-        self._embedding = self._graph.weight("embed.weight", self._stored(dequantize(table)))
-        return self._graph.one("GatherND", [self._embedding, self._ids])
+    def _metadata(self) -> dict[str, str]:
+        """With a key for CoreML's compiled models, which are kept by the file's path otherwise."""
+        return {**super()._metadata(), "COREML_CACHE_KEY": self._graph.digest()}
 
-    def select_rows(self, x: str) -> str:
-        return self._graph.one("GatherND", [x, self._row_index])
+    # --- head ---------------------------------------------------------------------------------------------------------
+
+    def lm_head(self, x: str, table: Tensor | None, scale: float, softcap: float | None) -> None:
+        """In blocks of rows, since no operator takes a longer dimension."""
+        graph, vocabulary = self._graph, self._arch.vocab_size
+        rows = self._embedding if table is None else graph.weight("head.weight", self._stored(dequantize(table)))
+        if not isinstance(rows, str):
+            raise ValueError("a tied head needs embed() first")
+        blocks = []
+        for start in range(0, vocabulary, LARGEST):
+            stop = min(start + LARGEST, vocabulary)
+            block = rows if vocabulary <= LARGEST else graph.rows(f"head.{start}", rows, start, stop)
+            y = graph.one("Gemm", [x, self._widened(block)], transB=1)
+            y = y if self._dtype == np.float32 else graph.one("Cast", [y], to=_FLOAT)
+            y = y if scale == 1.0 else self._scale(y, scale, np.float32)
+            blocks.append(y if softcap is None else self._softcap(y, softcap, np.float32))
+        if len(blocks) == 1:
+            graph.node("Identity", blocks, ["logits"])
+        else:
+            graph.node("Concat", blocks, ["logits"], axis=-1)
+        graph.output("logits", np.float32, [1, vocabulary])
 
     # --- what there is no quantized form of ---------------------------------------------------------------------------
 
@@ -67,6 +94,19 @@ class _StepGraph(OnnxOperators[str]):
 
     def _packed_product(self, x: str, matrix: str, bias: str, name: str) -> str:
         raise AssertionError("CoreML's matrices are floats")
+
+    # --- a joined gate is apart where it would be too long ------------------------------------------------------------
+
+    def linear(self, x: str, parts: Sequence[Linear], name: str) -> str:
+        if len(parts) != 2 or sum(weight.shape[0] for weight, _ in parts) <= LARGEST:
+            return super().linear(x, parts, name)
+        gate = super().linear(x, parts[:1], f"{name}.gate")
+        self._apart[gate] = super().linear(x, parts[1:], f"{name}.up")
+        return gate
+
+    def _halves(self, gate_up: str) -> tuple[str, str]:
+        up = self._apart.pop(gate_up, None)
+        return super()._halves(gate_up) if up is None else (gate_up, up)
 
     # --- norms and gates ----------------------------------------------------------------------------------------------
 
@@ -88,8 +128,7 @@ class _StepGraph(OnnxOperators[str]):
     def glu(self, gate_up: str, activation: Activation) -> str:
         if activation != "silu":
             return super().glu(gate_up, activation)
-        half = self._arch.intermediate_size
-        gate, up = self._graph.node("Split", [gate_up, self._graph.ints(half, half)], 2, axis=-1)
+        gate, up = self._halves(gate_up)
         gate = self._graph.one("Mul", [gate, self._graph.one("Sigmoid", [gate])])
         return self._graph.one("Mul", [gate, up])
 
@@ -166,7 +205,7 @@ class _StepGraph(OnnxOperators[str]):
         """Cosines and sines of the tokens' positions, (tokens, 1, rotary_dim / 2)."""
         if rope not in self._angles:
             graph = self._graph
-            rows = (graph.one("GatherND", [table, self._positions]) for table in self._rope_tables(rope))
+            rows = (graph.one("Gather", [table, self._positions], axis=0) for table in self._rope_tables(rope))
             cos, sin = (graph.one("Unsqueeze", [row, graph.ints(1)]) for row in rows)
             self._angles[rope] = cos, sin
         return self._angles[rope]

@@ -21,12 +21,9 @@ from edge_runtime.errors import UnsupportedModel
 from exporters.architecture import Architecture, Rope
 from exporters.builder import AttentionSpec
 from exporters.onnx_graph import MICROSOFT
-from exporters.onnx_operators import OnnxOperators, WeightFormat
+from exporters.onnx_operators import OnnxOperators, WeightFormat, passes_float16
 from exporters.onnx_weights import PackedMatrix, pack, pack_bits
 from exporters.weights import QuantizedTensor, dequantize
-
-_WIDE_RANGE = ("gemma",)
-"""Families whose activations pass float16's largest number (65504): they compute in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ class OnnxCudaBuilder(OnnxOperators[_Matrix]):
         come and float ones in 16 bits. ``scratch``: see OnnxGraph. UnsupportedModel for fp32."""
         if weights == "fp32":
             raise UnsupportedModel("CUDA's PagedAttention computes in 16 bits; export with fp16, int8 or int4 weights")
-        wide = architecture.family.startswith(_WIDE_RANGE)
-        super().__init__(architecture, weights, scratch, ml_dtypes.bfloat16 if wide else np.float16)
+        dtype = ml_dtypes.bfloat16 if passes_float16(architecture) else np.float16
+        super().__init__(architecture, weights, scratch, dtype)
         graph = self._graph
         self._ids = graph.input("input_ids", np.int32, ["tokens"])
         self._begins = graph.input("cumulative_sequence_length", np.int32, ["sequence_ends"])

@@ -6,6 +6,7 @@ Runtime maps the file when the model is loaded by path; entries therefore start 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import tempfile
@@ -38,10 +39,12 @@ Dims = Sequence[int | str]
 class OnnxGraph:
     """Nodes, inputs, outputs and constants of one graph."""
 
-    def __init__(self, name: str, scratch: Path | None = None) -> None:
+    def __init__(self, name: str, scratch: Path | None = None, opset: int = OPSET) -> None:
         """``scratch``: folder for the data file until :meth:`save`; on the target's file system the file is
-        only renamed. None: the system's temporary folder. StorageError if it cannot be written."""
+        only renamed. None: the system's temporary folder. ``opset``: version of the standard operators.
+        StorageError if it cannot be written."""
         self._name = name
+        self._opset = opset
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
@@ -135,6 +138,29 @@ class OnnxGraph:
         self._constants.append(twin)
         return name
 
+    def rows(self, name: str, source: str, start: int, stop: int) -> str:
+        """Rows ``start`` to ``stop`` of weight ``source``, in its bytes. ValueError unless both are among its rows and
+        the first begins a page."""
+        tensor = next(tensor for tensor in self._constants if tensor.name == source)
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        count, size = tensor.dims[0], math.prod(tensor.dims[1:]) * dtype.itemsize
+        if not 0 <= start < stop <= count or start * size % ALIGNMENT or not tensor.external_data:
+            raise ValueError(f"rows {start} to {stop} of {source} {list(tensor.dims)} cannot be seen by themselves")
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        dims = [stop - start, *tensor.dims[1:]]
+        self._constants.append(_reference(name, dtype, dims, int(place["offset"]) + start * size, dims[0] * size))
+        return name
+
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal of all that is in the graph so far, weights included."""
+        self._data.flush()
+        found = hashlib.sha256()
+        with (self._scratch / DATA_FILE).open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+        for part in [*self._nodes, *self._constants, *self._inputs, *self._outputs]:
+            found.update(part.SerializeToString(deterministic=True))
+        return found.hexdigest()
+
     def rewrite(self, change: Callable[[list[onnx.NodeProto], list[str]], list[onnx.NodeProto]]) -> None:
         """Replace the nodes by ``change(nodes, names of the outputs)``."""
         self._nodes = change(self._nodes, [output.name for output in self._outputs])
@@ -145,7 +171,7 @@ class OnnxGraph:
         StorageError if it cannot be written.
         """
         graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, self._constants)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        opsets = [helper.make_opsetid("", self._opset), helper.make_opsetid(MICROSOFT, 1)]
         if any(node.domain == EDGE for node in self._nodes):  # a session without our kernels knows no such domain
             opsets.append(helper.make_opsetid(EDGE, 1))
         model = helper.make_model(graph, opset_imports=opsets, producer_name=producer, ir_version=10)

@@ -14,13 +14,19 @@ from numpy.typing import NDArray
 from edge_runtime.errors import UnsupportedModel
 from exporters.architecture import Activation, Architecture, Rope
 from exporters.builder import Linear
-from exporters.onnx_graph import MICROSOFT, OnnxGraph
+from exporters.onnx_graph import MICROSOFT, OPSET, OnnxGraph
 from exporters.weights import QuantizedTensor, Tensor, concat_rows, dequantize
 
 WeightFormat = Literal["fp32", "fp16", "int8", "int4"]
 Matrix = TypeVar("Matrix")
 """What a builder must know of a quantized matrix that is in the graph."""
 _FLOAT = 1  # onnx.TensorProto.FLOAT
+_WIDE_RANGE = ("gemma",)
+
+
+def passes_float16(architecture: Architecture) -> bool:
+    """Whether activations of the family pass float16's largest number (65504)."""
+    return architecture.family.startswith(_WIDE_RANGE)
 
 
 class OnnxOperators(ABC, Generic[Matrix]):
@@ -32,15 +38,17 @@ class OnnxOperators(ABC, Generic[Matrix]):
     _row_index: str
     """The input that says which tokens get logits; a subclass makes it."""
 
-    def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None, dtype: Any) -> None:
+    def __init__(
+        self, architecture: Architecture, weights: WeightFormat, scratch: Path | None, dtype: Any, opset: int = OPSET
+    ) -> None:
         """``dtype``: numpy's name for the type of activations, norms and tables, and of float matrices unless
-        ``weights`` asks for a narrower one. ``scratch``: see OnnxGraph."""
+        ``weights`` asks for a narrower one. ``scratch``, ``opset``: see OnnxGraph."""
         self._arch = architecture
         self._weights = weights
         self._dtype = np.dtype(dtype)
         self._stored_dtype = np.dtype(np.float16) if weights == "fp16" and self._dtype == np.float32 else self._dtype
         self._embedding: str | Matrix | None = None
-        self._graph = OnnxGraph(architecture.family, scratch)
+        self._graph = OnnxGraph(architecture.family, scratch, opset)
         self._ropes: dict[Rope, tuple[str, str]] = {}
         self._residuals = 0
 
@@ -139,13 +147,17 @@ class OnnxOperators(ABC, Generic[Matrix]):
 
     def glu(self, gate_up: str, activation: Activation) -> str:
         graph = self._graph
-        half = self._arch.intermediate_size
-        gate, up = graph.node("Split", [gate_up, graph.ints(half, half)], 2, axis=-1)
+        gate, up = self._halves(gate_up)
         if activation == "silu":
             gate = graph.one("QuickGelu", [gate], MICROSOFT, alpha=1.0)  # x · sigmoid(alpha · x)
         else:
             gate = graph.one("Gelu", [gate], approximate="tanh" if activation == "gelu_tanh" else "none")
         return graph.one("Mul", [gate, up])
+
+    def _halves(self, gate_up: str) -> tuple[str, str]:
+        half = self._arch.intermediate_size
+        gate, up = self._graph.node("Split", [gate_up, self._graph.ints(half, half)], 2, axis=-1)
+        return gate, up
 
     def select_rows(self, x: str) -> str:
         return self._graph.one("Gather", [x, self._row_index], axis=0)
@@ -177,11 +189,15 @@ class OnnxOperators(ABC, Generic[Matrix]):
     def _softcap(self, y: str, cap: float, dtype: Any) -> str:
         return self._scale(self._graph.one("Tanh", [self._scale(y, 1 / cap, dtype)]), cap, dtype)
 
+    def _positions_held(self) -> int:
+        """Rows of a rotary table."""
+        return self._arch.max_context
+
     def _rope_tables(self, rope: Rope) -> tuple[str, str]:
         """(rows, rotary_dim / 2) cosines and sines, one pair for each distinct rope.
 
         A model with a rope switch has its short table's rows first and the long table's after them: the caller adds
-        ``max_context`` to the positions of a long sequence.
+        their number to the positions of a long sequence.
         """
         if rope not in self._ropes:
             tables = [(rope.inv_freq, rope.scale)]
@@ -189,7 +205,7 @@ class OnnxOperators(ABC, Generic[Matrix]):
                 tables.append(
                     (rope.long_inv_freq or rope.inv_freq, rope.long_scale if rope.long_inv_freq else rope.scale)
                 )
-            positions = np.arange(self._arch.max_context, dtype=np.float64)
+            positions = np.arange(self._positions_held(), dtype=np.float64)
             angles = [np.outer(positions, np.array(frequencies)) for frequencies, _ in tables]
             scales = [scale for _, scale in tables]
             name = f"rope.{len(self._ropes)}"
@@ -200,4 +216,7 @@ class OnnxOperators(ABC, Generic[Matrix]):
 
     def save(self, folder: Path) -> None:
         """Write ``model.onnx`` and ``model.onnx.data``. StorageError if ``folder`` cannot be written."""
-        self._graph.save(folder, "edge-glm", {"family": self._arch.family, "weights": self._weights})
+        self._graph.save(folder, "edge-glm", self._metadata())
+
+    def _metadata(self) -> dict[str, str]:
+        return {"family": self._arch.family, "weights": self._weights}

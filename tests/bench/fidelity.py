@@ -1,11 +1,12 @@
 """Loss, speed and size of every engine and weight format on the real SmolLM2, in one table.
 
-    python -m tests.bench.fidelity FILE.gguf [--weights int4 int8] [--kv-type int8] [--rounds 3] [--npu]
+    python -m tests.bench.fidelity FILE.gguf [--weights int4 int8] [--kv-type int8] [--rounds 3] [--npu] [--coreml]
 
 Loss is against Transformers in fp32 on the same dequantized weights (tests/fixtures/smollm2), on the text by which
 encodings were chosen and on a held-out one; llama.cpp's too where llama-cpp-python is installed. Rates are medians
 over rounds in which the engines take turns; run it alone on the machine. ``--rounds 0``: loss only. ``--kv-type``:
 only the devices that have such a KV cache. ``--npu``: also the loss of the NPU's weights, computed by OpenVINO's CPU.
+``--coreml``: also that of the graphs for CoreML on ONNX Runtime's CPU provider, on as many tokens as they hold.
 """
 
 from __future__ import annotations
@@ -62,10 +63,11 @@ Run = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Token ids → logits after every one of them, (len(ids), vocab)."""
 
 
-def measure_loss(run: Run, text: str = "text") -> Loss:
+def measure_loss(run: Run, text: str = "text", most: int | None = None) -> Loss:
+    """On the first ``most`` tokens of a text, or all."""
     with np.load(REFERENCES / f"{text}.npz") as arrays:
-        ids, score, top1 = (arrays[name] for name in ("ids", "score", "top1"))
-    ids = ids.astype(np.int64)
+        ids, score, top1 = (arrays[name][:most] for name in ("ids", "score", "top1"))
+    score, ids = score[: len(ids) - 1], ids.astype(np.int64)
     logits = run(ids).astype(np.float64)
     peak = logits.max(-1, keepdims=True)
     log_sum = peak[:, 0] + np.log(np.exp(logits - peak).sum(-1))
@@ -97,14 +99,18 @@ def llama_cpp_logits(gguf: Path) -> Run:
     return run
 
 
-def npu_loss(gguf: Path, weights: Weights, folder: Path) -> tuple[list[Loss], int]:
-    """On both texts, and the size in bytes. The weights are the NPU's, activations are not rounded."""
-    export(open_checkpoint(gguf), folder, engines=["openvino-npu"], weights=weights)
+def static_loss(gguf: Path, engine: str, weights: Weights, folder: Path) -> tuple[list[Loss], int]:
+    """Of an export for NPUs or CoreML on both texts, and its size in bytes. The NPU's activations are not rounded."""
+    export(open_checkpoint(gguf), folder, engines=[engine], weights=weights)
     package = Package.open(folder)
     (variant,) = package.manifest.variants
-    options = DecoderOptions(max_sequences=1, kv_type="float16", properties={"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"})
-    decoder = open_decoder(replace(package.spec(variant), engine="openvino"), "openvino:cpu", options)
-    losses = [measure_loss(partial(all_logits, decoder), text) for text in TEXTS]
+    spec, device = package.spec(variant), "onnxruntime:coreml-emulated"
+    options = DecoderOptions(max_sequences=1, kv_type="float16")
+    if engine == "openvino-npu":
+        spec, device = replace(spec, engine="openvino"), "openvino:cpu"
+        options = replace(options, properties={"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"})
+    decoder = open_decoder(spec, device, options)
+    losses = [measure_loss(partial(all_logits, decoder), text, decoder.limits.max_context) for text in TEXTS]
     decoder.close()
     return losses, sum(file.bytes for file in variant.files)
 
@@ -145,6 +151,7 @@ def main() -> None:
     parser.add_argument("--kv-type", choices=get_args(KVType))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--npu", action="store_true")
+    parser.add_argument("--coreml", action="store_true")
     args = parser.parse_args()
     losses: dict[tuple[str, str], list[Loss]] = {}
     sizes: dict[tuple[str, str], int] = {}
@@ -172,9 +179,9 @@ def main() -> None:
                     if args.rounds:
                         rates.setdefault((device, weights), []).append(measure_speed(decoder))
                     decoder.close()
-        for weights in FORMATS if args.npu else ():
-            key = ("openvino-npu", weights)
-            losses[key], sizes[key] = npu_loss(args.gguf, weights, Path(folder) / f"npu-{weights}")
+        static: list[tuple[str, Weights]] = [("openvino-npu", weights) for weights in FORMATS if args.npu]
+        for key in [*static, *([("onnx-coreml", "fp16")] if args.coreml else [])]:
+            losses[key], sizes[key] = static_loss(args.gguf, *key, Path(folder) / "-".join(key))
     with suppress(ImportError):
         run = llama_cpp_logits(args.gguf)
         losses["llama.cpp", "as it is"] = [measure_loss(run, text) for text in TEXTS]

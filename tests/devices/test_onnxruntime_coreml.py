@@ -71,7 +71,7 @@ def test_provider_options_are_those_of_the_documentation(half: DecoderSpec, monk
         "ModelFormat": "MLProgram",
         "MLComputeUnits": "ALL",
         "RequireStaticInputShapes": "1",
-        "ModelCacheDirectory": str(cache),
+        "ModelCacheDirectory": str(cache / f"coreml-{onnxruntime.__version__}"),
     }
     providers = [("CoreMLExecutionProvider", told), "CPUExecutionProvider"]
     assert asked == [("model.onnx", providers), ("decode.onnx", providers)]
