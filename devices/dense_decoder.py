@@ -25,8 +25,8 @@ class DenseKV(Protocol):
     What cannot be done is an EngineError.
     """
 
-    def crop(self, length: int) -> None:
-        """Only the first ``length`` tokens count, of more."""
+    def crop(self, length: int, held: int) -> None:
+        """Only the first ``length`` of ``held`` tokens count from now on."""
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.generic], ...]:
         """Copies of tokens ``start`` to ``stop``, (kv_heads, stop − start, head_dim) each."""
@@ -65,7 +65,7 @@ class DenseSequence(BoundSequence["DenseDecoder[K]"], Generic[K]):
     def crop(self, length: int) -> int:
         self._check_length(length)
         if length < self._length:
-            self.kv.crop(length)
+            self.kv.crop(length, self._length)
         self._length = length
         return length
 
@@ -188,13 +188,18 @@ class DenseDecoder(SequenceDecoder[DenseSequence[K]]):
     # ---- running
 
     def forward(self, batch: Sequence[Step]) -> list[NDArray[np.float32]]:
+        sequences = self._check(batch)
+        return [self._run(sequence, step) for sequence, step in zip(sequences, batch, strict=True)]
+
+    def _check(self, batch: Sequence[Step]) -> list[DenseSequence[K]]:
+        """The sequences of ``batch``, after everything that can refuse it."""
         self.check_open()
         sequences = [self._own(step) for step in batch]
         check_batch(batch, self._limits, self._spec.vocab_size)
         for sequence, step in zip(sequences, batch, strict=True):
             check_rope_switch(sequence.length + step.tokens.size, self._limits.rope_switch, sequence.on_long)
         self._check_room(sum(step.tokens.size for step in batch))
-        return [self._run(sequence, step) for sequence, step in zip(sequences, batch, strict=True)]
+        return sequences
 
     def _position(self, sequence: DenseSequence[K]) -> int:
         """Of the next token, in the rotary tables."""

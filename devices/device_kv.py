@@ -46,7 +46,7 @@ class DeviceKV:
         if before is not None:
             self.write(0, before)
 
-    def crop(self, length: int) -> None:
+    def crop(self, length: int, held: int) -> None:
         """Changes nothing: what does not count is overwritten."""
 
     def copy_of(self, other: DeviceKV, length: int) -> None:

@@ -7,6 +7,7 @@ first written, and gets it back when a sequence ends or is cut. So memory follow
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +58,7 @@ class KVRows:
         """Copies of tokens ``start`` to ``stop``: (kv_heads, stop − start, head_dim) for each buffer."""
         return tuple(buffer[row, :, start:stop].copy() for buffer in self.buffers)
 
-    def write(self, row: int, start: int, arrays: tuple[NDArray[np.generic], ...]) -> None:
+    def write(self, row: int, start: int, arrays: Sequence[NDArray[np.generic]]) -> None:
         """What :meth:`read` gave, from token ``start`` on."""
         for buffer, array in zip(self.buffers, arrays, strict=True):
             buffer[row, :, start : start + array.shape[1]] = array

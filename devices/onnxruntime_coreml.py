@@ -54,7 +54,7 @@ class HostKV:
         self.caches = [np.frombuffer(lazy_memory(size), dtype).reshape(shape) for _ in range(count)]
         """Keys and values, layer by layer."""
 
-    def crop(self, length: int) -> None:
+    def crop(self, length: int, held: int) -> None:
         """Changes nothing: what does not count is overwritten."""
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.generic], ...]:

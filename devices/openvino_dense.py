@@ -50,7 +50,7 @@ class VariableKV:
 
         return sorted(self.request.query_state(), key=place)
 
-    def crop(self, length: int) -> None:
+    def crop(self, length: int, held: int) -> None:
         if length:
             self._set(self.read(0, length))
             return

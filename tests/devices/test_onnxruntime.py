@@ -13,9 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from devices.base import DecoderOptions, DecoderSpec, Snapshot, Step
+from devices.dense_decoder import DenseSequence
 from devices.errors import ContextOverflow, DeviceError, DeviceUnavailable, EngineError, OutOfKVCache
 from devices.kv_rows import KVRows
-from devices.onnxruntime_gqa import OnnxRuntimeDecoder, OnnxRuntimeSequence, _group
+from devices.onnxruntime_gqa import OnnxRuntimeDecoder, RowKV, _group
 from exporters.network import build
 from exporters.onnx_builder import OnnxBuilder
 from exporters.safetensors_checkpoint import SafetensorsCheckpoint
@@ -73,7 +74,7 @@ def alone(decoder: OnnxRuntimeDecoder, ids: NDArray[np.int64]) -> NDArray[np.flo
     return logits
 
 
-def prefilled(decoder: OnnxRuntimeDecoder, ids: NDArray[np.int64]) -> OnnxRuntimeSequence:
+def prefilled(decoder: OnnxRuntimeDecoder, ids: NDArray[np.int64]) -> DenseSequence[RowKV]:
     sequence = decoder.new_sequence()
     decoder.forward([Step(sequence, ids, rows=0)])
     return sequence
@@ -83,7 +84,7 @@ def test_answers_survive_every_shuffle_of_rows(opening: Open) -> None:
     """Random subsets step together, some end, others come: each sequence goes on as if it were alone."""
     decoder, judge = opening(), opening()
     rng = np.random.default_rng(3)
-    live: dict[OnnxRuntimeSequence, NDArray[np.int64]] = {}
+    live: dict[DenseSequence[RowKV], NDArray[np.int64]] = {}
     windows = set()
     for turn in range(40):
         for ended in [sequence for sequence in live if sequence.length > 58]:  # a step of the judge takes 64
@@ -179,7 +180,7 @@ def test_closed_rows_and_crops_give_memory_back(opening: Open, monkeypatch: pyte
     sequence = prefilled(decoder, text(0, 60))
     sequence.crop(20)
     sequence.close()
-    assert given == [(0, 20, 60), (0, 0, 20)]
+    assert given == [(0, 20, 60), (0, 0, decoder._kv.capacity)]
 
 
 def test_kv_tokens_lowers_the_context(opening: Open) -> None:
@@ -188,7 +189,7 @@ def test_kv_tokens_lowers_the_context(opening: Open) -> None:
     sequence = prefilled(decoder, text(0, 40))
     with pytest.raises(ContextOverflow, match="40"):
         decoder.forward([Step(sequence, np.array([1]))])
-    with pytest.raises(OutOfKVCache, match=r"1 more .* 40, 40 are held"):
+    with pytest.raises(OutOfKVCache, match=r"1 more .* 40 of 40 are held"):
         decoder.forward([Step(decoder.new_sequence(), np.array([1]))])
     with pytest.raises(OutOfKVCache):
         sequence.fork(1)
@@ -196,7 +197,7 @@ def test_kv_tokens_lowers_the_context(opening: Open) -> None:
 
 def test_foreign_sequences_and_snapshots_are_refused(opening: Open) -> None:
     decoder, other = opening(), opening()
-    with pytest.raises(ValueError, match="another decoder"):
+    with pytest.raises(ValueError, match="not an open sequence of this decoder"):
         decoder.forward([Step(other.new_sequence(), np.array([1]))])
     wrong = Snapshot(3, (np.zeros((2, 3, 16), np.float16),) * 6)
     with pytest.raises(EngineError, match="another model"):
