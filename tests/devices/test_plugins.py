@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,19 +31,22 @@ def hardware(provider: str, kind: str, **metadata: str) -> Any:
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Makes the plugin of a device importable; registering appends to ``registered``."""
-    plugins._registered.cache_clear()
+    """Makes the plugin of a device importable, in place of one that is installed; registering appends to
+    ``registered``."""
+    monkeypatch.setattr(plugins, "_registered", cache(plugins._registered.__wrapped__))
     monkeypatch.syspath_prepend(tmp_path)
-    names = []
+    real: dict[str, Any] = {}
 
     def install_(name: str, source: str) -> None:
-        (tmp_path / f"{PLUGINS[name].module}.py").write_text(source)
-        names.append(PLUGINS[name].module)
+        module = PLUGINS[name].module
+        (tmp_path / f"{module}.py").write_text(source)
+        real[module] = sys.modules.pop(module, None)
 
     yield install_
-    for module in names:
-        sys.modules.pop(module, None)
-    plugins._registered.cache_clear()
+    for name, module in real.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
 
 
 @pytest.fixture
