@@ -24,10 +24,8 @@ from edge_runtime.errors import (
     EdgeError,
     EngineError,
     EngineStopped,
-    InvalidRequest,
     OutOfKVCache,
     Overloaded,
-    PromptTooLong,
 )
 from edge_runtime.generation import EngineGeneration, Generation
 from edge_runtime.prefix_cache import PrefixCache
@@ -110,6 +108,7 @@ class Engine:
             {},
             _learn_vocab_size(decoder) if vocab_size is None else vocab_size,
             limits.longest,
+            min(limits.max_prompt, limits.longest),
             prompt_lookup,
         )
         if prefix_cache_bytes is None:
@@ -217,31 +216,8 @@ class Engine:
             submission.result.cancel()
             raise
 
-    def _check(self, submission: Submission) -> None:
-        """InvalidRequest or PromptTooLong, if this engine cannot answer it."""
-        prompt, new_tokens = submission.prompt, submission.new_tokens
-        if not prompt:
-            raise InvalidRequest("the prompt has no tokens; give at least one", "prompt")
-        vocab_size, capacity = self._terms.vocab_size, self._terms.capacity
-        outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
-        if outside is not None:
-            raise InvalidRequest(
-                f"token {outside} of the prompt is outside the vocabulary of {vocab_size} tokens", "prompt"
-            )
-        limit = min(self._decoder.limits.max_prompt, capacity)
-        if len(prompt) > limit:
-            raise PromptTooLong(f"the prompt has {len(prompt)} tokens, this model and device take {limit}", "prompt")
-        if len(prompt) + new_tokens > capacity:
-            wanted = ", which leaves no room for an answer"
-            if submission.asked:
-                wanted = f" and max_tokens asks for {new_tokens} more"
-            raise PromptTooLong(
-                f"the prompt has {len(prompt)} tokens{wanted}; prompt and answer together may have {capacity}",
-                "max_tokens" if submission.asked else "prompt",
-            )
-
     def _enqueue(self, submission: Submission, *, queued_before: bool = False) -> None:
-        self._check(submission)
+        submission.check(self._terms)
         requests = submission.requests(self._ids, self._terms)
         with self._changed:
             if self._stopped is not None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.completion import Completion, Reading, Request
 from edge_runtime.detokenizer import StopStrings, StreamDecoder, TokenDecoder
-from edge_runtime.errors import EdgeError
+from edge_runtime.errors import EdgeError, InvalidRequest, PromptTooLong
 from edge_runtime.generation import Outlet
 from edge_runtime.prompt_lookup import PromptLookup
 from edge_runtime.request import Chunk
@@ -30,6 +30,7 @@ class Terms:
     vocab_size: int
     capacity: int
     """Tokens that prompt and answer may have together."""
+    max_prompt: int
     prompt_lookup: bool
 
 
@@ -53,6 +54,29 @@ class Submission(ABC):
     def asked(self) -> bool:
         """Whether that much was asked for by name."""
         return False
+
+    def check(self, terms: Terms) -> None:
+        """InvalidRequest or PromptTooLong, if it cannot be answered on these terms."""
+        if not self.prompt:
+            raise InvalidRequest("the prompt has no tokens; give at least one", "prompt")
+        outside = next((token for token in self.prompt if not 0 <= token < terms.vocab_size), None)
+        if outside is not None:
+            raise InvalidRequest(
+                f"token {outside} of the prompt is outside the vocabulary of {terms.vocab_size} tokens", "prompt"
+            )
+        length = len(self.prompt)
+        if length > terms.max_prompt:
+            raise PromptTooLong(
+                f"the prompt has {length} tokens, this model and device take {terms.max_prompt}", "prompt"
+            )
+        if length + self.new_tokens > terms.capacity:
+            wanted = ", which leaves no room for an answer"
+            if self.asked:
+                wanted = f" and max_tokens asks for {self.new_tokens} more"
+            raise PromptTooLong(
+                f"the prompt has {length} tokens{wanted}; prompt and answer together may have {terms.capacity}",
+                "max_tokens" if self.asked else "prompt",
+            )
 
     @abstractmethod
     def requests(self, ids: Iterator[int], terms: Terms) -> Sequence[Request]:

@@ -5,6 +5,7 @@ GGUF, safetensors and synthetic models all become one; quantization is ``Checkpo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,3 +56,26 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor. KeyError if the architecture has no such tensor; CorruptModel if it is damaged."""
+
+
+class CheckpointView(ABC):
+    """Another's tensors, changed: the frame of a :class:`Checkpoint` over ``base``."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+
+    @property
+    def architecture(self) -> Architecture:
+        return self._base.architecture
+
+    @property
+    def text(self) -> TextFiles:
+        return self._base.text
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self._base.provenance
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """See :meth:`Checkpoint.tensor`."""

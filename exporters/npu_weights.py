@@ -9,15 +9,12 @@ not divide its 576 columns, it would be 10 % and 19 %.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.package import Weights
-from exporters.architecture import Architecture
-from exporters.checkpoint import Checkpoint, TextFiles
+from exporters.checkpoint import Checkpoint, CheckpointView
 from exporters.network import parameters
 from exporters.quantize import QuantizedCheckpoint
 from exporters.weights import QuantizedTensor, Tensor, dequantize
@@ -29,7 +26,7 @@ GROUPED_UP_TO = 5_000_000_000
 _CHUNK_VALUES = 1 << 22
 
 
-class NpuCheckpoint:
+class NpuCheckpoint(CheckpointView):
     """``base`` with its matrices in ``weights``, int4 or fp16; ConfigError for another.
 
     int4: groups of 128 columns; above 5 billion parameters whole rows. Matrices that 128 does not divide, as some of
@@ -39,21 +36,9 @@ class NpuCheckpoint:
     def __init__(self, base: Checkpoint, weights: str) -> None:
         if weights not in FORMATS:
             raise ConfigError(f"the NPU takes weights as {' or '.join(FORMATS)}, not {weights}; choose --weights int4")
-        self._base = base
+        super().__init__(base)
         self._half = QuantizedCheckpoint(base, "fp16") if weights == "fp16" else None
         self._grouped = parameters(base.architecture) <= GROUPED_UP_TO
-
-    @property
-    def architecture(self) -> Architecture:
-        return self._base.architecture
-
-    @property
-    def text(self) -> TextFiles:
-        return self._base.text
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        return self._base.provenance
 
     def tensor(self, name: str) -> Tensor:
         if self._half is not None:

@@ -149,11 +149,7 @@ class OnnxBuilder(OnnxOperators[_Matrix]):
             inputs,
             [output, *present],
             MICROSOFT,
-            num_heads=spec.num_heads,
-            kv_num_heads=spec.num_kv_heads,
-            scale=spec.scale,
-            softcap=spec.softcap or 0.0,
-            local_window_size=-1 if spec.layer.sliding_window is None else spec.layer.sliding_window,
+            **self._attention_attributes(spec),
             do_rotary=int(rope is not None),
             rotary_interleaved=int(rope is not None and rope.interleaved),
         )

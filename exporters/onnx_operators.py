@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import UnsupportedModel
 from exporters.architecture import Activation, Architecture, Rope
-from exporters.builder import Linear
+from exporters.builder import AttentionSpec, Linear
 from exporters.onnx_graph import MICROSOFT, OPSET, OnnxGraph
 from exporters.weights import QuantizedTensor, Tensor, concat_rows, dequantize
 
@@ -213,6 +213,16 @@ class OnnxOperators(ABC, Generic[Matrix]):
             sin = np.concatenate([np.sin(a) * s for a, s in zip(angles, scales, strict=True)]).astype(self._dtype)
             self._ropes[rope] = self._graph.weight(f"{name}.cos", cos), self._graph.weight(f"{name}.sin", sin)
         return self._ropes[rope]
+
+    def _attention_attributes(self, spec: AttentionSpec) -> dict[str, Any]:
+        """Those that Microsoft's attention operators have alike."""
+        return {
+            "num_heads": spec.num_heads,
+            "kv_num_heads": spec.num_kv_heads,
+            "scale": spec.scale,
+            "softcap": spec.softcap or 0.0,
+            "local_window_size": -1 if spec.layer.sliding_window is None else spec.layer.sliding_window,
+        }
 
     def save(self, folder: Path) -> None:
         """Write ``model.onnx`` and ``model.onnx.data``. StorageError if ``folder`` cannot be written."""

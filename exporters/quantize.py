@@ -24,8 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import ConfigError, UnsupportedModel
-from exporters.architecture import Architecture
-from exporters.checkpoint import Checkpoint, TextFiles
+from exporters.checkpoint import Checkpoint, CheckpointView
 from exporters.weights import QuantizedTensor, Tensor, dequantize
 
 WeightFormat = Literal["fp32", "fp16", "int8", "int4"]
@@ -36,7 +35,7 @@ _CHUNK_VALUES = 1 << 22
 """Values worked on at once: the temporaries stay near 64 MiB whatever the tensor's size."""
 
 
-class QuantizedCheckpoint:
+class QuantizedCheckpoint(CheckpointView):
     """``base`` with its matrices in the format ``weights``.
 
     ``group`` columns share a scale: a power of two ≥ 16. Where it does not divide a matrix's columns, the largest
@@ -50,21 +49,9 @@ class QuantizedCheckpoint:
             raise ConfigError(f"unknown weight format {weights!r}; known: {', '.join(get_args(WeightFormat))}")
         if group < MIN_GROUP or group & (group - 1):
             raise ConfigError(f"quantization group must be a power of two of at least {MIN_GROUP}, not {group}")
-        self._base = base
+        super().__init__(base)
         self._weights = weights
         self._group = group
-
-    @property
-    def architecture(self) -> Architecture:
-        return self._base.architecture
-
-    @property
-    def text(self) -> TextFiles:
-        return self._base.text
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        return self._base.provenance
 
     def tensor(self, name: str) -> Tensor:
         value = self._base.tensor(name)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from devices import Decoder, DecoderOptions, DecoderSequence, DecoderSpec, Step, open_decoder
+from devices import Decoder, DecoderOptions, DecoderSequence, Step, open_decoder
 from devices.base import Engine
 from exporters.network import build
 from exporters.onnx_builder import OnnxBuilder
 from exporters.onnx_coreml_builder import OnnxCoreMLBuilder
 from exporters.openvino_builder import OpenVinoBuilder
 from exporters.safetensors_checkpoint import SafetensorsCheckpoint
+from tests.decoder_spec import decoder_spec
 
 FAMILIES = Path(__file__).parent / "fixtures" / "families"
 LENGTHS = (7, 24, 72)
@@ -69,18 +70,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     graph = builder(arch, "fp32", folder)
     build(checkpoint, graph)
     graph.save(folder)
-    spec = DecoderSpec(
-        engine=engine,
-        model=folder / file,
-        num_layers=arch.num_layers,
-        num_heads=arch.num_heads,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-        vocab_size=arch.vocab_size,
-        max_context=arch.max_context,
-        sliding_windows=tuple(layer.sliding_window for layer in arch.layers),
-        rope_switch=arch.rope_switch,
-    )
+    spec = decoder_spec(arch, engine, folder / file)
     options = DecoderOptions(
         max_sequences=4,
         prefill_chunk=96,

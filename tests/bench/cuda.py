@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from devices import Decoder, DecoderOptions, DecoderSequence, DecoderSpec, Step, open_decoder
+from devices import Decoder, DecoderOptions, DecoderSequence, Step, open_decoder
 from devices.cuda_memory import CudaRuntime
 from exporters.architecture import Architecture
 from exporters.checkpoint import Checkpoint, TextFiles
@@ -36,6 +36,7 @@ from exporters.quantize import QuantizedCheckpoint
 from exporters.synthetic import CONFIGS
 from exporters.weights import QuantizedTensor, Tensor
 from tests.bench.fidelity import TEXTS, all_logits, measure_loss
+from tests.decoder_spec import decoder_spec
 
 GROUP = 32
 CONTEXT = 512
@@ -119,17 +120,7 @@ def open_on(
     """Written into ``folder``. ``context``: the model's, at most."""
     arch = checkpoint.architecture
     engine, file = write_graph(checkpoint, export, weights, folder, folder.parent)
-    spec = DecoderSpec(
-        engine=engine,
-        model=folder / file,
-        num_layers=arch.num_layers,
-        num_heads=arch.num_heads,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-        vocab_size=arch.vocab_size,
-        max_context=min(arch.max_context, context or arch.max_context),
-        rope_switch=arch.rope_switch,
-    )
+    spec = decoder_spec(arch, engine, folder / file, context)
     return open_decoder(spec, device, DecoderOptions(**options))
 
 

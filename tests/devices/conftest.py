@@ -15,6 +15,7 @@ from exporters.checkpoint import Checkpoint
 from exporters.graphs import Engine, write_graph
 from exporters.onnx_operators import WeightFormat
 from exporters.synthetic import SyntheticCheckpoint
+from tests.decoder_spec import decoder_spec
 from tests.devices.contract import CHUNK, CONTEXT, PROMPT, SEQUENCES, Open
 from tests.devices.edge_session import SPEC, standing_in
 from tests.exporters.random_checkpoint import ARCHITECTURE, RandomCheckpoint
@@ -45,16 +46,7 @@ def _spec(device: str, folder: Path) -> DecoderSpec:
     arch = checkpoint.architecture
     weights: WeightFormat = "fp16" if device in HALF else "fp32"
     engine, file = write_graph(checkpoint, DEVICES[device], weights, folder / "model", folder)
-    return DecoderSpec(
-        engine=engine,
-        model=folder / "model" / file,
-        num_layers=arch.num_layers,
-        num_heads=arch.num_heads,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-        vocab_size=arch.vocab_size,
-        max_context=CONTEXT,
-    )
+    return decoder_spec(arch, engine, folder / "model" / file, CONTEXT)
 
 
 @pytest.fixture(scope="module", params=["fake", STAND_IN, *DEVICES])

@@ -17,6 +17,7 @@ from devices.onnxruntime_edge import OnnxRuntimeEdgeDecoder
 from devices.registry import choose_device, open_decoder
 from exporters.graphs import write_graph
 from exporters.synthetic import SyntheticCheckpoint
+from tests.decoder_spec import decoder_spec
 
 OPTIONS = DecoderOptions(max_sequences=4, prefill_chunk=64, kv_tokens=256, threads=1)
 Open = Callable[[KVWish], OnnxRuntimeEdgeDecoder]
@@ -31,10 +32,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> DecoderSpec:
     checkpoint, folder = SyntheticCheckpoint("tiny"), tmp_path_factory.mktemp("tiny")
     arch = checkpoint.architecture
     engine, file = write_graph(checkpoint, "onnx-edge", "fp32", folder / "model", folder)
-    return DecoderSpec(
-        engine, folder / "model" / file, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.head_dim,
-        arch.vocab_size, 1024,
-    )  # fmt: skip
+    return decoder_spec(arch, engine, folder / "model" / file, 1024)
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +160,7 @@ def test_elsewhere_there_is_no_choice(device: str, tmp_path: Path) -> None:
     engine, file = write_graph(
         checkpoint, "onnx" if device.startswith("onnx") else "openvino", "fp32", tmp_path / "m", tmp_path
     )
-    spec = DecoderSpec(
-        engine, tmp_path / "m" / file, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.head_dim,
-        arch.vocab_size, 256,
-    )  # fmt: skip
+    spec = decoder_spec(arch, engine, tmp_path / "m" / file, 256)
     decoder = open_decoder(spec, device, replace(OPTIONS, kv_type="auto"))
     assert decoder.limits.kv_choices == ()
     assert decoder.limits.longest == 256

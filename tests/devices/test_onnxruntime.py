@@ -21,6 +21,7 @@ from exporters.network import build
 from exporters.onnx_builder import OnnxBuilder
 from exporters.safetensors_checkpoint import SafetensorsCheckpoint
 from tests.conftest import FIXTURES
+from tests.decoder_spec import decoder_spec
 
 Open = Callable[..., OnnxRuntimeDecoder]
 
@@ -31,17 +32,7 @@ def _spec(family: str, folder: Path) -> DecoderSpec:
     builder = OnnxBuilder(arch, "fp32", folder)
     build(checkpoint, builder)
     builder.save(folder)
-    return DecoderSpec(
-        "onnxruntime",
-        folder / "model.onnx",
-        arch.num_layers,
-        arch.num_heads,
-        arch.num_kv_heads,
-        arch.head_dim,
-        arch.vocab_size,
-        arch.max_context,
-        rope_switch=arch.rope_switch,
-    )
+    return decoder_spec(arch, "onnxruntime", folder / "model.onnx")
 
 
 @pytest.fixture(scope="module")

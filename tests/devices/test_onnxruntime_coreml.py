@@ -18,6 +18,7 @@ from exporters.graphs import Engine, write_graph
 from exporters.onnx_coreml_builder import STEP
 from exporters.onnx_operators import WeightFormat
 from exporters.synthetic import SyntheticCheckpoint
+from tests.decoder_spec import decoder_spec
 
 EMULATED = "onnxruntime:coreml-emulated"
 OPTIONS = DecoderOptions(max_sequences=2, prefill_chunk=200, kv_tokens=1024, threads=1)
@@ -27,10 +28,7 @@ def make(folder: Path, engine: Engine, weights: WeightFormat) -> DecoderSpec:
     checkpoint = SyntheticCheckpoint("tiny")
     arch = checkpoint.architecture
     runs_on, file = write_graph(checkpoint, engine, weights, folder / "model", folder)
-    return DecoderSpec(
-        runs_on, folder / "model" / file, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.head_dim,
-        arch.vocab_size, 600,
-    )  # fmt: skip
+    return decoder_spec(arch, runs_on, folder / "model" / file, 600)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from exporters.onnx_operators import WeightFormat
 from exporters.quantize import QuantizedCheckpoint, quantize
 from exporters.safetensors_checkpoint import SafetensorsCheckpoint
 from exporters.weights import QuantizedTensor
+from tests.decoder_spec import decoder_spec
 from tests.exporters.random_checkpoint import ARCHITECTURE, RandomCheckpoint
 
 FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
@@ -37,17 +38,7 @@ def make_spec(
 ) -> DecoderSpec:
     arch = checkpoint.architecture
     runs_on, file = write_graph(QuantizedCheckpoint(checkpoint, weights), engine, weights, folder / "model", folder)
-    return DecoderSpec(
-        engine=runs_on,
-        model=folder / "model" / file,
-        num_layers=arch.num_layers,
-        num_heads=arch.num_heads,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-        vocab_size=arch.vocab_size,
-        max_context=arch.max_context,
-        rope_switch=arch.rope_switch,
-    )
+    return decoder_spec(arch, runs_on, folder / "model" / file)
 
 
 def everything(decoder: Decoder, ids: NDArray[np.int64], sizes: tuple[int, ...] = ()) -> NDArray[np.float32]:

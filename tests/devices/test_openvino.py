@@ -22,6 +22,7 @@ from devices.openvino_open import open_openvino
 from devices.openvino_paged import OpenVinoDecoder
 from exporters.network import build
 from exporters.openvino_builder import OpenVinoBuilder
+from tests.decoder_spec import decoder_spec
 from tests.exporters.random_checkpoint import ARCHITECTURE, RandomCheckpoint
 
 BLOCK = 32
@@ -33,18 +34,7 @@ def exported(folder: Path, checkpoint: RandomCheckpoint) -> DecoderSpec:
     build(checkpoint, builder)
     builder.save(folder)
     arch = checkpoint.architecture
-    return DecoderSpec(
-        "openvino",
-        folder / "openvino_model.xml",
-        arch.num_layers,
-        arch.num_heads,
-        arch.num_kv_heads,
-        arch.head_dim,
-        arch.vocab_size,
-        arch.max_context,
-        tuple(layer.sliding_window for layer in arch.layers),
-        arch.rope_switch,
-    )
+    return decoder_spec(arch, "openvino", folder / "openvino_model.xml")
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from exporters.graphs import write_graph
 from exporters.network import build
 from exporters.npu_weights import NpuCheckpoint
 from exporters.onnx_operators import WeightFormat
+from tests.decoder_spec import decoder_spec
 from tests.exporters.numpy_builder import NumpyBuilder
 from tests.exporters.random_checkpoint import ARCHITECTURE, ROPE, RandomCheckpoint
 
@@ -39,18 +40,7 @@ IDS = np.random.default_rng(1).integers(0, ARCHITECTURE.vocab_size, 150)
 def exported(checkpoint: Checkpoint, folder: Path, weights: WeightFormat = "fp16") -> DecoderSpec:
     engine, file = write_graph(checkpoint, "openvino-npu", weights, folder, folder)
     arch = checkpoint.architecture
-    return DecoderSpec(
-        engine,
-        folder / file,
-        arch.num_layers,
-        arch.num_heads,
-        arch.num_kv_heads,
-        arch.head_dim,
-        arch.vocab_size,
-        arch.max_context,
-        tuple(layer.sliding_window for layer in arch.layers),
-        arch.rope_switch,
-    )
+    return decoder_spec(arch, engine, folder / file)
 
 
 def twin(checkpoint: Checkpoint) -> NDArray[np.float64]:

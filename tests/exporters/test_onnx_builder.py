@@ -11,7 +11,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from devices.base import DecoderOptions, DecoderSpec, Step
+from devices.base import DecoderOptions, Step
 from devices.onnxruntime_gqa import OnnxRuntimeDecoder
 from edge_runtime.errors import StorageError, UnsupportedModel
 from exporters.architecture import Architecture, Layer, Rope
@@ -22,6 +22,7 @@ from exporters.onnx_graph import ALIGNMENT, DATA_FILE, MODEL_FILE, OnnxGraph
 from exporters.onnx_weights import pack
 from exporters.quantize import QuantizedCheckpoint
 from exporters.weights import QuantizedTensor, Tensor
+from tests.decoder_spec import decoder_spec
 from tests.exporters.numpy_builder import run
 
 ROPE = Rope(tuple(10000.0 ** (-i / 16) for i in range(16)))
@@ -90,16 +91,7 @@ def export(checkpoint: RandomCheckpoint | QuantizedCheckpoint, weights: WeightFo
 
 def logits(arch: Architecture, folder: Path) -> NDArray[np.float32]:
     """Of a prompt, a single token and a chunk behind it."""
-    spec = DecoderSpec(
-        "onnxruntime",
-        folder / MODEL_FILE,
-        arch.num_layers,
-        arch.num_heads,
-        arch.num_kv_heads,
-        arch.head_dim,
-        arch.vocab_size,
-        arch.max_context,
-    )
+    spec = decoder_spec(arch, "onnxruntime", folder / MODEL_FILE)
     decoder = OnnxRuntimeDecoder(spec, DecoderOptions(max_sequences=1, threads=1))
     sequence = decoder.new_sequence()
     parts = [decoder.forward([Step(sequence, part, len(part))])[0] for part in (IDS[:30], IDS[30:31], IDS[31:])]

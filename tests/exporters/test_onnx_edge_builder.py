@@ -12,7 +12,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from devices.base import DecoderOptions, DecoderSpec, Step
+from devices.base import DecoderOptions, Step
 from devices.errors import DeviceUnavailable
 from devices.registry import choose_device
 from edge_runtime.errors import UnsupportedModel
@@ -27,6 +27,7 @@ from exporters.onnx_graph import DATA_FILE, EDGE, MICROSOFT, MODEL_FILE
 from exporters.onnx_operators import WeightFormat
 from exporters.quantize import QuantizedCheckpoint
 from exporters.weights import QuantizedTensor, Tensor
+from tests.decoder_spec import decoder_spec
 from tests.exporters.numpy_builder import run
 from tests.exporters.random_checkpoint import ARCHITECTURE, ROPE, RandomCheckpoint
 
@@ -306,17 +307,7 @@ class TestLogits:
 
         arch: Architecture = checkpoint.architecture
         export(checkpoint, weights, folder)
-        spec = DecoderSpec(
-            "onnxruntime-edge",
-            folder / MODEL_FILE,
-            arch.num_layers,
-            arch.num_heads,
-            arch.num_kv_heads,
-            arch.head_dim,
-            arch.vocab_size,
-            arch.max_context,
-            rope_switch=arch.rope_switch,
-        )
+        spec = decoder_spec(arch, "onnxruntime-edge", folder / MODEL_FILE)
         decoder = OnnxRuntimeEdgeDecoder(spec, DecoderOptions(max_sequences=1, threads=1))
         sequence = decoder.new_sequence(len(IDS))
         rows = []
