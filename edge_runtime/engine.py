@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,9 +26,9 @@ from edge_runtime.errors import (
     EngineError,
     EngineStopped,
     OutOfKVCache,
-    Overloaded,
 )
 from edge_runtime.generation import EngineGeneration, Generation
+from edge_runtime.inbox import Inbox, Letter
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.prefix_store import PrefixStore
 from edge_runtime.sampling import SamplingParams
@@ -64,13 +65,14 @@ Successor = Callable[[EngineError], "Callable[[], Engine] | None"]
 device. None: there is none, and this engine goes on as well as it can."""
 
 
-class _DeviceFailed(Exception):
+class _HandOver(Exception):
     """There is somebody to hand over to."""
 
-    def __init__(self, error: EngineError, open_successor: Callable[[], Engine]) -> None:
-        super().__init__(str(error))
-        self.error = error
+    def __init__(self, why: str, open_successor: Callable[[], Engine], error: EngineError | None = None) -> None:
+        """``error``: what those get who have had something already; None: there are none."""
+        super().__init__(why)
         self.open_successor = open_successor
+        self.error = error
 
 
 class Engine:
@@ -100,7 +102,6 @@ class Engine:
         successor: Successor = lambda error: None,
     ) -> None:
         self._decoder = decoder
-        self._max_queue = max_queue
         self._successor = successor
         limits = decoder.limits
         self._terms = Terms(
@@ -125,10 +126,10 @@ class Engine:
         self._live: dict[Request, Submission] = {}
         """Requests taken from the inbox and not let go yet: each is running, or waiting, or waits for a sibling."""
 
-        self._changed = threading.Condition()  # guards the three below; the engine's thread may look without
-        self._inbox: list[tuple[Submission, Sequence[Request]]] = []
-        self._closing = False
-        self._stopped: EngineStopped | None = None
+        self._inbox = Inbox(max_queue, lambda: len(self._scheduler.waiting))
+        self._leaving: Callable[[], Engine] | None = None
+        """What opens the engine that shall take this one's place."""
+        self._left: Future[None] = Future()
 
         self._thread = threading.Thread(target=self._run, name="edge-glm engine", daemon=True)
         self._thread.start()
@@ -146,13 +147,18 @@ class Engine:
     @property
     def alive(self) -> bool:
         """False once closed, or when its thread has died."""
-        return self._stopped is None and not self._closing
+        return self._inbox.open
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, and nothing waits."""
+        return not self._live and self._inbox.queued == 0
 
     @property
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self._scheduler.running),
-            waiting=self._queued(),
+            waiting=self._inbox.queued,
             cached_sequences=len(self._cache),
             cached_tokens=self._cache.tokens,
             generated_tokens=self._generated,
@@ -191,11 +197,22 @@ class Engine:
             except EdgeError as error:
                 submission.fail(error)
 
+    def replace(self, open_successor: Callable[[], Engine]) -> None:
+        """Let another engine take over between requests: this one ends what it has begun and closes, and what came
+        meanwhile is answered by the other, which ``open_successor`` opens then, on this one's thread.
+
+        Returns when it has. What ``open_successor`` raises, and then nobody has taken over; EngineStopped, if this one
+        ends otherwise before; ValueError, if it is to be replaced already.
+        """
+        if self._leaving is not None:
+            raise ValueError("another engine is to take over already")
+        self._leaving = open_successor
+        self._inbox.wake()
+        self._left.result()
+
     def close(self) -> None:
         """End every request with EngineStopped and close the decoder. Idempotent."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        self._inbox.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -218,19 +235,7 @@ class Engine:
 
     def _enqueue(self, submission: Submission, *, queued_before: bool = False) -> None:
         submission.check(self._terms)
-        requests = submission.requests(self._ids, self._terms)
-        with self._changed:
-            if self._stopped is not None:
-                raise EngineStopped(str(self._stopped)) from self._stopped
-            if self._closing:
-                raise EngineStopped("the engine has been closed")
-            if self._queued() >= self._max_queue and not queued_before:
-                raise Overloaded(f"{self._max_queue} requests are waiting already; try again later")
-            self._inbox.append((submission, requests))
-            self._changed.notify()
-
-    def _queued(self) -> int:
-        return len(self._inbox) + len(self._scheduler.waiting)
+        self._inbox.put(submission, submission.requests(self._ids, self._terms), queued_before=queued_before)
 
     # --- the engine's thread ------------------------------------------------------------------------------------------
 
@@ -238,8 +243,8 @@ class Engine:
         try:
             while self._collect():
                 self._postprocess(*self._forward(self._scheduler.next()))  # keeps no logits: the next take their place
-        except _DeviceFailed as failure:
-            self._hand_over(failure)
+        except _HandOver as end:
+            self._hand_over(end)
         except BaseException as cause:
             error = EngineStopped(f"the engine's thread died: {type(cause).__name__}: {cause}; open the model again")
             error.__cause__ = cause
@@ -247,28 +252,28 @@ class Engine:
         else:
             self._stop(EngineStopped("the engine has been closed"))
 
-    def _hand_over(self, failure: _DeviceFailed) -> None:
+    def _hand_over(self, end: _HandOver) -> None:
         """Let go of the device, then have the successor answer what nobody has had anything of; end the rest."""
-        unsent = self._let_go_of_device(failure.error)
-        failed = f"{self._decoder.device} failed ({failure.error})"
-        error = EngineStopped(f"{failed}, and another device has taken over")
+        unsent = self._let_go_of_device(end.error)
+        error = EngineStopped(f"{end}, and another has taken over")
         successor = None
         try:
-            successor = failure.open_successor()
-        except Exception as cause:  # whatever it is, somebody waits
-            error = EngineStopped(f"{failed}, and nothing takes its place: {cause}")
+            successor = end.open_successor()
+        except BaseException as cause:  # whatever it is, somebody waits
+            error = EngineStopped(f"{end}, and nothing takes its place: {cause}")
             error.__cause__ = cause
-        with self._changed:
-            self._stopped = error
-            unsent += [submission for submission, _ in self._inbox]
-            self._inbox.clear()
+        unsent += [letter.submission for letter in self._inbox.stop(error)]
+        if successor is not None and end.error is None:
+            self._left.set_result(None)
+        else:
+            self._left.set_exception(error.__cause__ or error)
         if successor is not None:
             successor.resume(unsent)
             return
         for submission in unsent:
             submission.fail(error)
 
-    def _let_go_of_device(self, error: EngineError) -> list[Submission]:
+    def _let_go_of_device(self, error: EngineError | None) -> list[Submission]:
         """End what was begun; returns what was not."""
         unsent = [each for each in dict.fromkeys(self._live.values()) if not each.sent]
         for request, submission in self._live.items():
@@ -284,29 +289,40 @@ class Engine:
         """Wait for something to do, take in new requests and let go what is over. False: the engine is closing."""
         while not self._busy():
             self._wait()
-        if self._inbox:
+        if self._leaving is not None:
+            self._leave(self._leaving)
+        elif self._inbox:
             self._take_in()
         over = [request for request in self._live if request.finished or request.cancelled]
         if over:
             self._let_go(over)
-        return not self._closing
+        return not self._inbox.closing
 
     def _busy(self) -> bool:
-        return bool(self._live or self._inbox or self._closing)
+        return bool(self._live or self._inbox or self._inbox.closing or self._leaving)
 
     def _wait(self) -> None:
         """For something to do. After a while without, a segment of a prefix is stored."""
-        with self._changed:
-            busy = self._changed.wait_for(self._busy, IDLE_S if self._cache.unsaved else None)
-        if not busy:
+        if not self._inbox.wait(self._busy, IDLE_S if self._cache.unsaved else None):
             self._cache.save_next()
 
     def _take_in(self) -> None:
-        with self._changed:
-            for submission, requests in self._inbox:
-                self._scheduler.add(requests[0])
-                self._live.update(dict.fromkeys(requests, submission))
-            self._inbox.clear()
+        for submission, requests in self._inbox.take():
+            self._scheduler.add(requests[0])
+            self._live.update(dict.fromkeys(requests, submission))
+
+    def _leave(self, open_successor: Callable[[], Engine]) -> None:
+        """Once what has been begun is over; who only waits yet, waits for the successor."""
+        begun = {self._live[request] for request in self._scheduler.running}
+        put_back = [each for each in dict.fromkeys(self._live.values()) if each not in begun and not each.sent]
+        letters = {each: [request for request, of in self._live.items() if of is each] for each in put_back}
+        self._inbox.put_back([Letter(each, requests) for each, requests in letters.items()])
+        for requests in letters.values():
+            for request in requests:
+                del self._live[request]
+                self._scheduler.release(request, keep=False)
+        if not self._live and not self._inbox.closing:
+            raise _HandOver(f"{self._decoder.device} was replaced", open_successor)
 
     def _let_go(self, requests: Sequence[Request]) -> None:
         """Free what they hold."""
@@ -325,7 +341,7 @@ class Engine:
                 batch = self._scheduler.make_room(batch, error)
             except DeviceError as error:  # the batch's sequences are undefined now, the others are sound
                 if isinstance(error, EngineError) and (open_successor := self._successor(error)) is not None:
-                    raise _DeviceFailed(error, open_successor) from error
+                    raise _HandOver(f"{self._decoder.device} failed ({error})", open_successor, error) from error
                 for work in batch:
                     self._fail(work.request, error)
                 batch = []
@@ -363,10 +379,8 @@ class Engine:
         self._scheduler.release(request, keep=False)
 
     def _stop(self, error: EngineStopped) -> None:
-        with self._changed:
-            self._stopped = error
-            unread = [request for _, requests in self._inbox for request in requests]
-            self._inbox.clear()
+        unread = [request for letter in self._inbox.stop(error) for request in letter.requests]
+        self._left.set_exception(error)
         for request in [*self._live, *unread]:
             request.finish("error", error)
         self._forget_requests()

@@ -93,6 +93,34 @@ class Failover:
                 if asked is self._loaded:
                     raise
 
+    def switch(self, placement: Placement) -> None:
+        """Open another variant on a device that is in use, in place of what it has: between requests, as
+        :meth:`edge_runtime.engine.Engine.replace`. Returns when it is open.
+
+        Raises what opening it does, and then what was open is open again; EngineStopped, if the device is not in use
+        any more or fails meanwhile.
+        """
+        name, fresh = placement.device.name, placement
+        with self._lock:
+            in_use = [each for each in self._loaded if each.placement.device.name == name]
+            if self._closed or not in_use:
+                raise EngineStopped(f"{name} is not in use")
+            sharing = 2 if len(self._loaded) > 1 or (self._opening is not None and self._opening.is_alive()) else 1
+        (old,) = in_use
+        errors: list[EdgeError] = []
+
+        def open_successor() -> Engine:
+            try:
+                loaded = self._load(fresh, partial(self._succeed, fresh), sharing)
+            except EdgeError as error:
+                errors.append(error)
+                loaded = self._load(old.placement, partial(self._succeed, old.placement), sharing)
+            return self._put_in_place(old.placement, loaded)
+
+        old.engine.replace(open_successor)
+        if errors:
+            raise errors[0]
+
     def close(self) -> None:
         """Close all; waits for one that is being opened, since nothing can stop an engine there."""
         with self._lock:
@@ -168,9 +196,11 @@ class Failover:
         return lambda: self._take_over(failed, following)
 
     def _take_over(self, failed: Placement, placement: Placement) -> Engine:
-        loaded = self._open(placement, 1)
+        return self._put_in_place(failed, self._open(placement, 1))
+
+    def _put_in_place(self, old: Placement, loaded: Loaded) -> Engine:
         with self._lock:
-            self._loaded = tuple(loaded if each.placement is failed else each for each in self._loaded)
+            self._loaded = tuple(loaded if each.placement is old else each for each in self._loaded)
             closed = self._closed
         if closed:  # meanwhile
             loaded.engine.close()

@@ -21,19 +21,22 @@ from edge_runtime.failover import Failover
 from edge_runtime.generation import Generation
 from edge_runtime.heap import return_free_heap
 from edge_runtime.loading import Loaded, Loading, load
-from edge_runtime.measurements import WORKLOADS, Workload
+from edge_runtime.machine import fingerprint
+from edge_runtime.measurements import WORKLOADS, Measurements, Workload
 from edge_runtime.memory import parse_budget, parse_bytes
-from edge_runtime.package import Package, Variant, Weights
+from edge_runtime.package import Package, Variant, WeightsWish
 from edge_runtime.paths import home
-from edge_runtime.placement import Wish, place
+from edge_runtime.placement import Placement, Wish, place
 from edge_runtime.prefix_store import DEFAULT_SIZE
 from edge_runtime.request import Chunk, FinishReason, TokenLogprob, Usage
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import Progress, Store
+from edge_runtime.switching import Switching
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.base import Messages, Text, TierRequest, TokenIds
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tuning.records import Options
+from edge_runtime.variants import Variants
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
@@ -63,7 +66,9 @@ class EdgeLLM:
     ``memory_budget`` (``"1GiB"``, or ``"25%"`` of the device's memory, of which a container has what it is confined to)
     is what the process may take at most; the KV cache gets what weights and engine leave. Without one a model is
     refused that would take more than 80 % of the memory that is free (:mod:`edge_runtime.budgets`). ``weights`` is
-    ``fp32``, ``fp16``, ``int8`` or ``int4``; None takes what a present package has, int4 for a new one.
+    ``fp32``, ``fp16``, ``int8`` or ``int4``; None takes the smallest that a present package has, int4 for a new one.
+    ``auto`` takes the smallest that keeps the model's answers, and for a prompt that the KV cache beside it has no room
+    for, between requests, a smaller one (:mod:`edge_runtime.variants`, :mod:`edge_runtime.switching`).
     ``threads``, ``kv_type``, ``max_sequences`` and ``batch_invariant``: see :class:`devices.DecoderOptions`.
     ``prompt_lookup``: answers that repeat what was said before come faster (:mod:`edge_runtime.prompt_lookup`).
     ``prefix_cache_bytes``: KV cache that finished requests may go on holding (None: what running ones do not need).
@@ -87,7 +92,7 @@ class EdgeLLM:
         device: str = "auto",
         memory_budget: str | int | None = None,
         *,
-        weights: Weights | None = None,
+        weights: WeightsWish | None = None,
         threads: int | None = None,
         kv_type: KVWish | None = None,
         max_sequences: int = DecoderOptions.max_sequences,
@@ -115,20 +120,30 @@ class EdgeLLM:
             workload=workload,
             tuning=tuning,
         )
-        wish = Wish(ref, device, weights, workload, fallback)
-        unfit = partial(put_aside, weights=weights, size=loading.budget, kv_type=kv_type)
-        first = place(store, wish, progress, unfit=unfit)
+        auto = weights == "auto"
+        fixed = None if weights == "auto" else weights
+        wish = Wish(ref, device, fixed, workload, fallback)
+        unfit = partial(put_aside, weights=fixed, size=loading.budget, kv_type=kv_type)
+        kept = Measurements(store.home.measurements, fingerprint())
+        variants = Variants(kept.losses, loading.budget, kv_type, max_sequences)
+
+        def place_on(aside: Mapping[str, str], progress: Progress | None = None) -> Placement:
+            placed = place(store, wish, progress, aside=aside, unfit=unfit)
+            return variants.refine(placed) if auto else placed
+
+        first = place_on({}, progress)
         self._created = int(time.time())
         self.tokenizer = tokenizer = _tokenizer(first.package)
         template = ChatTemplate(first.package.chat_template, first.package.manifest.special_tokens)
         self._chats = template.source is not None
         self._failover = Failover(
-            place=lambda aside: place(store, wish, aside=aside, unfit=unfit),
+            place=place_on,
             load=lambda placement, successor, sharing: load(
                 store, placement, loading, tokenizer, template, successor, sharing
             ),
             first=first,
         )
+        self._switching = Switching(self._failover, variants, auto)
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -157,6 +172,15 @@ class EdgeLLM:
     def score(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(len(ids)-1,) float32: log p(ids[i+1] | ids[:i+1])."""
         return self._failover.score(ids)
+
+    def switch(self, weights: WeightsWish) -> None:
+        """Go on with other weights that the package has, between requests: what runs ends as it was begun, what comes
+        meanwhile waits. Returns when they are open. ``auto``: see the class.
+
+        ModelNotFound, and nothing has changed; BudgetError, EngineError and so on if they do not open, and what was
+        open is open again; EngineStopped.
+        """
+        self._switching.switch(weights)
 
     # --- what the server needs ----------------------------------------------------------------------------------------
 
@@ -239,7 +263,7 @@ class EdgeLLM:
         return self._failover.loaded[0]
 
     def _start(self, request: TierRequest) -> Generation:
-        return self._failover.start(self._loaded.tier.prepare(request))  # the prompt is the same on every device
+        return self._switching.start(self._loaded.tier.prepare(request))  # the prompt is the same on every device
 
     def _kind_of(self, prompt: Prompt) -> Messages | Text | TokenIds:
         if isinstance(prompt, str):

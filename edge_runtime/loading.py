@@ -57,8 +57,9 @@ class Loaded:
 
     @property
     def reason(self) -> str:
-        """Why this device, and what tuning found for it."""
-        return self.placement.reason if self.tuned is None else f"{self.placement.reason}; {self.tuned}"
+        """Why this device and variant, and what tuning found for them."""
+        said = (self.placement.reason, self.placement.weights_reason, self.tuned)
+        return "; ".join(each for each in said if each is not None)
 
 
 def load(
@@ -73,7 +74,7 @@ def load(
     """``sharing``: how many devices have the memory budget together, this one included, each an equal part.
 
     Raises CorruptModel, DeviceUnavailable, EngineError, BudgetError, ConfigError; then nothing stays open."""
-    device, package, variant, _ = placement
+    device, package, variant = placement.device, placement.package, placement.variant
     store.verify(package, variant)
     given = DecoderOptions(
         max_sequences=loading.max_sequences,

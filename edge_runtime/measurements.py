@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import msgspec
 
 from edge_runtime.locks import file_lock
+from edge_runtime.package import Weights
 
 Workload = Literal["one", "many", "long"]
 """``one``: a stream at a time; ``many``: streams at once; ``long``: long prompts with short answers."""
@@ -43,12 +44,14 @@ class Measurement(msgspec.Struct, frozen=True):
     model: str
     device: str
     """``engine:hardware``."""
-    weights: str
+    weights: Weights
     shape: Shape
     seconds: float
     """Of the machine's time for each request: prefill and decoding at the rates of all streams together."""
     machine: str
     """Processor, cores and versions, in words; measurements of others do not count."""
+    loss: float | None = None
+    """Nats per token of the bundled text, if it was scored."""
 
 
 class Measurements:
@@ -72,7 +75,11 @@ class Measurements:
     def keep(self, measurement: Measurement) -> None:
         """In place of an earlier one of the same kind. StorageError if it cannot be written."""
         with file_lock(self._file.with_suffix(".lock")):
-            kept = [each for each in self.read() if _kind(each) != _kind(measurement)]
+            before = self.read()
+            kept = [each for each in before if _kind(each) != _kind(measurement)]
+            if measurement.loss is None:  # it is not the shape's, and need not be scored each time
+                known = (each.loss for each in reversed(before) if _kind(each) == _kind(measurement))
+                measurement = msgspec.structs.replace(measurement, loss=next(known, None))
             fresh = self._file.with_suffix(".new")
             try:
                 fresh.write_bytes(msgspec.json.encode([*kept, measurement][-_KEPT:]))
@@ -80,6 +87,10 @@ class Measurements:
             finally:
                 with suppress(OSError):
                     fresh.unlink()
+
+    def losses(self, model: str) -> Mapping[Weights, float]:
+        """Weights → the latest loss of ``model`` that was measured with them, on whatever device."""
+        return {each.weights: each.loss for each in self.read() if each.model == model and each.loss is not None}
 
     def order(self, devices: Sequence[str], model: str, weights: str | None, workload: Workload) -> list[str]:
         """``devices``, of which the measured ones change places so that the fastest is first.

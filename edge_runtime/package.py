@@ -33,6 +33,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
+WeightsWish = Weights | Literal["auto"]
+"""auto: see :mod:`edge_runtime.variants`."""
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 WEIGHTS: tuple[Weights, ...] = ("fp32", "fp16", "int8", "int4")
 

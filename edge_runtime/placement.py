@@ -48,6 +48,8 @@ class Placement(NamedTuple):
     variant: Variant
     reason: str
     """Why this device, in words."""
+    weights_reason: str | None = None
+    """Why this variant, where several would do."""
 
 
 def place(

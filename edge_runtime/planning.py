@@ -24,11 +24,13 @@ from edge_runtime.footprint import (
     tokens_needed,
     tokens_within,
 )
-from edge_runtime.measurements import Workload
+from edge_runtime.machine import fingerprint
+from edge_runtime.measurements import Measurements, Workload
 from edge_runtime.memory import BudgetSize, format_bytes
-from edge_runtime.package import Package, Weights
+from edge_runtime.package import Package, Weights, WeightsWish
 from edge_runtime.placement import Wish, place
 from edge_runtime.store import Store, variant_name
+from edge_runtime.variants import rank
 
 MOST_SEQUENCES = 4096
 
@@ -37,7 +39,7 @@ MOST_SEQUENCES = 4096
 class Need:
     """What a model shall be opened for. None: as it is opened where nothing is said."""
 
-    weights: Weights | None = None
+    weights: WeightsWish | None = None
     kv_type: KVWish | None = None
     context: int | None = None
     """Tokens of each sequence."""
@@ -84,7 +86,8 @@ def plan(store: Store, ref: str, device: str, size: BudgetSize | None, need: Nee
     sense; UnknownReference, UnknownDevice, CorruptModel."""
     names = parse_device(device)
     package = store.present(ref)
-    models = _of_package(package, need.weights) if package is not None else _of_outline(store, ref, need.weights)
+    weights = None if need.weights == "auto" else need.weights
+    models = _of_package(package, weights) if package is not None else _of_outline(store, ref, weights)
     _check(need, next(iter(models.values())).architecture.max_context)
     found = []
     budgets: dict[str, Budget | None] = {}
@@ -185,6 +188,11 @@ def _choose(
     if package is None:
         return first, f"the first for {device} that fits; it would be exported first"
     out = {each.device: str(each.reason) for each in found if each.device not in fitting}
-    placed = place(store, Wish(ref, device, need.weights, need.workload), unfit=lambda package, names: out)
-    chosen = (placed.device.name, placed.variant.name)
-    return next((each for each in found if (each.device, each.variant) == chosen and each.fits), first), placed.reason
+    weights = None if need.weights == "auto" else need.weights
+    placed = place(store, Wish(ref, device, weights, need.workload), unfit=lambda package, names: out)
+    preferred = [placed.variant.name]
+    if need.weights == "auto":
+        losses = Measurements(store.home.measurements, fingerprint()).losses(package.name)
+        preferred = [each.name for each in rank(package.manifest.variants, losses)]
+    there = {each.variant: each for each in found if each.device == placed.device.name and each.fits}
+    return next((there[name] for name in preferred if name in there), first), placed.reason

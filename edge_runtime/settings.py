@@ -13,7 +13,7 @@ import msgspec
 from devices.kv_types import KVWish
 from edge_runtime.errors import ConfigError
 from edge_runtime.measurements import Workload
-from edge_runtime.package import Weights
+from edge_runtime.package import Weights, WeightsWish
 from edge_runtime.paths import APP
 from edge_runtime.prefix_store import DEFAULT_SIZE
 
@@ -29,7 +29,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What ``serve`` serves without a reference."""
     device: str = "auto"
     fallback: bool = False
-    weights: Weights | None = None
+    weights: WeightsWish | None = None
     workload: Workload | None = None
     """What to choose a device for; ``serve`` takes many streams if nothing is said, all else one."""
     memory_budget: str | None = None
@@ -47,6 +47,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     temperature: float | None = None
     seed: int | None = None
     system: str | None = None
+
+    @property
+    def format(self) -> Weights | None:
+        """``weights``, for who cannot choose them."""
+        return None if self.weights == "auto" else self.weights
 
 
 def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:

@@ -35,7 +35,7 @@ def measurement(result: Result, machine: str) -> Measurement:
     assert result.decode_tps is not None
     seconds = result.prompt_tokens / result.prefill_tps + result.new_tokens / result.decode_tps
     shape = Shape(result.prompt_tokens, result.new_tokens, result.concurrency)
-    return Measurement(result.model, result.device, result.weights, shape, seconds, machine)
+    return Measurement(result.model, result.device, result.weights, shape, seconds, machine, result.nll)
 
 
 def measure(job: Job, devices: Sequence[str], run: Callable[[Job], Result], keep: Callable[[Result], None]) -> Found:

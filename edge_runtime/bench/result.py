@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from edge_runtime.package import Weights
+
 
 class Percentiles(msgspec.Struct, frozen=True):
     p50: float
@@ -80,7 +82,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     device: str | None = None
     """``engine:device``; None for a server."""
-    weights: str | None = None
+    weights: Weights | None = None
     tuned: str | None = None
     """What was taken of that which ``edge-glm tune`` found."""
     url: str | None = None

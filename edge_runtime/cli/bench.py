@@ -77,7 +77,7 @@ def _job(arguments: argparse.Namespace) -> Job:
     if arguments.ref is None:
         raise ConfigError("bench needs a model reference to measure here, or --url for a server")
     settings = load_settings({name: getattr(arguments, name) for name in (*_LOADING, "tuning")})
-    loading = {name: getattr(settings, name) for name in _LOADING}
+    loading = {name: getattr(settings, name) for name in _LOADING} | {"weights": settings.format}
     tuning = None if settings.tuning else Options()
     return Job(ref=arguments.ref, tuning=tuning, **loading, **_given(arguments, *_LOCAL, *_SHAPE))
 

@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("prompt", metavar="PROMPT", nargs="?", help="- or none: standard input; on a terminal: a chat")
     _add_device(run)
     _add_fallback(run)
-    _add_weights(run)
+    _add_weights(run, auto=True)
     _add_loading(run)
     _add_prefixes(run)
     _add_workload(run, "one")
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("ref", metavar="REF", nargs="?", help=f"{REFERENCE_HELP} (default: the only model here)")
     _add_device(serve)
     _add_fallback(serve)
-    _add_weights(serve)
+    _add_weights(serve, auto=True)
     _add_loading(serve)
     _add_prefixes(serve)
     _add_workload(serve, "many")
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = add("plan", "show what memory a model takes on each device, and what fits a budget")
     plan.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
     _add_device(plan)
-    _add_weights(plan)
+    _add_weights(plan, auto=True)
     _add_memory_budget(plan)
     _add_kv_type(plan)
     _add_prefix_store(plan)
@@ -265,8 +265,12 @@ def _add_engine(parser: argparse.ArgumentParser, default: str | None, help: str)
     parser.add_argument("--engine", choices=choices, default=default, help=help)
 
 
-def _add_weights(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--weights", choices=("fp32", "fp16", "int8", "int4"), help="weight format (default: int4)")
+def _add_weights(parser: argparse._ActionsContainer, auto: bool = False) -> None:
+    help, choices = "weight format (default: int4)", ["fp32", "fp16", "int8", "int4"]
+    if auto:
+        help += "; auto: the smallest here that keeps the answers, or a smaller one that fits"
+        choices.append("auto")
+    parser.add_argument("--weights", choices=choices, help=help)
 
 
 def _add_prefixes(parser: argparse.ArgumentParser) -> None:

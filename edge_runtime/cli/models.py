@@ -33,10 +33,10 @@ def pull(arguments: argparse.Namespace) -> int:
     store = Store(home())
     with Bars() as bars:
         if arguments.engine is None:
-            _, package, _, _ = place(store, Wish(arguments.ref, settings.device, settings.weights), bars, best=True)
+            package = place(store, Wish(arguments.ref, settings.device, settings.format), bars, best=True).package
         else:
             for engine in _ENGINES[arguments.engine]:
-                package, _ = store.ensure(arguments.ref, engine, settings.weights, bars)
+                package, _ = store.ensure(arguments.ref, engine, settings.format, bars)
     print(f"{package.name}: {_variants(package)} in {package.folder}")
     return 0
 
@@ -45,7 +45,7 @@ def export(arguments: argparse.Namespace) -> int:
     settings = load_settings({"weights": arguments.weights})
     engines = list(_ENGINES[arguments.engine])
     with Bars() as bars:
-        package = export_package(arguments.source, Path(arguments.output), engines, settings.weights or "int4", bars)
+        package = export_package(arguments.source, Path(arguments.output), engines, settings.format or "int4", bars)
     print(f"{package.name}: {_variants(package)} in {package.folder}")
     return 0
 

@@ -21,7 +21,7 @@ _SHAPE = ("prompt_tokens", "new_tokens")
 
 def tune(arguments: argparse.Namespace) -> int:
     settings = load_settings({name: getattr(arguments, name) for name in (*_LOADING, "workload")})
-    loading = {name: getattr(settings, name) for name in _LOADING}
+    loading = {name: getattr(settings, name) for name in _LOADING} | {"weights": settings.format}
     shape = {name: value for name in _SHAPE if (value := getattr(arguments, name)) is not None}
     job = Job(ref=arguments.ref, **loading, **shape)
     from edge_runtime.tuning.run import tune as search

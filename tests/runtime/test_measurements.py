@@ -87,3 +87,19 @@ def test_a_broken_file_is_nothing_measured(
 def test_times_that_are_none(kept: Measurements) -> None:
     keep(kept, measured("edge:cpu", 2), measured("onnxruntime:cpu", 0.0), measured("openvino:cpu", -1))
     assert kept.order(ALL, "m", "int4", "one") == list(ALL)
+
+
+def test_losses_by_weights(kept: Measurements) -> None:
+    """The latest that was scored; a run that scores nothing does not lose it."""
+    keep(kept, measured("edge:cpu", 2), measured("edge:cpu", 2, model="another"))
+    assert kept.losses("m") == {}
+    fp32 = msgspec.structs.replace(measured("onnxruntime:cpu", 3, weights="fp32"), loss=2.0)
+    int4 = msgspec.structs.replace(measured("edge:cpu", 1), loss=2.5)
+    keep(kept, fp32, int4, measured("edge:cpu", 3))
+    assert kept.losses("m") == {"fp32": 2.0, "int4": 2.5}
+    keep(kept, msgspec.structs.replace(measured("openvino:cpu", 1), loss=2.25))
+    assert kept.losses("m") == {"fp32": 2.0, "int4": 2.25}
+    assert {each.device: each.seconds for each in kept.read() if each.weights == "int4" and each.model == "m"} == {
+        "edge:cpu": 3,
+        "openvino:cpu": 1,
+    }

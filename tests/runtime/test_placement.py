@@ -24,7 +24,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def test_a_new_model_is_made_for_the_best_device(store: Store) -> None:
-    device, package, variant, _ = place(store, Wish("synthetic:tiny", "auto"))
+    device, package, variant, *_ = place(store, Wish("synthetic:tiny", "auto"))
     assert (device.name, variant.name) == ("edge:cpu", "onnx-edge-int4")
     assert variant.engine == package.spec(variant).engine == "onnxruntime-edge"
     assert place(store, Wish("synthetic:tiny", "auto", "int4"))[:3] == (device, package, variant)
@@ -32,15 +32,15 @@ def test_a_new_model_is_made_for_the_best_device(store: Store) -> None:
 
 def test_what_is_here_already_is_taken(store: Store) -> None:
     store.ensure("synthetic:tiny", "openvino", "int4")
-    device, _, variant, _ = place(store, Wish("synthetic:tiny", "cpu"))
+    device, _, variant, *_ = place(store, Wish("synthetic:tiny", "cpu"))
     assert (device.name, variant.name) == ("openvino:cpu", "openvino-int4")
-    device, _, variant, _ = place(store, Wish("synthetic:tiny", "cpu", "int8"))
+    device, _, variant, *_ = place(store, Wish("synthetic:tiny", "cpu", "int8"))
     assert (device.name, variant.name) == ("edge:cpu", "onnx-edge-int8")
 
 
 def test_unless_the_best_is_asked_for(store: Store) -> None:
     store.ensure("synthetic:tiny", "onnxruntime")
-    device, package, variant, _ = place(store, Wish("synthetic:tiny", "auto"), best=True)
+    device, package, variant, *_ = place(store, Wish("synthetic:tiny", "auto"), best=True)
     assert (device.name, variant.name) == ("edge:cpu", "onnx-edge-int4")
     assert [each.name for each in package.manifest.variants] == ["onnx-int4", "onnx-edge-int4"]
 
@@ -48,7 +48,7 @@ def test_unless_the_best_is_asked_for(store: Store) -> None:
 def test_a_package_by_path_stays_as_it_is(store: Store, tmp_path: Path) -> None:
     export_package("synthetic:tiny", tmp_path / "made", ["onnxruntime"], "int4")
     for best in (False, True):
-        device, package, variant, _ = place(store, Wish(str(tmp_path / "made"), "auto"), best=best)
+        device, package, variant, *_ = place(store, Wish(str(tmp_path / "made"), "auto"), best=best)
         assert (device.name, variant.name) == ("onnxruntime:cpu", "onnx-int4")
         assert package.folder == tmp_path / "made"
     with pytest.raises(DeviceUnavailable, match=r"no onnxruntime-edge variant \(export --engine onnx-edge\)"):
@@ -59,7 +59,7 @@ def test_a_package_from_the_hub_has_what_it_has(store: Store, tmp_path: Path, mo
     made = export_package("synthetic:tiny", tmp_path / "made", ["openvino"], "int4")
     monkeypatch.setattr("edge_runtime.store.fetch_hub", lambda *_: Fetched(made.folder, {"source": "hf:org/tiny"}))
     for best in (True, False):
-        device, package, variant, _ = place(store, Wish("hf:org/tiny", "auto"), best=best)
+        device, package, variant, *_ = place(store, Wish("hf:org/tiny", "auto"), best=best)
         assert (device.name, variant.name) == ("openvino:cpu", "openvino-int4")
         assert package.folder.parent == store.home.models
     with pytest.raises(ModelNotFound, match="no onnxruntime variant; it has: openvino-int4"):

@@ -58,6 +58,20 @@ def test_what_is_here_is_planned_as_it_would_be_opened(store: Store, tiny: str) 
     assert made(store, tiny, 1 << 30, "openvino:cpu").reason == "it was asked for"
 
 
+def test_any_weights_will_do(store: Store, tmp_path: Path) -> None:
+    """As the model would be opened: the smallest that keep the answers, or smaller ones that fit."""
+    for weights in ("fp32", "int8", "int4"):
+        ref = str(export_package("synthetic:tiny", tmp_path / "made", ["onnxruntime"], weights).folder)
+    found = made(store, ref, 1 << 30, weights="auto")
+    assert len(found.candidates) == 3
+    assert found.choice is not None
+    assert found.choice.variant == "onnx-int8"
+    least = {each.variant: each.least for each in found.candidates}
+    tight = made(store, ref, (least["onnx-int4"] + least["onnx-int8"]) // 2, weights="auto")
+    assert tight.choice is not None
+    assert tight.choice.variant == "onnx-int4"
+
+
 def test_a_budget_decides(store: Store, tiny: str) -> None:
     roomy = made(store, tiny)
     edge, _, openvino = roomy.candidates
