@@ -27,6 +27,7 @@ from edge_runtime.memory import parse_budget, parse_bytes
 from edge_runtime.package import Package, Variant, WeightsWish
 from edge_runtime.paths import home
 from edge_runtime.placement import Placement, Wish, place
+from edge_runtime.planning import refuse_early
 from edge_runtime.prefix_store import DEFAULT_SIZE
 from edge_runtime.request import Chunk, FinishReason, TokenLogprob, Usage
 from edge_runtime.sampling import SamplingParams
@@ -69,7 +70,8 @@ class EdgeLLM:
     ``fp32``, ``fp16``, ``int8`` or ``int4``; None takes the smallest that a present package has, int4 for a new one.
     ``auto`` takes the smallest that keeps the model's answers, and for a prompt that the KV cache beside it has no room
     for, between requests, a smaller one (:mod:`edge_runtime.variants`, :mod:`edge_runtime.switching`).
-    ``threads``, ``kv_type``, ``max_sequences`` and ``batch_invariant``: see :class:`devices.DecoderOptions`.
+    ``threads``, ``kv_type``, ``max_sequences``, ``max_prompt`` (for NPUs) and ``batch_invariant``: see
+    :class:`devices.DecoderOptions`.
     ``prompt_lookup``: answers that repeat what was said before come faster (:mod:`edge_runtime.prompt_lookup`).
     ``prefix_cache_bytes``: KV cache that finished requests may go on holding (None: what running ones do not need).
     ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of prompts that were used twice, or are long when the model
@@ -96,6 +98,7 @@ class EdgeLLM:
         threads: int | None = None,
         kv_type: KVWish | None = None,
         max_sequences: int = DecoderOptions.max_sequences,
+        max_prompt: int | None = None,
         batch_invariant: bool = False,
         prompt_lookup: bool = False,
         prefix_cache_bytes: int | None = None,
@@ -107,12 +110,15 @@ class EdgeLLM:
     ) -> None:
         if workload not in WORKLOADS:
             raise ConfigError(f"workload is {', '.join(WORKLOADS)}, not {workload!r}")
+        if max_prompt is not None and max_prompt < 1:
+            raise ConfigError(f"max_prompt must be at least 1, not {max_prompt}")
         store = Store(home())
         loading = Loading(
             budget=None if memory_budget is None else parse_budget(memory_budget),
             threads=threads,
             kv_type=kv_type,
             max_sequences=max_sequences,
+            max_prompt=max_prompt,
             batch_invariant=batch_invariant,
             prompt_lookup=prompt_lookup,
             prefix_cache_bytes=prefix_cache_bytes,
@@ -123,6 +129,7 @@ class EdgeLLM:
         auto = weights == "auto"
         fixed = None if weights == "auto" else weights
         wish = Wish(ref, device, fixed, workload, fallback)
+        refuse_early(store, wish, loading.budget, kv_type)
         unfit = partial(put_aside, weights=fixed, size=loading.budget, kv_type=kv_type)
         kept = Measurements(store.home.measurements, fingerprint())
         variants = Variants(kept.losses, loading.budget, kv_type, max_sequences)

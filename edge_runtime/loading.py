@@ -31,6 +31,7 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None
     kv_type: KVWish | None
     max_sequences: int
+    max_prompt: int | None
     batch_invariant: bool
     prompt_lookup: bool
     prefix_cache_bytes: int | None
@@ -80,6 +81,7 @@ def load(
         max_sequences=loading.max_sequences,
         threads=loading.threads,
         kv_type=loading.kv_type,
+        max_prompt=loading.max_prompt,
         batch_invariant=loading.batch_invariant,
         cache_dir=store.home.compiled,
     )

@@ -13,7 +13,7 @@ from devices.discovery import Device, probe_device
 from devices.kv_types import KVWish
 from devices.names import parse_device
 from edge_runtime.budgets import Budget, resolve
-from edge_runtime.errors import ConfigError, ModelNotFound
+from edge_runtime.errors import BudgetError, ConfigError, ModelNotFound
 from edge_runtime.footprint import (
     KV_TYPES,
     Footprint,
@@ -104,6 +104,22 @@ def plan(store: Store, ref: str, device: str, size: BudgetSize | None, need: Nee
         ]
     choice, reason = _choose(store, ref, device, need, package, found)
     return Plan(tuple(found), choice, reason, package is None)
+
+
+def refuse_early(store: Store, wish: Wish, size: BudgetSize | None, kv_type: KVWish | None) -> None:
+    """BudgetError for a model that is not here yet and by its shape fits no device, so nobody waits for its export.
+
+    Of a model that would have to be downloaded nothing is known; raises as :func:`plan` otherwise.
+    """
+    if wish.fallback or store.present(wish.ref) is not None:
+        return
+    try:
+        found = plan(store, wish.ref, wish.device, size, Need(wish.weights, kv_type))
+    except ModelNotFound:
+        return
+    least = [(each.least, each.budget) for each in found.candidates if each.budget is not None]
+    if least and all(needed > budget.nbytes for needed, budget in least):
+        raise BudgetError(found.reason)
 
 
 def _of_package(package: Package, weights: Weights | None) -> dict[str, Model]:

@@ -35,6 +35,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     memory_budget: str | None = None
     threads: int | None = None
     kv_type: KVWish | None = None
+    max_prompt: int | None = None
+    """Tokens that a device with static shapes is compiled for."""
     batch_invariant: bool = False
     prompt_lookup: bool = False
     prefix_store: str | int = DEFAULT_SIZE

@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fallback(run)
     _add_weights(run, auto=True)
     _add_loading(run)
+    _add_max_prompt(run)
     _add_prefixes(run)
     _add_workload(run, "one")
     run.add_argument("--system", metavar="TEXT", help="system message")
@@ -151,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fallback(serve)
     _add_weights(serve, auto=True)
     _add_loading(serve)
+    _add_max_prompt(serve)
     _add_prefixes(serve)
     _add_workload(serve, "many")
     serve.add_argument("--host", metavar="ADDRESS", help="default: 127.0.0.1")
@@ -311,6 +313,12 @@ def _add_kv_type(parser: argparse._ActionsContainer) -> None:
         choices=("float32", "float16", "int8", "auto"),
         help="type of the KV cache; int8 is half as large as float16; auto: on edge:cpu, int8 for long prompts and "
         "where memory is short (default: the device's choice)",
+    )
+
+
+def _add_max_prompt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-prompt", type=int, metavar="N", help="tokens that NPUs are compiled for; others take all (default: 1024)"
     )
 
 

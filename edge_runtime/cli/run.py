@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
             name: getattr(arguments, name)
             for name in (
                 *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type"),
-                *("batch_invariant", "prompt_lookup", "prefix_store", "tuning"),
+                *("max_prompt", "batch_invariant", "prompt_lookup", "prefix_store", "tuning"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
         }
@@ -50,6 +50,7 @@ def open_model(ref: str, settings: Settings, workload: Workload = "one") -> Edge
             weights=settings.weights,
             threads=settings.threads,
             kv_type=settings.kv_type,
+            max_prompt=settings.max_prompt,
             batch_invariant=settings.batch_invariant,
             prompt_lookup=settings.prompt_lookup,
             prefix_store_bytes=settings.prefix_store,

@@ -20,6 +20,7 @@ def serve(arguments: argparse.Namespace) -> int:
         "memory_budget",
         "threads",
         "kv_type",
+        "max_prompt",
         "batch_invariant",
         "prompt_lookup",
         "prefix_store",

