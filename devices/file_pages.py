@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 _MADV_DONTNEED = 4  # Linux; mmap.MADV_DONTNEED is for mappings that Python has made
 _MAPPING = re.compile(rb"(?m)^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \d+ *(.*)\n")
@@ -75,10 +74,12 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     """The system's; None where it does not forget pages, or there is no /proc to learn of them."""
     if sys.platform != "linux" or not Path("/proc/self/smaps").exists():
         return None
-    function: Any = getattr(ctypes.CDLL(None), "madvise", None)
-    if function is not None:
-        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function  # type: ignore[no-any-return]
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    if function is None:
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    madvise: Callable[[int, int, int], int] = function
+    return madvise
 
 
 def _mappings(table: str, folder: Path) -> Iterator[tuple[re.Match[bytes], bytes]]:
