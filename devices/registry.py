@@ -51,6 +51,8 @@ def choose(
             reasons[candidate] = aside[candidate]
         elif engines is not None and engine not in engines:
             reasons[candidate] = f"the model has no {engine} variant (export --engine {_export_name(engine)})"
+            if parse_device(name) == (candidate,):  # who names it wants to know why not; for others it takes too long
+                reasons[candidate] = probe_device(candidate).problem or reasons[candidate]
         else:
             device = probe_device(candidate)
             if device.problem is None:

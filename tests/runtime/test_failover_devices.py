@@ -79,7 +79,7 @@ def test_fallback_from_a_device_that_is_not_here(tiny: Path) -> None:
         EdgeLLM(str(tiny), "npu")
     with EdgeLLM(str(tiny), "npu", prefix_store_bytes=0, fallback=True) as llm:
         assert llm.device == "onnxruntime:cpu"
-        assert "not openvino:npu: the model has no openvino-npu variant" in llm.reason
+        assert "not openvino:npu: openvino finds no NPU here" in llm.reason
 
 
 def test_fallback_is_a_wish_for_any_of_auto(tmp_path: Path) -> None:
