@@ -20,7 +20,7 @@ from edge_runtime.placement import Placement
 from edge_runtime.tiers.base import TierRequest
 from edge_runtime.tiers.router import Router
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("edge_glm.devices")
 _REASON = 200
 """Characters of an error that count as its reason; engines can tell long stories."""
 

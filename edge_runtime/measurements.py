@@ -23,7 +23,7 @@ WORKLOADS: tuple[Workload, ...] = get_args(Workload)
 LONG = 16
 """Prompt tokens for each new one from which a workload is called long."""
 _KEPT = 500
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("edge_glm.measurements")
 
 
 class Shape(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from edge_runtime.variants import Found, Variants
 
 BACK_S = 60.0
 """After so long without a prompt that needs the room, an idle model goes back to the better variant."""
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("edge_glm.variants")
 
 
 class Switching:
@@ -106,7 +106,12 @@ class Switching:
         if tokens > placement.package.manifest.architecture.max_context:
             return None
         others = [each for each in placement.package.manifest.variants if each != placement.variant]
-        return self._variants.choose(placement.package, placement.device, tokens, others)
+        found = self._variants.choose(placement.package, placement.device, tokens, others)
+        if found is None:
+            return None
+        return found._replace(
+            reason=f"{found.variant.weights} weights, for a prompt that needs room for {tokens} tokens"
+        )
 
     def _go_back(self, request: TierRequest) -> None:
         """To the best variant, when nothing runs and nothing has needed the room for a while, this request neither."""

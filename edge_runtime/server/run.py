@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.config import LOGGING_CONFIG
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.server.context import ServerContext
@@ -75,11 +76,13 @@ def url_of(listener: socket.socket) -> str:
 
 
 def make_server(app: Starlette, log_level: str = "info") -> uvicorn.Server:
-    """A uvicorn server for ``run(sockets=[listen(…)])``."""
+    """A uvicorn server for ``run(sockets=[listen(…)])``. What the runtime logs looks like uvicorn's own lines."""
+    loggers = {**LOGGING_CONFIG["loggers"], "edge_glm": {"handlers": ["default"], "level": log_level.upper()}}
     return uvicorn.Server(
         uvicorn.Config(
             app,
             log_level=log_level,
+            log_config={**LOGGING_CONFIG, "loggers": loggers},
             timeout_graceful_shutdown=GRACE_SECONDS,
             server_header=False,
             ws="none",

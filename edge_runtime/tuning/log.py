@@ -25,7 +25,7 @@ KEPT = 40
 """Runs; the oldest go first."""
 LARGEST = 16 << 20
 """Bytes that are read: ten times what a log of :data:`KEPT` long runs has."""
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("edge_glm.tuning")
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

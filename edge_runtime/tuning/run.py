@@ -30,7 +30,7 @@ from edge_runtime.tuning.space import Scope
 
 _REPEATS = 1
 """Measured rounds of a trial, after one to warm up: more trials tell more than longer ones."""
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("edge_glm.tuning")
 
 
 def tune(

@@ -176,7 +176,7 @@ def test_a_long_prompt_goes_to_a_variant_with_room_for_it(box: Box) -> None:
     box.answer(20)
     box.answer(100)
     assert box.weights == "int4"
-    assert box.failover.loaded[0].reason == "so; int4 has room"
+    assert box.failover.loaded[0].reason == "so; int4 weights, for a prompt that needs room for 112 tokens"
     assert box.opened == ["fp32", "int4"]
     box.answer(100)
     assert box.opened == ["fp32", "int4"]
