@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from devices.discovery import Device, probe_device
 from devices.errors import DeviceUnavailable
-from devices.names import KNOWN, parse_device
+from devices.names import KNOWN, OPTIONAL, parse_device
 
 if TYPE_CHECKING:
     from devices.base import Decoder, DecoderOptions, DecoderSpec, Engine
@@ -45,13 +45,17 @@ def choose(
     why. DeviceUnavailable as for :func:`choose_device`.
     """
     reasons: dict[str, str] = {}
+    meant = parse_device(name)
+    named = meant if len(meant) == 1 else ()
     for candidate in candidates:
         engine = KNOWN[candidate].engine
         if candidate in aside:
             reasons[candidate] = aside[candidate]
+        elif candidate in OPTIONAL and candidate not in named and probe_device(candidate).problem is not None:
+            continue  # nobody misses it
         elif engines is not None and engine not in engines:
             reasons[candidate] = f"the model has no {engine} variant (export --engine {_export_name(engine)})"
-            if parse_device(name) == (candidate,):  # who names it wants to know why not; for others it takes too long
+            if candidate in named:  # who names it wants to know why not; for others it takes too long
                 reasons[candidate] = probe_device(candidate).problem or reasons[candidate]
         else:
             device = probe_device(candidate)

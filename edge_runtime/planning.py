@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from devices.base import DecoderOptions
 from devices.discovery import Device, probe_device
 from devices.kv_types import KVWish
-from devices.names import parse_device
+from devices.names import OPTIONAL, parse_device
 from edge_runtime.budgets import Budget, resolve
 from edge_runtime.errors import BudgetError, ConfigError, ModelNotFound
 from edge_runtime.footprint import (
@@ -94,6 +94,8 @@ def plan(store: Store, ref: str, device: str, size: BudgetSize | None, need: Nee
     """Of each piece of hardware: what is free changes while one looks."""
     for name in names:
         probed, hardware = probe_device(name), name.partition(":")[2]
+        if len(names) > 1 and name in OPTIONAL and not probed.ready:
+            continue
         if probed.ready and hardware not in budgets:
             budgets[hardware] = resolve(size, probed)
         budget = budgets.get(hardware) if probed.ready else None

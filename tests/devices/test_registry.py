@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from devices import DecoderOptions, DecoderSpec, list_devices, open_decoder
+from devices.discovery import Device
 from devices.errors import DeviceUnavailable, UnknownDevice
-from devices.names import PREFERENCE, device_names, parse_device
-from devices.registry import choose_device
+from devices.names import KNOWN, PREFERENCE, device_names, parse_device
+from devices.registry import choose, choose_device
 
 
 def test_names() -> None:
@@ -91,3 +92,22 @@ def test_cuda_is_compiled_in_but_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     with pytest.raises(DeviceUnavailable, match="CUDA 99 is not installed"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize("problem", [None, "no driver"])
+def test_a_gpu_comes_first_and_is_not_missed_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, problem: str | None
+) -> None:
+    def probe(name: str) -> Device:
+        return Device(name, KNOWN[name].engine, "a", problem=problem if name == "onnxruntime:cuda" else None)
+
+    monkeypatch.setattr("devices.registry.probe_device", probe)
+    chosen, passed_over = choose("auto", parse_device("auto"))
+    assert chosen.name == ("onnxruntime:cuda" if problem is None else "edge:cpu")
+    assert passed_over == ()
+    chosen, passed_over = choose("auto", parse_device("auto"), {"onnxruntime-edge"})
+    assert chosen.name == "edge:cpu"
+    export = "onnxruntime:cuda: the model has no onnxruntime-cuda variant (export --engine onnx-cuda)"
+    assert passed_over == ((export,) if problem is None else ())
+    _, passed_over = choose("cuda", parse_device("cuda", fallback=True), {"onnxruntime-edge"})
+    assert passed_over == ((export,) if problem is None else ("onnxruntime:cuda: no driver",))

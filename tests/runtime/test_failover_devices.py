@@ -84,7 +84,7 @@ def test_fallback_from_a_device_that_is_not_here(tiny: Path) -> None:
 
 def test_fallback_is_a_wish_for_any_of_auto(tmp_path: Path) -> None:
     wish = Wish("synthetic:tiny", "npu", fallback=True)
-    assert wish.names == ("openvino:npu", "edge:cpu", "onnxruntime:cpu", "openvino:cpu")
+    assert wish.names == ("openvino:npu", "onnxruntime:cuda", "edge:cpu", "onnxruntime:cpu", "openvino:cpu")
     assert Wish("synthetic:tiny", "openvino:cpu", fallback=True).names[0] == "openvino:cpu"
     package = export_package("synthetic:tiny", tmp_path / "made", ["openvino"], "int4")
     store = Store(Home(tmp_path, tmp_path / "cache"))
