@@ -23,8 +23,15 @@
     │   └── TemplateError            the chat template failed or was stopped
     ├── BudgetError                  the memory budget cannot work; says what would
     ├── Overloaded                   queue full (HTTP 503, ``retry_after``)
+    │   └── QueueFull                no room for another deferred request
     ├── EngineStopped                the engine is shut down or its thread died
+    ├── TierError                    a tier elsewhere did not answer; ``tier`` names it
+    │   ├── TierUnavailable          nothing was sent: offline, its circuit breaker is open, a cost cap, privacy
+    │   ├── TierFailed               the network, its server or what it sent
+    │   └── TierRefused              its server says that the request is at fault
+    ├── LedgerError                  the ledger cannot be written or contradicts itself: nothing is sent
     └── ConfigError                  flags, environment or edge-glm.toml
+        └── PolicyError              the policy file; the one before stays in force
 """
 
 from __future__ import annotations
@@ -105,8 +112,48 @@ class EngineStopped(EdgeError):
     """The engine has been shut down, or its thread died."""
 
 
+class TierError(EdgeError):
+    """A tier elsewhere did not answer. ``tier`` is its name."""
+
+    def __init__(self, message: str, tier: str = "") -> None:
+        super().__init__(message)
+        self.tier = tier
+
+
+class TierUnavailable(TierError):
+    """A tier may not be asked now: offline, its circuit breaker is open, a cost cap or privacy. Nothing was sent."""
+
+
+class TierFailed(TierError):
+    """The network, a tier's server or what it sent. ``retry_after``: seconds that it asks for."""
+
+    def __init__(self, message: str, tier: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message, tier)
+        self.retry_after = retry_after
+
+
+class TierRefused(TierError):
+    """A tier's server says that the request is at fault: trying again there changes nothing. ``status`` is HTTP's."""
+
+    def __init__(self, message: str, tier: str = "", status: int = 400) -> None:
+        super().__init__(message, tier)
+        self.status = status
+
+
+class LedgerError(EdgeError):
+    """The ledger of what leaves the device cannot be written, so that nothing may; or it contradicts itself."""
+
+
+class QueueFull(Overloaded):
+    """No room for another deferred request."""
+
+
 class ConfigError(EdgeError):
     """A flag, environment variable or configuration file is wrong."""
+
+
+class PolicyError(ConfigError):
+    """The policy file is wrong; where one is in force, it stays."""
 
 
 __all__ = [
@@ -121,15 +168,22 @@ __all__ = [
     "EngineStopped",
     "FetchError",
     "InvalidRequest",
+    "LedgerError",
     "ModelError",
     "ModelNotFound",
     "OutOfKVCache",
     "OutOfSequences",
     "Overloaded",
+    "PolicyError",
     "PromptTooLong",
+    "QueueFull",
     "RequestError",
     "StorageError",
     "TemplateError",
+    "TierError",
+    "TierFailed",
+    "TierRefused",
+    "TierUnavailable",
     "UnknownDevice",
     "UnknownReference",
     "UnsupportedModel",

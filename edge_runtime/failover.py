@@ -17,8 +17,7 @@ from edge_runtime.errors import DeviceUnavailable, EdgeError, EngineError, Engin
 from edge_runtime.generation import Generation
 from edge_runtime.loading import Loaded
 from edge_runtime.placement import Placement
-from edge_runtime.tiers.base import TierRequest
-from edge_runtime.tiers.router import Router
+from edge_runtime.prompts import TierRequest
 
 _log = logging.getLogger("edge_glm.devices")
 _REASON = 200
@@ -208,14 +207,12 @@ class Failover:
 
 
 def _start(loaded: Sequence[Loaded], request: TierRequest) -> Generation:
-    fits = {each.device: each.tier.fit(request) for each in loaded}
-    route = Router.choose(request.params, list(fits.items()))
-    for each in loaded:
-        if each.device in route.order:
+    fits = [each.tier.fit(request) for each in loaded]
+    for each, fit in zip(loaded, fits, strict=True):
+        if fit.verdict(request.params)[0]:
             return each.tier.start(request)
-    device, fit = max(fits.items(), key=lambda item: (item[1].max_prompt, item[1].max_context))
-    param = "prompt" if fit.prompt_tokens >= min(fit.max_prompt, fit.max_context) else "max_tokens"
-    raise PromptTooLong(route.reasons[device], param)
+    largest = max(fits, key=lambda fit: (fit.max_prompt, fit.max_context))
+    raise PromptTooLong(largest.verdict(request.params)[1], largest.short_of)
 
 
 def _for_length(loaded: Sequence[Loaded], tokens: int) -> Loaded:

@@ -10,6 +10,7 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from edge_runtime.request import Chunk, Usage
+from edge_runtime.route import Route, only_local
 
 
 class Generation(Protocol):
@@ -18,6 +19,13 @@ class Generation(Protocol):
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
+
+    @property
+    def route(self) -> Route:
+        """Who answers, and why; known once :meth:`opened` has returned, or with the first chunk."""
+
+    async def opened(self) -> None:
+        """Wait until it stands who answers. Raises what a request fails with of which nothing was passed on."""
 
     def __iter__(self) -> Generation: ...
 
@@ -63,6 +71,11 @@ class Outlet:
         self._chunks: SimpleQueue[Chunk | None] = SimpleQueue()
         """At its end None, which stays there."""
         self._dropped = False
+
+    def set_usage(self, usage: Usage) -> None:
+        """Where tokens are counted by somebody else."""
+        self._prompt_tokens, self.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        self._cached_tokens = usage.cached_tokens
 
     def set_cached(self, tokens: int) -> None:
         """Engine: so many of the prompt's tokens need not be computed."""
@@ -125,10 +138,14 @@ class EngineGeneration:
 
     def __init__(self, outlet: Outlet) -> None:
         self._outlet = outlet
+        self.route = only_local()
 
     @property
     def usage(self) -> Usage:
         return self._outlet.usage
+
+    async def opened(self) -> None:
+        return
 
     def __iter__(self) -> EngineGeneration:
         return self

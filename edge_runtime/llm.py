@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +29,22 @@ from edge_runtime.package import Package, Variant, WeightsWish
 from edge_runtime.paths import home
 from edge_runtime.placement import Placement, Wish, place
 from edge_runtime.planning import refuse_early
+from edge_runtime.policy.rules import LocalTierSpec
 from edge_runtime.prefix_store import DEFAULT_SIZE
+from edge_runtime.prompts import NOTHING, About, Messages, Text, TierRequest, TokenIds
 from edge_runtime.request import Chunk, FinishReason, TokenLogprob, Usage
+from edge_runtime.route import Route
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import Progress, Store
 from edge_runtime.switching import Switching
 from edge_runtime.template import ChatTemplate
-from edge_runtime.tiers.base import Messages, Text, TierRequest, TokenIds
+from edge_runtime.tiers.model import LocalModel
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tuning.records import Options
 from edge_runtime.variants import Variants
+
+if TYPE_CHECKING:
+    from edge_runtime.routing.dispatcher import Dispatcher
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
@@ -53,6 +60,8 @@ class Completion:
     usage: Usage
     tier: str
     """Where it was made."""
+    route: Route
+    """Why there."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token, if asked for."""
 
@@ -72,6 +81,8 @@ class EdgeLLM:
     for, between requests, a smaller one (:mod:`edge_runtime.variants`, :mod:`edge_runtime.switching`).
     ``threads``, ``kv_type``, ``max_sequences``, ``max_prompt`` (for NPUs) and ``batch_invariant``: see
     :class:`devices.DecoderOptions`.
+    ``policy``: a file that says which requests other tiers may answer (:mod:`edge_runtime.policy`); it is read anew
+    when it changes. ``offline``: tiers on other machines are off.
     ``prompt_lookup``: answers that repeat what was said before come faster (:mod:`edge_runtime.prompt_lookup`).
     ``prefix_cache_bytes``: KV cache that finished requests may go on holding (None: what running ones do not need).
     ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of prompts that were used twice, or are long when the model
@@ -85,7 +96,7 @@ class EdgeLLM:
     instruct model continue plain text, pass ``llm.tokenizer.encode(text)``.
 
     Raises UnknownReference, FetchError, UnsupportedModel, CorruptModel, StorageError, UnknownDevice,
-    DeviceUnavailable, EngineError, BudgetError, ConfigError.
+    DeviceUnavailable, EngineError, BudgetError, ConfigError, PolicyError, LedgerError.
     """
 
     def __init__(
@@ -106,6 +117,8 @@ class EdgeLLM:
         workload: Workload = "one",
         fallback: bool = False,
         tuning: bool | Options = True,
+        policy: str | Path | None = None,
+        offline: bool = False,
         progress: Progress | None = None,
     ) -> None:
         if workload not in WORKLOADS:
@@ -150,7 +163,14 @@ class EdgeLLM:
             ),
             first=first,
         )
-        self._switching = Switching(self._failover, variants, auto)
+        self.local = LocalModel(self._failover, Switching(self._failover, variants, auto))
+        self._tiers: Dispatcher | None = None
+        if policy is not None:
+            try:
+                self._tiers = _dispatcher(Path(policy), self.local, offline, progress)
+            except BaseException:
+                self.close()
+                raise
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -163,7 +183,7 @@ class EdgeLLM:
         if params.n != 1:
             raise InvalidRequest(f"generate gives one completion, not {params.n}; use stream for several", "n")
         with closing(self._stream(prompt, params)) as chunks:
-            return _joined(chunks)
+            return _joined(chunks, chunks.route)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> ChunkStream:
         """The answer as it is made, an iterator of chunks; closing or dropping it cancels it.
@@ -187,7 +207,7 @@ class EdgeLLM:
         ModelNotFound, and nothing has changed; BudgetError, EngineError and so on if they do not open, and what was
         open is open again; EngineStopped.
         """
-        self._switching.switch(weights)
+        self.local.switch(weights)
 
     # --- what the server needs ----------------------------------------------------------------------------------------
 
@@ -207,11 +227,24 @@ class EdgeLLM:
     def eos_ids(self) -> Sequence[int]:
         return self.tokenizer.eos_ids
 
-    def start_chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams) -> Generation:
-        return self._start(TierRequest(Messages(messages), params))
+    @property
+    def takes_extras(self) -> bool:
+        return self._tiers is not None
 
-    def start_completion(self, prompt: str | Sequence[int], params: SamplingParams) -> Generation:
-        return self._start(TierRequest(Text(prompt) if isinstance(prompt, str) else TokenIds(prompt), params))
+    @property
+    def health(self) -> Mapping[str, Any]:
+        return {} if self._tiers is None else self._tiers.health()
+
+    def start_chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, about: About = NOTHING
+    ) -> Generation:
+        return self._start(TierRequest(Messages(messages), params, about))
+
+    def start_completion(
+        self, prompt: str | Sequence[int], params: SamplingParams, about: About = NOTHING
+    ) -> Generation:
+        asked = Text(prompt) if isinstance(prompt, str) else TokenIds(prompt)
+        return self._start(TierRequest(asked, params, about))
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokenizer.token_bytes(token_id)
@@ -248,6 +281,8 @@ class EdgeLLM:
 
     def close(self) -> None:
         """End every request and free the model. Idempotent."""
+        if self._tiers is not None:
+            self._tiers.close()
         self._failover.close()
         return_free_heap()
 
@@ -270,7 +305,9 @@ class EdgeLLM:
         return self._failover.loaded[0]
 
     def _start(self, request: TierRequest) -> Generation:
-        return self._switching.start(self._loaded.tier.prepare(request))  # the prompt is the same on every device
+        if self._tiers is not None:
+            return self._tiers.start(request)
+        return self.local.start(self.local.prepare(request))
 
     def _kind_of(self, prompt: Prompt) -> Messages | Text | TokenIds:
         if isinstance(prompt, str):
@@ -284,11 +321,26 @@ class EdgeLLM:
         return TokenIds(ids)
 
 
+def _dispatcher(policy: Path, model: LocalModel, offline: bool, progress: Progress | None) -> Dispatcher:
+    from edge_runtime.routing.dispatcher import Dispatcher  # late: it brings asyncio and an HTTP client
+
+    def open_beside(tier: LocalTierSpec) -> EdgeLLM:
+        assert tier.model is not None
+        return EdgeLLM(tier.model, tier.device, tier.memory_budget, weights=tier.weights, progress=progress)
+
+    return Dispatcher(policy, model, open_beside, home().ledger, offline)
+
+
 class ChunkStream:
     """Chunks of one generation; failures raise. Closing or forgetting it cancels the generation."""
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
+
+    @property
+    def route(self) -> Route:
+        """Who answers, and why; known with the first chunk."""
+        return self._generation.route
 
     def __iter__(self) -> ChunkStream:
         return self
@@ -300,7 +352,7 @@ class ChunkStream:
         self._generation.close()
 
 
-def _joined(chunks: Iterator[Chunk]) -> Completion:
+def _joined(chunks: Iterator[Chunk], route: Route) -> Completion:
     parts = list(chunks)
     last = parts[-1]
     assert last.finish_reason is not None
@@ -311,6 +363,7 @@ def _joined(chunks: Iterator[Chunk]) -> Completion:
         finish_reason=last.finish_reason,
         usage=last.usage,
         tier=last.tier,
+        route=route,
         logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
     )
 

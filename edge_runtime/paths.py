@@ -23,6 +23,16 @@ class Home:
         return self.data / "models"
 
     @property
+    def ledger(self) -> Path:
+        """What has left this device (:mod:`edge_runtime.egress.ledger`)."""
+        return self.data / "ledger.sqlite"
+
+    @property
+    def deferred(self) -> Path:
+        """Requests that are answered later (:mod:`edge_runtime.deferred`)."""
+        return self.data / "deferred.sqlite"
+
+    @property
     def verified(self) -> Path:
         """Notes on files whose hashes have been found right."""
         return self.cache / "verified"

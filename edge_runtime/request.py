@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -11,7 +11,8 @@ from devices.kv_types import KVType
 from edge_runtime.errors import EdgeError
 from edge_runtime.sampling import TokenLogprob
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error", "tool_calls", "content_filter"]
+"""The last two come from other servers only."""
 
 
 class Kind(NamedTuple):
@@ -61,6 +62,8 @@ class Chunk(msgspec.Struct, frozen=True):  # made for every token: a frozen data
     """Which of the ``n`` completions."""
     error: EdgeError | None = None
     tier: str = "local"
+    extra: dict[str, Any] | None = None
+    """What another server says beside text, as OpenAI's deltas hold it: ``tool_calls``, ``refusal``."""
 
     def checked(self) -> Chunk:
         """This chunk; raises ``error`` if there is one."""

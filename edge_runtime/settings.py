@@ -40,6 +40,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     batch_invariant: bool = False
     prompt_lookup: bool = False
     prefix_store: str | int = DEFAULT_SIZE
+    policy: str | None = None
+    """A file that says which requests other tiers may answer."""
+    offline: bool = False
+    """Whether tiers on other machines are off."""
     tuning: bool = True
     """Whether to open a model as ``edge-glm tune`` found best."""
     host: str = "127.0.0.1"

@@ -12,8 +12,8 @@ from edge_runtime.failover import Failover
 from edge_runtime.generation import Generation
 from edge_runtime.loading import Loaded
 from edge_runtime.package import Package, WeightsWish
+from edge_runtime.prompts import TierRequest
 from edge_runtime.store import pick_variant
-from edge_runtime.tiers.base import TierRequest
 from edge_runtime.variants import Found, Variants
 
 BACK_S = 60.0
@@ -43,6 +43,11 @@ class Switching:
         """Held while a variant is chosen and opened, and while requests start that this could concern."""
         self._roomy_until: float | None = None
         """Until then a variant with more room stays; None: it is the best one."""
+
+    @property
+    def most_context(self) -> int | None:
+        """Tokens for which room could be made at best; None: no more than is there."""
+        return self._failover.loaded[0].placement.package.manifest.architecture.max_context if self._auto else None
 
     def start(self, request: TierRequest) -> Generation:
         """As :meth:`Failover.start`."""

@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_max_prompt(run)
     _add_prefixes(run)
     _add_workload(run, "one")
+    _add_policy(run)
     run.add_argument("--system", metavar="TEXT", help="system message")
     run.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: to the end of the context)")
     run.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
@@ -155,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_max_prompt(serve)
     _add_prefixes(serve)
     _add_workload(serve, "many")
+    _add_policy(serve)
     serve.add_argument("--host", metavar="ADDRESS", help="default: 127.0.0.1")
     serve.add_argument("--port", type=int, metavar="N", help="default: 8000")
     serve.add_argument("--api-key", metavar="KEY", help="ask clients for this key; better set EDGE_GLM_API_KEY")
@@ -297,6 +299,11 @@ def _add_workload(
     what: str = "choose what bench and tune found fastest here with one stream, many, or long prompts",
 ) -> None:
     parser.add_argument("--workload", choices=("one", "many", "long"), help=f"{what} (default: {default})")
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", metavar="FILE", help="TOML: which requests other tiers may answer, and how")
+    parser.add_argument("--offline", action="store_true", default=None, help="tiers on other machines are off")
 
 
 def _add_memory_budget(parser: argparse._ActionsContainer) -> None:

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
             name: getattr(arguments, name)
             for name in (
                 *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type"),
-                *("max_prompt", "batch_invariant", "prompt_lookup", "prefix_store", "tuning"),
+                *("max_prompt", "batch_invariant", "prompt_lookup", "prefix_store", "tuning", "policy", "offline"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
         }
@@ -57,6 +57,8 @@ def open_model(ref: str, settings: Settings, workload: Workload = "one") -> Edge
             workload=settings.workload or workload,
             fallback=settings.fallback,
             tuning=settings.tuning,
+            policy=settings.policy,
+            offline=settings.offline,
             progress=bars,
         )
     if llm.device not in parse_device(settings.device):

@@ -25,6 +25,8 @@ def serve(arguments: argparse.Namespace) -> int:
         "prompt_lookup",
         "prefix_store",
         "tuning",
+        "policy",
+        "offline",
         "host",
         "port",
         "api_key",

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from edge_runtime.errors import PromptTooLong
 from edge_runtime.generation import Generation
+from edge_runtime.prompts import About
 from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.context import GONE, ServerContext, head, json_response, read_body, usage_body
@@ -26,7 +27,8 @@ async def chat_completions(request: Request) -> ASGIApp:
     model = ServerContext.of(request).model(body.model)
     params = body.params()
     messages = [message.plain() for message in body.messages]
-    running = Running([partial(_start, body, model, messages, params)])
+    about = body.about(request.headers, model.takes_extras)
+    running = Running([partial(_start, body, model, messages, params, about)])
     if body.stream:
         await running.__aenter__()
         return EventStream(running, partial(_stream, model=model, params=params, include_usage=body.include_usage))
@@ -38,12 +40,14 @@ async def chat_completions(request: Request) -> ASGIApp:
 
     if not await while_connected(request.receive, work):
         return GONE
-    return json_response(answer.body(running))
+    return json_response(answer.body(running), running.route.headers())
 
 
-def _start(body: ChatRequest, model: ServedModel, messages: list[dict[str, Any]], params: SamplingParams) -> Generation:
+def _start(
+    body: ChatRequest, model: ServedModel, messages: list[dict[str, Any]], params: SamplingParams, about: About
+) -> Generation:
     try:
-        return model.start_chat(messages, params)
+        return model.start_chat(messages, params, about)
     except PromptTooLong as error:
         if error.param == "max_tokens" and body.max_completion_tokens is not None:
             raise PromptTooLong(str(error), "max_completion_tokens") from error  # the field by the client's name

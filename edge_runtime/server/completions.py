@@ -24,7 +24,8 @@ async def completions(request: Request) -> ASGIApp:
     model = ServerContext.of(request).model(body.model)
     params = body.params()
     prompts = body.prompts()
-    running = Running([partial(model.start_completion, prompt, params) for prompt in prompts])
+    about = body.about(request.headers)
+    running = Running([partial(model.start_completion, prompt, params, about) for prompt in prompts])
     choices = len(prompts) * params.n
     if body.stream:
         await running.__aenter__()
@@ -38,7 +39,7 @@ async def completions(request: Request) -> ASGIApp:
 
     if not await while_connected(request.receive, work):
         return GONE
-    return json_response(answer.body(running))
+    return json_response(answer.body(running), running.route.headers())
 
 
 class _Answer:

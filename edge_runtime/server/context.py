@@ -72,8 +72,8 @@ def _too_large(limit: int, size: int) -> HTTPException:
     return HTTPException(413, detail, {"connection": "close"})
 
 
-def json_response(payload: Any) -> Response:
-    return Response(msgspec.json.encode(payload), media_type="application/json")
+def json_response(payload: Any, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(payload), headers=headers, media_type="application/json")
 
 
 def head(prefix: str, kind: str, model_id: str) -> dict[str, Any]:

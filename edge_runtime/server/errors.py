@@ -18,12 +18,16 @@ from edge_runtime.errors import (
     ContextOverflow,
     EdgeError,
     EngineStopped,
+    LedgerError,
     ModelNotFound,
     OutOfKVCache,
     OutOfSequences,
     Overloaded,
     PromptTooLong,
     RequestError,
+    TierError,
+    TierRefused,
+    TierUnavailable,
 )
 
 _log = logging.getLogger("edge_glm.server")
@@ -62,6 +66,10 @@ _TABLE: tuple[tuple[type[EdgeError], int, str | None], ...] = (
     (OutOfSequences, 503, "overloaded"),
     (BudgetError, 503, "out_of_memory_budget"),
     (EngineStopped, 503, "engine_stopped"),
+    (TierUnavailable, 503, "tier_unavailable"),
+    (TierRefused, 400, "tier_refused"),
+    (TierError, 502, "tier_failed"),
+    (LedgerError, 503, "ledger_unavailable"),
     (EdgeError, 500, None),
 )
 

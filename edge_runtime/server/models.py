@@ -22,8 +22,11 @@ async def get_model(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """200 while every model can answer, else 503; needs no API key."""
-    stopped = [name for name, model in ServerContext.of(request).models.items() if not model.ready]
-    response = json_response({"status": "unavailable", "stopped": stopped} if stopped else {"status": "ok"})
+    models = ServerContext.of(request).models
+    stopped = [name for name, model in models.items() if not model.ready]
+    said = {name: health for name, model in models.items() if (health := dict(model.health))}
+    status = {"status": "unavailable", "stopped": stopped} if stopped else {"status": "ok"}
+    response = json_response(status | ({"models": said} if said else {}))
     response.status_code = 503 if stopped else 200
     return response
 

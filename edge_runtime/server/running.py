@@ -13,6 +13,7 @@ from starlette.types import Receive
 from edge_runtime.errors import EngineStopped
 from edge_runtime.generation import Generation
 from edge_runtime.request import Chunk, Usage
+from edge_runtime.route import Route
 
 Start = Callable[[], Generation]
 """Renders, tokenizes and submits; blocks."""
@@ -73,6 +74,16 @@ class Running:
             if chunk.finish_reason == "cancelled":
                 raise EngineStopped("the answer was cut off: the server is shutting down")
             await emit(number, chunk)
+
+    async def opened(self) -> None:
+        """Wait until it stands who answers. Raises what a request fails with of which nothing was passed on."""
+        for generation in self._generations:
+            await generation.opened()
+
+    @property
+    def route(self) -> Route:
+        """Of the first."""
+        return self._generations[0].route
 
     def usage(self) -> Usage:
         """The sum over the generations, right once ``pump`` has returned."""

@@ -16,6 +16,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from edge_runtime.errors import InvalidRequest
+from edge_runtime.policy.check import FIELDS
+from edge_runtime.prompts import About
 from edge_runtime.sampling import SamplingParams
 
 MAX_STOPS = 64
@@ -89,6 +91,15 @@ class _Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def _about(self, headers: Mapping[str, str], extras: Mapping[str, Any]) -> About:
+        fields = {name: value for name in FIELDS if isinstance(value := getattr(self, name), str)}
+        return About(
+            {name.lower(): value for name, value in headers.items() if name.lower() not in _SECRET},
+            self.metadata or {},
+            fields,
+            extras,
+        )
+
 
 class ChatRequest(_Sampling, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """POST /v1/chat/completions."""
@@ -122,6 +133,13 @@ class ChatRequest(_Sampling, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise InvalidRequest("max_tokens and max_completion_tokens mean the same: send one", "max_tokens")
 
+    def about(self, headers: Mapping[str, str], takes_extras: bool) -> About:
+        """What routing may go by. InvalidRequest for wishes that would have to be passed on and cannot be."""
+        extras = {name: value for name in _PASSED_ON if not _asks_nothing(name, value := getattr(self, name))}
+        if extras and not takes_extras:
+            raise _unsupported(next(iter(extras)))
+        return self._about(headers, extras)
+
     def params(self) -> SamplingParams:
         alternatives = None
         if self.logprobs:
@@ -146,6 +164,10 @@ class CompletionRequest(_Sampling, frozen=True, forbid_unknown_fields=True, kw_o
         _check_common(self)
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest("best_of other than n is not supported", "best_of")
+
+    def about(self, headers: Mapping[str, str]) -> About:
+        """What routing may go by."""
+        return self._about(headers, {})
 
     def prompts(self) -> list[str | list[int]]:
         """One text or list of token ids per prompt. InvalidRequest if the list is empty or mixed."""
@@ -220,7 +242,7 @@ def _invalid(text: str) -> InvalidRequest:
 
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "store": (None, False),
-    "service_tier": (None, "auto", "default"),
+    "service_tier": (None, "auto", "default", "flex"),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False),
@@ -244,15 +266,27 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 """Field → the values that ask for nothing."""
 
 
+_PASSED_ON = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format")
+"""Of them, those that a server elsewhere may know."""
+_SECRET = ("authorization", "cookie", "proxy-authorization")
+
+
 def _refuse_unsupported(struct: msgspec.Struct, prefix: str = "") -> None:
     for name in struct.__struct_fields__:
-        harmless = _UNSUPPORTED.get(name)
-        if harmless is None:
-            continue
-        value = getattr(struct, name)
-        # 1 == True and 0 == False in Python, but not in JSON
-        if not any(type(value) is type(allowed) and value == allowed for allowed in harmless):
-            raise InvalidRequest(f"{prefix}{name} is not supported by this server: leave it out", f"{prefix}{name}")
+        passed_on = name in _PASSED_ON and isinstance(struct, ChatRequest)
+        if not passed_on and not _asks_nothing(name, getattr(struct, name)):
+            raise _unsupported(f"{prefix}{name}")
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    """The field is supported, or its value asks for nothing."""
+    harmless = _UNSUPPORTED.get(name)
+    # 1 == True and 0 == False in Python, but not in JSON
+    return harmless is None or any(type(value) is type(allowed) and value == allowed for allowed in harmless)
+
+
+def _unsupported(name: str) -> InvalidRequest:
+    return InvalidRequest(f"{name} is not supported by this server: leave it out", name)
 
 
 def _check_common(request: _Sampling) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from edge_runtime.generation import Generation
+from edge_runtime.prompts import NOTHING, About
 from edge_runtime.sampling import SamplingParams
 
 
@@ -32,15 +33,27 @@ class ServedModel(Protocol):
     def eos_ids(self) -> Sequence[int]:
         """Tokens that end a completion; logprobs leave out the one that did."""
 
-    def start_chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams) -> Generation:
+    @property
+    def takes_extras(self) -> bool:
+        """Whether wishes such as ``tools`` may be passed on to it: a tier of its policy may know them."""
+
+    @property
+    def health(self) -> Mapping[str, Any]:
+        """What /health says of it beside its being ready: its tiers, where it has several."""
+
+    def start_chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, about: About = NOTHING
+    ) -> Generation:
         """Render the chat template with a generation prompt, tokenize and submit; returns without waiting for a token.
 
         A message is ``{"role": str, "content": str | list of {"type": "text", "text": str}}``, with ``name`` if given.
         Fields of ``params`` that are None get the model's generation defaults here.
-        Raises TemplateError, InvalidRequest, PromptTooLong, Overloaded, EngineStopped.
+        Raises TemplateError, InvalidRequest, PromptTooLong, Overloaded, EngineStopped, TierUnavailable.
         """
 
-    def start_completion(self, prompt: str | Sequence[int], params: SamplingParams) -> Generation:
+    def start_completion(
+        self, prompt: str | Sequence[int], params: SamplingParams, about: About = NOTHING
+    ) -> Generation:
         """Submit plain text (bos put before it if the model wants that) or token ids as they are. As ``start_chat``."""
 
     def token_bytes(self, token_id: int) -> bytes:

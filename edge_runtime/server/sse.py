@@ -33,8 +33,7 @@ DONE = b"data: [DONE]\n\n"
 class EventStream:
     """An ASGI response that streams what ``produce`` writes, and ends the generations when the client leaves.
 
-    The generations have started, so that a refusal could still be an HTTP status; an error from here on is an event
-    of its own, without ``[DONE]``.
+    Until it stands who answers, an error is an HTTP status; from then on an event of its own, without ``[DONE]``.
     """
 
     def __init__(self, running: Running, produce: Produce) -> None:
@@ -46,7 +45,9 @@ class EventStream:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         async def work() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await self._running.opened()
+            route = [(name.encode(), value.encode()) for name, value in self._running.route.headers().items()]
+            await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *route]})
             try:
                 await self._produce(self._running, write)
                 await write(DONE)

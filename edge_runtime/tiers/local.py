@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
-
-from msgspec.structs import replace
 
 from edge_runtime.engine import Engine
 from edge_runtime.generation import Generation
-from edge_runtime.request import Chunk
+from edge_runtime.prompts import Fit, Messages, Text, TierRequest, TokenIds
 from edge_runtime.template import ChatTemplate
-from edge_runtime.tiers.base import Fit, Messages, Text, TierRequest, TokenIds
 from edge_runtime.tokenizer import Tokenizer
 
 
@@ -28,7 +26,6 @@ class LocalTier:
         max_context: int,
         add_bos: bool = False,
         defaults: Mapping[str, Any] | None = None,
-        name: str = "local",
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -37,18 +34,13 @@ class LocalTier:
         self._max_context = max_context
         self._add_bos = add_bos
         self._defaults = dict(defaults or {})
-        self._name = name
-
-    @property
-    def name(self) -> str:
-        return self._name
 
     def fit(self, request: TierRequest) -> Fit:
         return Fit(len(self.encode(request)), self._max_prompt, self._max_context)
 
     def prepare(self, request: TierRequest) -> TierRequest:
         """The same request with the prompt as token ids, so that it is rendered and tokenized once."""
-        return TierRequest(TokenIds(self.encode(request)), request.params)
+        return replace(request, prompt=TokenIds(self.encode(request)))
 
     def encode(self, request: TierRequest) -> list[int]:
         """The prompt's token ids. TemplateError, InvalidRequest."""
@@ -60,15 +52,11 @@ class LocalTier:
             return self._tokenizer.encode(prompt.text, add_bos=self._add_bos)
         return list(prompt.ids)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Of text that stands behind other text."""
+        return self._tokenizer.encode(text)
+
     def start(self, request: TierRequest) -> Generation:
         """Submit and return at once; errors of the request raise here, later ones come as chunks."""
         ids = self.encode(request)
         return self._engine.submit(ids, request.params.resolved(self._defaults), self._tokenizer.eos_ids)
-
-    def stream(self, request: TierRequest) -> Iterator[Chunk]:
-        return self._chunks(self.start(request))
-
-    def _chunks(self, generation: Generation) -> Iterator[Chunk]:
-        with generation:
-            for chunk in generation:
-                yield replace(chunk.checked(), tier=self._name)

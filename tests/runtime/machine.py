@@ -15,9 +15,9 @@ from edge_runtime.generation import Generation
 from edge_runtime.loading import Loaded
 from edge_runtime.package import Package, Variant
 from edge_runtime.placement import Placement
+from edge_runtime.prompts import TierRequest, TokenIds
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.template import ChatTemplate
-from edge_runtime.tiers.base import TierRequest, TokenIds
 from edge_runtime.tiers.local import LocalTier
 from tests.fake_decoder import FakeDecoder
 from tests.runtime.helpers import GREEDY, LetterTokenizer

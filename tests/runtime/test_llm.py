@@ -26,8 +26,6 @@ from edge_runtime.errors import (
 )
 from edge_runtime.footprint import Model, Use, footprint
 from edge_runtime.package import Package, Variant
-from edge_runtime.tiers.base import Fit
-from edge_runtime.tiers.router import Router
 from exporters.checkpoint import TextFiles
 from exporters.export import export
 from exporters.synthetic import SyntheticCheckpoint
@@ -269,18 +267,3 @@ def test_a_base_model_goes_on_from_text(home: Path, tmp_path: Path) -> None:
         assert answer.token_ids == llm.generate(ids, GREEDY).token_ids
         with pytest.raises(TemplateError, match="no chat template"):
             llm.generate([{"role": "user", "content": "hello"}])
-
-
-# --- router -----------------------------------------------------------------------------------------------------------
-
-
-def test_router_orders_and_explains() -> None:
-    params = SamplingParams(max_tokens=10)
-    small, large = ("small", Fit(50, 40, 64)), ("large", Fit(50, 100, 100))
-    route = Router.choose(params, [small, large, ("snug", Fit(50, 60, 60)), ("tight", Fit(50, 59, 59))])
-    assert route.order == ("large", "snug")
-    assert "50 tokens" in route.reasons["small"]
-    assert "take 40" in route.reasons["small"]
-    assert "10 more" in route.reasons["tight"]
-    assert "fits" in route.reasons["large"]
-    assert Router.choose(params, []).order == ()

@@ -20,11 +20,11 @@ from edge_runtime.llm import EdgeLLM
 from edge_runtime.loading import Loaded
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.placement import Placement
+from edge_runtime.prompts import TierRequest, TokenIds
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import export_package
 from edge_runtime.switching import BACK_S, Switching
 from edge_runtime.template import ChatTemplate
-from edge_runtime.tiers.base import TierRequest, TokenIds
 from edge_runtime.tiers.local import LocalTier
 from edge_runtime.variants import Found, Variants, keeps_answers, rank
 from tests.fake_decoder import FakeDecoder

@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from devices.base import Step
 from edge_runtime.engine import Engine, Generation
+from edge_runtime.prompts import NOTHING, About
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.run import listen, make_server, url_of
 from edge_runtime.template import ChatTemplate
@@ -71,11 +72,23 @@ class FakeModel:
     def ready(self) -> bool:
         return self.engine.alive
 
-    def start_chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams) -> Generation:
+    @property
+    def takes_extras(self) -> bool:
+        return False
+
+    @property
+    def health(self) -> Mapping[str, Any]:
+        return {}
+
+    def start_chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, about: About = NOTHING
+    ) -> Generation:
         ids = self.tokenizer.encode(self.template.render(messages), parse_special=True)
         return self.engine.submit(ids, params, self.eos_ids)
 
-    def start_completion(self, prompt: str | Sequence[int], params: SamplingParams) -> Generation:
+    def start_completion(
+        self, prompt: str | Sequence[int], params: SamplingParams, about: About = NOTHING
+    ) -> Generation:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return self.engine.submit(ids, params, self.eos_ids)
 

@@ -26,6 +26,7 @@ from edge_runtime.errors import (
     PromptTooLong,
     StorageError,
 )
+from edge_runtime.prompts import NOTHING, About
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.app import create_app
 from edge_runtime.server.errors import failure_of
@@ -94,7 +95,7 @@ def test_body_limit(http: httpx.Client, url: str) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_refusals_of_the_engine(error: EdgeError, status: int, code: str | None, stream: bool) -> None:
     class Refusing(FakeModel):
-        def start_chat(self, messages: Any, params: SamplingParams) -> Generation:
+        def start_chat(self, messages: Any, params: SamplingParams, about: About = NOTHING) -> Generation:
             raise error
 
     model = Refusing()
@@ -120,7 +121,7 @@ def test_every_error_of_the_tree_has_a_status() -> None:
 
 def test_a_bug_shows_no_traceback() -> None:
     class Broken(FakeModel):
-        def start_chat(self, messages: Any, params: SamplingParams) -> Generation:
+        def start_chat(self, messages: Any, params: SamplingParams, about: About = NOTHING) -> Generation:
             raise KeyError("secret")
 
     model = Broken()

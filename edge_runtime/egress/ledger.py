@@ -1,0 +1,286 @@
+"""The ledger: everything that leaves the device, what it costs and what it may cost, in an append-only chain of rows.
+
+SQLite in WAL mode. Each row holds the SHA-256 of itself and the row before, so that a row that was changed, put in or
+taken out breaks the chain from there on. (Rows cut off at the end leave a shorter chain that is sound: keep the last
+hash elsewhere, and :meth:`Ledger.verify` finds that too.)
+
+A sending is two rows: ``sent`` before the first byte leaves, with the most that it may cost, and ``settled`` once it is
+over, with what it did. A sending that was never settled, as after a power cut, keeps counting with the most. Several
+processes may share a ledger. Money is counted in billionths, as integers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from edge_runtime.errors import LedgerError
+
+BILLION = 10**9
+Period = Literal["day", "month"]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+  seq INTEGER PRIMARY KEY,
+  time REAL NOT NULL,
+  event TEXT NOT NULL,
+  settles INTEGER,
+  request TEXT NOT NULL,
+  attempt INTEGER NOT NULL,
+  tier TEXT NOT NULL,
+  class TEXT NOT NULL,
+  bytes_out INTEGER NOT NULL,
+  bytes_in INTEGER NOT NULL,
+  prompt_tokens INTEGER,
+  completion_tokens INTEGER,
+  cost INTEGER NOT NULL,
+  outcome TEXT NOT NULL,
+  sha256 TEXT NOT NULL,
+  content BLOB,
+  previous TEXT NOT NULL,
+  hash TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS entries_time ON entries (event, time);
+CREATE UNIQUE INDEX IF NOT EXISTS entries_settles ON entries (settles) WHERE settles IS NOT NULL;
+"""
+_COLUMNS = (
+    *("seq", "time", "event", "settles", "request", "attempt", "tier", "class", "bytes_out", "bytes_in"),
+    *("prompt_tokens", "completion_tokens", "cost", "outcome", "sha256", "content", "previous", "hash"),
+)
+_HASHED = tuple(name for name in _COLUMNS if name not in ("content", "hash"))
+FIRST = "0" * 64
+"""What stands before the first row."""
+
+
+@dataclass(frozen=True)
+class Cap:
+    """The most that may be spent. ``task_class`` None: by all together."""
+
+    period: Period
+    limit: int
+    """Billionths."""
+    task_class: str | None = None
+
+    def __str__(self) -> str:
+        whose = "all classes" if self.task_class is None else f"class {self.task_class}"
+        return f"the cap of {money(self.limit)} a {self.period} for {whose}"
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What is about to leave."""
+
+    request: str
+    attempt: int
+    tier: str
+    task_class: str
+    body: bytes
+    most: int
+    """Billionths that it may cost."""
+    keep_content: bool = False
+    """Whether ``body`` is kept, and not its hash alone."""
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """What became of it. Tokens: None where nobody said."""
+
+    bytes_in: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cost: int | None
+    """None: nobody knows, and the most that it may have cost counts on."""
+    outcome: str
+
+
+class OverCap(LedgerError):
+    """It could cost more than a cap leaves; nothing was written."""
+
+
+class Ledger:
+    """Methods may be called from any thread; each takes a millisecond or so, for the disk. LedgerError where it fails.
+
+    ``clock``: Unix seconds. Where it jumps back, rows keep the time of the row before: no day is spent twice.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._lock = threading.Lock()
+        with _translated(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+            self._connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
+
+    def send(self, sending: Sending, caps: Sequence[Cap] = ()) -> int:
+        """Write that it is about to leave; returns the row's number. OverCap: it may not."""
+        with self._transaction() as last:
+            now = max(self._clock(), last["time"])
+            for cap in caps:
+                spent = self._spent(cap, now)
+                if spent + sending.most > cap.limit:
+                    raise OverCap(
+                        f"{cap} leaves {money(max(cap.limit - spent, 0))}, and this may cost {money(sending.most)}"
+                    )
+            return self._append(
+                last,
+                time=now,
+                event="sent",
+                request=sending.request,
+                attempt=sending.attempt,
+                tier=sending.tier,
+                task_class=sending.task_class,
+                bytes_out=len(sending.body),
+                cost=sending.most,
+                sha256=hashlib.sha256(sending.body).hexdigest(),
+                content=sending.body if sending.keep_content else None,
+            )
+
+    def settle(self, seq: int, settlement: Settlement) -> None:
+        """Write what became of row ``seq``, once."""
+        with self._transaction() as last:
+            sent = self._connection.execute(
+                "SELECT request, attempt, tier, class, sha256, cost FROM entries WHERE seq = ? AND event = 'sent'",
+                (seq,),
+            ).fetchone()
+            if sent is None:
+                raise LedgerError(f"{self._path}: there is no sending {seq} to settle")
+            request, attempt, tier, task_class, sha256, most = sent
+            self._append(
+                last,
+                time=max(self._clock(), last["time"]),
+                event="settled",
+                settles=seq,
+                request=request,
+                attempt=attempt,
+                tier=tier,
+                task_class=task_class,
+                bytes_in=settlement.bytes_in,
+                prompt_tokens=settlement.prompt_tokens,
+                completion_tokens=settlement.completion_tokens,
+                cost=most if settlement.cost is None else settlement.cost,
+                outcome=settlement.outcome,
+                sha256=sha256,
+            )
+
+    def spent(self, cap: Cap) -> int:
+        """Billionths of ``cap`` that are spent, or may be by what is under way."""
+        with self._lock, _translated(self._path):
+            last = self._last()
+            return self._spent(cap, max(self._clock(), last["time"]))
+
+    def rows(self, newest: int | None = None) -> Iterator[dict[str, Any]]:
+        """In order, ``content`` as bytes or None; only the ``newest`` ones."""
+        wanted = "SELECT * FROM entries ORDER BY seq"
+        if newest is not None:
+            wanted = f"SELECT * FROM (SELECT * FROM entries ORDER BY seq DESC LIMIT {int(newest)}) ORDER BY seq"
+        with self._lock, _translated(self._path):
+            found = self._connection.execute(wanted).fetchall()
+        yield from (dict(zip(_COLUMNS, row, strict=True)) for row in found)
+
+    def verify(self, head: str | None = None) -> list[str]:
+        """Everything that is wrong with the chain. ``head``: a hash that was its last once, and must be in it."""
+        wrong: list[str] = []
+        previous, number, met = FIRST, 0, head is None
+        for row in self.rows():
+            number += 1
+            if row["seq"] != number:
+                wrong.append(f"row {number} is missing" if row["seq"] > number else f"row {row['seq']} is out of order")
+                number = row["seq"]
+            if row["previous"] != previous:
+                wrong.append(f"row {number} does not follow the row before it")
+            if row["hash"] != _hash(row):
+                wrong.append(f"row {number} was changed")
+            content = row["content"]
+            if content is not None and hashlib.sha256(content).hexdigest() != row["sha256"]:
+                wrong.append(f"row {number}: its content was changed")
+            previous = row["hash"]
+            met = met or previous == head
+        if not met:
+            wrong.append(f"the hash {head} is not in the chain: rows at its end are gone, or were made anew")
+        return wrong
+
+    @property
+    def head(self) -> str:
+        """The last row's hash."""
+        with self._lock, _translated(self._path):
+            return str(self._last()["hash"])
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    # --- inside a transaction -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _transaction(self) -> Iterator[dict[str, Any]]:
+        """Alone among processes; gives the last row."""
+        with self._lock, _translated(self._path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._last()
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+
+    def _last(self) -> dict[str, Any]:
+        found = self._connection.execute("SELECT seq, time, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
+        seq, when, digest = found or (0, 0.0, FIRST)
+        return {"seq": seq, "time": when, "hash": digest}
+
+    def _append(self, last: dict[str, Any], *, time: float, task_class: str, **values: Any) -> int:
+        row = dict.fromkeys(_COLUMNS) | {"bytes_out": 0, "bytes_in": 0, "outcome": ""} | values
+        row |= {"seq": last["seq"] + 1, "time": time, "class": task_class, "previous": last["hash"]}
+        row["hash"] = _hash(row)
+        places = ", ".join("?" * len(_COLUMNS))
+        self._connection.execute(f"INSERT INTO entries VALUES ({places})", [row[name] for name in _COLUMNS])
+        return int(last["seq"]) + 1
+
+    def _spent(self, cap: Cap, now: float) -> int:
+        wanted = (
+            "SELECT SUM(COALESCE(after.cost, sent.cost)) FROM entries sent LEFT JOIN entries after "
+            "ON after.settles = sent.seq WHERE sent.event = 'sent' AND sent.time >= ?"
+        )
+        values: list[Any] = [_start(cap.period, now)]
+        if cap.task_class is not None:
+            wanted += " AND sent.class = ?"
+            values.append(cap.task_class)
+        return int(self._connection.execute(wanted, values).fetchone()[0] or 0)
+
+
+def most_of(price_input: float, price_output: float, prompt_tokens: int, completion_tokens: int) -> int:
+    """Billionths that so many tokens cost, at prices per million; rounded up."""
+    return math.ceil(round((price_input * prompt_tokens + price_output * completion_tokens) * BILLION / 1e6, 3))
+
+
+def money(billionths: int) -> str:
+    return f"{billionths / BILLION:.6f}".rstrip("0").rstrip(".")
+
+
+def _start(period: Period, now: float) -> float:
+    """When the day or month began, by this machine's time zone."""
+    midnight = datetime.fromtimestamp(now).astimezone().replace(hour=0, minute=0, second=0, microsecond=0)
+    return (midnight if period == "day" else midnight.replace(day=1)).timestamp()
+
+
+def _hash(row: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([row[name] for name in _HASHED], ensure_ascii=True).encode()).hexdigest()
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise LedgerError(f"the ledger {path} cannot be used: {error}") from error

@@ -1,0 +1,1 @@
+"""The owner's policy: the file, and what can be wrong with it."""

@@ -1,0 +1,295 @@
+"""Has a request answered: by the tier that its plan names, or another when that one fails, and by one only.
+
+Everything here runs on the network thread's event loop. Nothing of an answer is passed on before it stands whose it is;
+what other tiers have begun meanwhile is cancelled then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+
+from edge_runtime.errors import (
+    ContextOverflow,
+    DeviceError,
+    EdgeError,
+    EngineStopped,
+    LedgerError,
+    Overloaded,
+    PromptTooLong,
+    TierError,
+)
+from edge_runtime.policy.rules import TaskClass
+from edge_runtime.prompts import TierRequest
+from edge_runtime.routing.routed import Call, stamped
+from edge_runtime.routing.router import Plan
+from edge_runtime.routing.sources import LocalSource, Source, Speeds
+from edge_runtime.tiers.model import LocalModel
+from edge_runtime.tiers.remote import RemoteRequest, RemoteTier
+
+_log = logging.getLogger("edge_glm.tiers")
+PASSED_ON = (TierError, LedgerError, DeviceError, EngineStopped, Overloaded, PromptTooLong)
+"""Failures of a tier after which the next may be asked. Others are the request's own fault."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On a local answer that has begun. ``good``: P(good enough), if it was estimated."""
+
+    enough: bool
+    reason: str
+    good: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request, and what was decided on it."""
+
+    call: Call
+    request: TierRequest
+    prepared: Mapping[str, TierRequest]
+    """For every local tier the request as token ids."""
+    task: TaskClass
+    plan: Plan
+    judge: Callable[[LocalSource], Awaitable[Verdict]]
+    started: float
+    """Of the loop's clock."""
+
+
+class _NotEnough(Exception):
+    """A local answer has begun that is probably not good enough."""
+
+    def __init__(self, source: LocalSource, verdict: Verdict) -> None:
+        super().__init__(verdict.reason)
+        self.source = source
+        self.verdict = verdict
+
+
+class Conductor:
+    """Over the tiers of one policy."""
+
+    def __init__(self, local: Mapping[str, LocalModel], remote: Mapping[str, RemoteTier], speeds: Speeds) -> None:
+        self._local = local
+        self._remote = remote
+        self._speeds = speeds
+
+    async def answer(self, job: Job) -> None:
+        """Everything of the answer, or its failure, goes to the job's call."""
+        call = job.call
+        try:
+            source = await self._choose(job)
+            try:
+                await self._pass_on(job, source)
+            finally:
+                await source.close()
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        except EdgeError as error:
+            call.fail(error)
+        except Exception as error:
+            _log.exception("a request failed")
+            call.fail(EdgeError(f"internal error, {type(error).__name__}: {error}"))
+
+    # --- who answers --------------------------------------------------------------------------------------------------
+
+    async def _choose(self, job: Job) -> Source:
+        """The answer to pass on, told to the call. Raises what the last tier failed with."""
+        waiting, failures = list(job.plan.order), dict[str, EdgeError]()
+        spare: _NotEnough | None = None
+        """Kept until another has begun."""
+        try:
+            while waiting:
+                name = waiting.pop(0)
+                others = [each for each in waiting if self._may_hedge(job, name, each)]
+                try:
+                    if others:
+                        waiting.remove(others[0])
+                        source = await self._race(job, name, others[0], waiting, failures)
+                        if source is None:
+                            continue
+                    else:
+                        source = await self._open(job, name, waiting)
+                except _NotEnough as doubt:
+                    job.call.route.reasons[doubt.source.tier] = doubt.verdict.reason
+                    spare = doubt
+                except PASSED_ON as error:
+                    failures[name] = error
+                else:
+                    self._decide(job, source, spare, failures)
+                    return source
+            if spare is None:
+                raise _worst(failures)
+            source, spare = spare.source, None
+            self._decide(job, source, None, failures)
+            return source
+        finally:
+            if spare is not None:
+                await spare.source.close()
+
+    def _decide(self, job: Job, source: Source, spare: _NotEnough | None, failures: Mapping[str, EdgeError]) -> None:
+        route = job.call.route
+        route.reasons |= {name: str(error) for name, error in failures.items()}
+        reason = route.reasons.get(source.tier, "") if spare is None else spare.verdict.reason
+        if failures:
+            reason = "; ".join(f"{name}: {error}" for name, error in failures.items())
+            _log.warning("%s answers, %s does not: %s", source.tier, ", ".join(failures), reason)
+            if source.tier in self._local and any(name in self._remote for name in failures):
+                route.degraded = reason
+        elif job.plan.missing and source.tier in self._local:
+            route.degraded = reason = "; ".join(f"{name}: {why}" for name, why in job.plan.missing.items())
+        job.call.decide(source.tier, reason)
+
+    def _may_hedge(self, job: Job, first: str, other: str) -> bool:
+        return job.task.hedge_ms is not None and (first in self._local) != (other in self._local)
+
+    async def _race(
+        self, job: Job, first: str, second: str, after: Sequence[str], failures: dict[str, EdgeError]
+    ) -> Source | None:
+        """Whichever of two begins first, and is good enough; the other is cancelled. None: both failed. Dean and
+        Barroso, The Tail at Scale, 2013: the second is asked ``hedge_ms`` after the first."""
+        delay = (job.task.hedge_ms or 0) / 1e3
+        tasks = {asyncio.create_task(self._open(job, first, [second, *after])): first}
+        done, _ = await _wait(tasks, delay)
+        if not any(task.exception() is None for task in done):
+            tasks[asyncio.create_task(self._open(job, second, [first, *after]))] = second
+        doubt: _NotEnough | None = None
+        try:
+            while tasks:
+                done, _ = await _wait(tasks, None)
+                for task in done:
+                    try:
+                        source = await task
+                    except _NotEnough as error:
+                        doubt = error
+                    except PASSED_ON as error:
+                        failures[tasks[task]] = error
+                    else:
+                        del tasks[task]
+                        return source
+                    del tasks[task]
+            if doubt is None:
+                return None
+            spare, doubt = doubt, None
+            raise spare
+        finally:
+            if doubt is not None:
+                await doubt.source.close()
+            await _end(tasks)
+
+    async def _open(self, job: Job, name: str, others: Sequence[str]) -> Source:
+        """The tier's answer, begun. _NotEnough where it is local and not good enough, and a remote tier is among
+        ``others``; what the tier fails with."""
+        if name in self._remote:
+            return await self._open_remote(job, name)
+        generation = await asyncio.to_thread(self._local[name].start, job.prepared[name])
+        source = LocalSource(name, generation)
+        try:
+            if job.plan.judge and any(other in self._remote for other in others):
+                hold = job.task.hold
+                await source.hold(hold.tokens, job.started + hold.ms / 1e3)
+                self._measured(job, name)
+                verdict = await job.judge(source)
+                job.call.route.good = job.call.route.good if verdict.good is None else verdict.good
+                if not verdict.enough:
+                    raise _NotEnough(source, verdict)
+            else:
+                await source.hold(0, 0)
+                self._measured(job, name)
+            return source
+        except _NotEnough:
+            raise
+        except BaseException:
+            await source.close()
+            raise
+
+    async def _open_remote(self, job: Job, name: str) -> Source:
+        request = RemoteRequest(job.call.route.request, job.task, job.request)
+        source = Source(name, self._remote[name].stream(request))
+        try:
+            await source.hold(0, 0)
+        except BaseException:
+            await source.close()
+            raise
+        self._measured(job, name)
+        return source
+
+    def _measured(self, job: Job, name: str) -> None:
+        self._speeds.took(name, asyncio.get_running_loop().time() - job.started)
+
+    # --- passing on ---------------------------------------------------------------------------------------------------
+
+    async def _pass_on(self, job: Job, source: Source) -> None:
+        text = ""
+        failure: EdgeError | None = None
+        try:
+            async with aclosing(source.rest()) as chunks:
+                async for chunk in chunks:
+                    text += chunk.text
+                    if chunk.error is not None:
+                        failure = chunk.error
+                        break
+                    job.call.put(stamped(chunk, source.tier), source.usage if chunk.usage is None else chunk.usage)
+        except EdgeError as error:
+            failure = error
+        if failure is None:
+            return
+        goes_on = self._who_goes_on(job, source)
+        if goes_on is None:
+            raise failure
+        await self._go_on(job, goes_on, text, failure)
+
+    def _who_goes_on(self, job: Job, source: Source) -> str | None:
+        """The local tier that goes on where a remote answer breaks off."""
+        if source.tier in self._local or job.task.broken_stream != "continue" or job.request.params.n > 1:
+            return None
+        return next((name for name in job.plan.order if name in self._local), None)
+
+    async def _go_on(self, job: Job, name: str, text: str, failure: EdgeError) -> None:
+        """With a local model, from the text so far."""
+        model, route = self._local[name], job.call.route
+        try:
+            request = await asyncio.to_thread(model.go_on, job.prepared[name], text)
+            generation = await asyncio.to_thread(model.start, request)
+        except EdgeError as error:
+            raise failure from error
+        route.continued = f"{name} went on after {len(text)} characters: {failure}"
+        _log.warning("%s", route.continued)
+        source = LocalSource(name, generation)
+        try:
+            async with aclosing(source.rest()) as chunks:
+                async for chunk in chunks:
+                    if chunk.error is not None:
+                        raise failure from chunk.error
+                    job.call.put(stamped(chunk, name), source.usage)
+        finally:
+            await source.close()
+
+
+def _worst(failures: Mapping[str, EdgeError]) -> EdgeError:
+    """What to tell where every tier has failed: the only failure, or all in one."""
+    errors = list(failures.values())
+    if len(errors) == 1:
+        return errors[0]
+    if errors and all(isinstance(error, PromptTooLong | ContextOverflow) for error in errors):
+        return errors[-1]
+    told = "; ".join(f"{name}: {error}" for name, error in failures.items())
+    return TierError(f"no tier has answered: {told}", list(failures)[-1])
+
+
+async def _wait(
+    tasks: Mapping[asyncio.Task[Source], str], timeout: float | None
+) -> tuple[set[asyncio.Task[Source]], set[asyncio.Task[Source]]]:
+    return await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _end(tasks: Mapping[asyncio.Task[Source], str]) -> None:
+    """Cancel them, and close what they have opened all the same."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with suppress(asyncio.CancelledError, Exception):
+            await (await task).close()

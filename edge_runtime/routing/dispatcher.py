@@ -1,0 +1,227 @@
+"""Where requests meet the policy: each is given to the tier that should answer it, under the policy as it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from msgspec.structs import replace
+
+from edge_runtime.egress.ledger import Ledger
+from edge_runtime.errors import EdgeError, PolicyError
+from edge_runtime.generation import EngineGeneration, Generation
+from edge_runtime.policy.rules import LocalTierSpec, TaskClass, read_policy
+from edge_runtime.prompts import TierRequest
+from edge_runtime.route import Route
+from edge_runtime.routing.conductor import PASSED_ON, Job, Verdict
+from edge_runtime.routing.facts import Facts
+from edge_runtime.routing.regime import Regime
+from edge_runtime.routing.routed import Call, Canceller, RoutedGeneration
+from edge_runtime.routing.router import Candidate, Plan, Router
+from edge_runtime.routing.sources import LocalSource, Speeds
+from edge_runtime.tiers.model import LocalModel
+from edge_runtime.tiers.network import NetworkThread, Reach
+
+_log = logging.getLogger("edge_glm.policy")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """On one request, before anything has run."""
+
+    regime: Regime
+    facts: Facts
+    task: TaskClass
+    prepared: Mapping[str, TierRequest]
+    candidates: list[Candidate]
+    plan: Plan
+    route: Route
+
+
+class Beside(Protocol):
+    """A model that is opened beside the first; :class:`edge_runtime.EdgeLLM` is one."""
+
+    local: LocalModel
+
+    def close(self) -> None: ...
+
+
+class Dispatcher:
+    """The policy in the file ``path``, over the ``model`` that was opened. Methods may be called from any thread.
+
+    The file is looked at before every request; a version that cannot be used is logged, and the one before stays in
+    force. PolicyError if the first cannot be used; LedgerError.
+    """
+
+    def __init__(
+        self, path: Path, model: LocalModel, open_beside: Callable[[LocalTierSpec], Beside], ledger: Path, offline: bool
+    ) -> None:
+        """``open_beside`` opens the model of a local tier that names one; it is closed with the dispatcher."""
+        self._path = path
+        self._model = model
+        self._open_beside = open_beside
+        self._beside: dict[LocalTierSpec, Beside] = {}
+        self._lock = threading.Lock()
+        """Held while a version of the policy is read."""
+        self._seen: tuple[int, ...] = ()
+        self._problem: str | None = None
+        self._reach = Reach(offline)
+        self._speeds = Speeds()
+        self._ledger = Ledger(ledger)
+        self._network = NetworkThread()
+        try:
+            self._seen = _version_of(path)
+            self._regime = self._build(None)
+        except BaseException:
+            self._network.close()
+            self._close_here()
+            raise
+        self._retired: list[Regime] = []
+
+    @property
+    def problem(self) -> str | None:
+        """Why the file as it is now is not in force; None: it is."""
+        return self._problem
+
+    def start(self, request: TierRequest) -> Generation:
+        """As :meth:`edge_runtime.tiers.model.LocalModel.start`, and TierUnavailable where no tier may be asked."""
+        decision = self.decide(request)
+        plan, route, local = decision.plan, decision.route, decision.regime.local
+        if not plan.order:
+            raise Router.refusal(request.params, decision.candidates, plan)
+        first = plan.order[0]
+        if first in local and not plan.judge and decision.task.hedge_ms is None and not plan.missing:
+            try:
+                generation = local[first].start(decision.prepared[first])
+            except PASSED_ON:
+                if len(plan.order) == 1:
+                    raise
+            else:
+                if isinstance(generation, EngineGeneration):
+                    route.tier, route.reason = first, plan.reasons[first]
+                    generation.route = route
+                return generation
+        return self._conduct(decision)
+
+    def decide(self, request: TierRequest) -> Decision:
+        """What would be done with a request. TemplateError, InvalidRequest."""
+        regime = self._current()
+        prepared = self._model.prepare(request)
+        facts = Facts(request, len(prepared.prompt.ids))  # type: ignore[union-attr]
+        matched = regime.matcher(facts)
+        prepared_for = regime.prepared(request, {self._model: prepared})
+        candidates = regime.candidates(request, prepared_for, facts.tokens, matched.task)
+        plan = Router.choose(request.params, matched.task, candidates)
+        route = Route(f"req-{uuid.uuid4().hex}", matched.task.name, matched.because, plan.order, dict(plan.reasons))
+        return Decision(regime, facts, matched.task, prepared_for, candidates, plan, route)
+
+    def health(self) -> dict[str, Any]:
+        """For /health."""
+        told: dict[str, Any] = {"tiers": self._current().states()}
+        return told if self._problem is None else {**told, "policy": self._problem}
+
+    def close(self) -> None:
+        """End every request and close what leads elsewhere. Idempotent."""
+        regimes = [self._regime, *self._retired]
+
+        async def close() -> None:
+            for regime in regimes:
+                await regime.door.close()
+
+        self._network.close(close)
+        self._close_here()
+
+    def _close_here(self) -> None:
+        self._ledger.close()
+        for each in self._beside.values():
+            each.close()
+
+    # --- the policy ---------------------------------------------------------------------------------------------------
+
+    def _current(self) -> Regime:
+        """By the file as it is now, if it can be used."""
+        try:
+            version = _version_of(self._path)
+        except PolicyError as error:
+            self._complain(error)
+            return self._regime
+        if version != self._seen:
+            with self._lock:
+                if version != self._seen:
+                    self._seen = version
+                    self._reload()
+        return self._regime
+
+    def _reload(self) -> None:
+        try:
+            fresh = self._build(self._regime)
+        except EdgeError as error:
+            self._complain(error)
+            return
+        self._retired.append(self._regime)
+        self._regime, self._problem = fresh, None
+        _log.info("the policy %s was read anew and is in force", self._path)
+
+    def _complain(self, error: EdgeError) -> None:
+        if str(error) != self._problem:
+            self._problem = str(error)
+            _log.error("the policy before stays in force: %s", error)
+
+    def _build(self, before: Regime | None) -> Regime:
+        policy = read_policy(self._path)
+        return Regime(policy, self._model_of, self._ledger, self._reach, self._speeds, before)
+
+    def _model_of(self, tier: LocalTierSpec) -> LocalModel:
+        """PolicyError if it cannot be opened."""
+        if tier.model is None:
+            return self._model
+        key = replace(tier, name="")
+        if key not in self._beside:
+            try:
+                self._beside[key] = self._open_beside(tier)
+            except EdgeError as error:
+                raise PolicyError(f"tier {tier.name}: {error}") from error
+        return self._beside[key].local
+
+    # --- answering ----------------------------------------------------------------------------------------------------
+
+    def _conduct(self, decision: Decision) -> Generation:
+        loop, canceller = self._network.loop, Canceller(self._network.loop)
+        call = Call(decision.facts.tokens, decision.facts.params.n, decision.route)
+        job = Job(
+            call,
+            decision.facts.request,
+            decision.prepared,
+            decision.task,
+            decision.plan,
+            _judge(decision),
+            loop.time(),
+        )
+        canceller.start(decision.regime.conductor.answer(job))
+        return RoutedGeneration(call, canceller)
+
+
+def _judge(decision: Decision) -> Callable[[LocalSource], Awaitable[Verdict]]:
+    async def judge(source: LocalSource) -> Verdict:
+        await asyncio.sleep(0)
+        return Verdict(True, "nothing speaks against its first words")
+
+    return judge
+
+
+def _version_of(path: Path) -> tuple[int, ...]:
+    """What changes when the file does."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise PolicyError(f"cannot read the policy {path}: {error.strerror or error}") from error
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+__all__ = ["Decision", "Dispatcher"]

@@ -1,0 +1,116 @@
+"""An answer that a tier is still to be found for, as whoever asked sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import Any
+
+from msgspec.structs import replace
+
+from edge_runtime.errors import EdgeError, EngineStopped
+from edge_runtime.generation import EngineGeneration, Outlet
+from edge_runtime.request import Chunk, Usage
+from edge_runtime.route import Route
+
+
+class Call:
+    """The asking side of a request, for the coroutine that has it answered."""
+
+    def __init__(self, prompt_tokens: int, n: int, route: Route) -> None:
+        self.route = route
+        self.outlet = Outlet(prompt_tokens, n)
+        self.decided: Future[Route] = Future()
+        """Set before the first chunk is passed on."""
+        self._open = set(range(n))
+
+    def decide(self, tier: str, reason: str) -> None:
+        """Its answer is passed on from now on. Once only."""
+        self.route.tier, self.route.reason = tier, reason
+        with suppress(InvalidStateError):  # whoever asked has left
+            self.decided.set_result(self.route)
+
+    def put(self, chunk: Chunk, usage: Usage | None) -> None:
+        """Pass a chunk on; ``usage``: so far."""
+        if usage is not None:
+            self.outlet.set_usage(usage)
+        if chunk.finish_reason is not None:
+            self._open.discard(chunk.index)
+        self.outlet.put(chunk)
+
+    def fail(self, error: EdgeError) -> None:
+        """End what is open with ``error``."""
+        with suppress(InvalidStateError):
+            self.decided.set_exception(error)
+        for index in sorted(self._open):
+            self.outlet.put(Chunk(finish_reason="error", index=index, error=error, tier=self.route.tier or "none"))
+        self._open.clear()
+
+    def cancel(self) -> None:
+        """End what is open: nobody wants it any more, or it is the end."""
+        with suppress(InvalidStateError):
+            self.decided.set_exception(EngineStopped("the answer was cut off"))
+        for index in sorted(self._open):
+            self.outlet.put(Chunk(finish_reason="cancelled", index=index, tier=self.route.tier or "none"))
+        self._open.clear()
+
+    @property
+    def finished(self) -> bool:
+        return not self._open
+
+
+class Canceller:
+    """A coroutine on another thread's event loop that can be ended from anywhere, without locks."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """EngineStopped if the loop is closed."""
+
+        def begin() -> None:
+            self._task = self._loop.create_task(work)
+
+        try:
+            self._loop.call_soon_threadsafe(begin)
+        except RuntimeError as error:
+            work.close()
+            raise EngineStopped("the model has been closed") from error
+
+    def cancel(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and all its tasks are over
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+
+class RoutedGeneration(EngineGeneration):
+    """:class:`~edge_runtime.generation.Generation` over a :class:`Call`. Forgetting it cancels it."""
+
+    def __init__(self, call: Call, canceller: Canceller) -> None:
+        super().__init__(call.outlet)
+        self.route = call.route
+        self._call = call
+        self._canceller = canceller
+
+    async def opened(self) -> None:
+        await asyncio.shield(asyncio.wrap_future(self._call.decided))
+
+    def cancel(self) -> None:
+        super().cancel()
+        self._canceller.cancel()
+
+    def __del__(self) -> None:
+        super().__del__()
+        if not self._call.finished:
+            self._canceller.cancel()
+
+
+def stamped(chunk: Chunk, tier: str) -> Chunk:
+    """The chunk as ``tier``'s."""
+    return chunk if chunk.tier == tier else replace(chunk, tier=tier)

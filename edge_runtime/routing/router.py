@@ -1,0 +1,116 @@
+"""Which tiers may take a request, in which order, and why. A pure function of what is known."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edge_runtime.errors import EdgeError, InvalidRequest, PromptTooLong, TierUnavailable
+from edge_runtime.policy.rules import TaskClass, TierSpec
+from edge_runtime.prompts import Fit
+from edge_runtime.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tier of the class, and how things stand with it."""
+
+    spec: TierSpec
+    fit: Fit
+    refusal: str | None = None
+    """Why it cannot be asked now."""
+    unsupported: str | None = None
+    """Why it cannot take this request, whenever."""
+    ttft_ms: float | None = None
+    """What it has taken to its first token lately."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the signals say before anything has run."""
+
+    good: float
+    """P(local answer good enough)."""
+    remote_below: float
+    """Below it the local model is not even asked."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The router's decision."""
+
+    order: tuple[str, ...]
+    """Names of the tiers that may take the request, best first; empty: none may."""
+    reasons: Mapping[str, str]
+    """For every tier: why it is where it is in ``order``, or why not."""
+    judge: bool
+    """Whether a local answer is to be judged by its first words, because a remote tier could do better."""
+    missing: Mapping[str, str]
+    """Tiers that the class prefers to the first of ``order`` and that cannot be asked just now, each with why."""
+
+
+class Router:
+    """Rules without state."""
+
+    @staticmethod
+    def choose(
+        params: SamplingParams, task: TaskClass, candidates: Sequence[Candidate], estimate: Estimate | None = None
+    ) -> Plan:
+        """``candidates``: in the order in which the class prefers them.
+
+        Hard gates first: privacy, then what cannot be asked or would not understand, then length. Then a request that
+        is probably too hard goes to remote tiers first, and tiers that have been slower than the class's latency come
+        after those that have not.
+        """
+        verdicts = {each.name: _gate(params, task, each) for each in candidates}
+        reasons = {name: reason for name, (_, reason, _) in verdicts.items()}
+        open_to = [each for each in candidates if verdicts[each.name][0]]
+        escalates = task.escalate and params.n == 1 and any(each.spec.remote for each in open_to)
+        if estimate is not None and escalates and task.prefer == "local" and estimate.good < estimate.remote_below:
+            hard = f"probably too hard for the local model ({estimate.good:.2f} < {estimate.remote_below:.2f})"
+            reasons |= {each.name: hard for each in open_to if each.spec.remote}
+            open_to.sort(key=lambda each: not each.spec.remote)
+        slow = [each.name for each in open_to if _slow(task, each)]
+        for name in slow:
+            each = next(each for each in open_to if each.name == name)
+            reasons[name] = f"its first token took {each.ttft_ms:.0f} ms lately, the class wants {task.latency.ttft:g}"
+        open_to.sort(key=lambda each: each.name in slow)
+        order = tuple(each.name for each in open_to)
+        judged = escalates and bool(open_to) and not open_to[0].spec.remote
+        before = itertools.takewhile(lambda each: each.name not in order[:1], candidates)
+        missing = {each.name: each.refusal for each in before if each.refusal is not None and verdicts[each.name][2]}
+        return Plan(order, reasons, judged, missing)
+
+    @staticmethod
+    def refusal(params: SamplingParams, candidates: Sequence[Candidate], plan: Plan) -> EdgeError:
+        """The error where ``plan.order`` is empty: the counts where length is all that is wrong, else all reasons."""
+        too_long = [each for each in candidates if not each.fit.verdict(params)[0]]
+        if candidates and len(too_long) == len([each for each in candidates if each.unsupported is None]):
+            largest = max(too_long, key=lambda each: (each.fit.max_prompt, each.fit.max_context)).fit
+            return PromptTooLong(largest.verdict(params)[1], largest.short_of)
+        told = "; ".join(f"{name}: {reason}" for name, reason in plan.reasons.items())
+        if all(each.unsupported is not None for each in candidates):
+            return InvalidRequest(f"no tier can take this request: {told}")
+        return TierUnavailable(f"no tier can take this request now: {told}", candidates[0].name)
+
+
+def _gate(params: SamplingParams, task: TaskClass, candidate: Candidate) -> tuple[bool, str, bool]:
+    """Whether it may take the request, why, and whether it could at another time."""
+    if candidate.spec.remote and task.privacy == "local-only":
+        return False, f"privacy of class {task.name} is local-only", False
+    if candidate.unsupported is not None:
+        return False, candidate.unsupported, False
+    fits, reason = candidate.fit.verdict(params)
+    if not fits or candidate.refusal is None:
+        return fits, reason, fits
+    return False, candidate.refusal, True
+
+
+def _slow(task: TaskClass, candidate: Candidate) -> bool:
+    wanted = task.latency.ttft
+    return wanted is not None and candidate.ttft_ms is not None and candidate.ttft_ms > wanted

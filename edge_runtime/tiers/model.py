@@ -1,0 +1,51 @@
+"""The tier in this process: a model on whatever device and with whatever variant it is just open."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from edge_runtime.errors import EdgeError
+from edge_runtime.failover import Failover
+from edge_runtime.generation import Generation
+from edge_runtime.package import WeightsWish
+from edge_runtime.prompts import Fit, TierRequest, TokenIds
+from edge_runtime.switching import Switching
+
+
+class LocalModel:
+    """Methods may be called from any thread."""
+
+    def __init__(self, failover: Failover, switching: Switching) -> None:
+        self._failover = failover
+        self._switching = switching
+
+    def prepare(self, request: TierRequest) -> TierRequest:
+        """The same request as token ids: the prompt is the same on every device. TemplateError, InvalidRequest."""
+        return self._failover.loaded[0].tier.prepare(request)
+
+    def fit(self, prepared: TierRequest) -> Fit:
+        """On the roomiest device."""
+        fits = [each.tier.fit(prepared) for each in self._failover.loaded]
+        fit = max(fits, key=lambda fit: (fit.max_prompt, fit.max_context))
+        room = self._switching.most_context
+        return fit if room is None else replace(fit, max_prompt=max(room, fit.max_prompt), max_context=room)
+
+    def start(self, prepared: TierRequest) -> Generation:
+        """See :meth:`edge_runtime.switching.Switching.start`."""
+        return self._switching.start(prepared)
+
+    def switch(self, weights: WeightsWish) -> None:
+        """See :meth:`edge_runtime.switching.Switching.switch`."""
+        self._switching.switch(weights)
+
+    def go_on(self, prepared: TierRequest, text: str) -> TierRequest:
+        """The request to go on from ``text``, with which its answer has begun. EdgeError where there is no room."""
+        tier, prompt = self._failover.loaded[0].tier, prepared.prompt
+        assert isinstance(prompt, TokenIds)
+        begun = tier.encode_text(text)
+        params = prepared.params
+        if params.max_tokens is not None:
+            if len(begun) >= params.max_tokens:
+                raise EdgeError(f"{params.max_tokens} tokens were asked for, and as many have come")
+            params = replace(params, max_tokens=params.max_tokens - len(begun))
+        return TierRequest(TokenIds([*prompt.ids, *begun]), params, prepared.about)

@@ -1,0 +1,281 @@
+"""A tier elsewhere: another edge-glm, or any OpenAI-compatible endpoint. Timeouts, retries and a circuit breaker."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx2
+import msgspec
+from msgspec.structs import replace
+
+from edge_runtime.egress.door import Delivery, Door, Parcel
+from edge_runtime.egress.openai_body import unsupported
+from edge_runtime.egress.redaction import ChunkRestorer
+from edge_runtime.errors import LedgerError, TierError, TierFailed, TierRefused, TierUnavailable
+from edge_runtime.policy.rules import RemoteTierSpec, TaskClass
+from edge_runtime.prompts import Fit, TierRequest
+from edge_runtime.request import Chunk, Usage
+from edge_runtime.tiers.breaker import Breaker
+from edge_runtime.tiers.openai_events import Broken, EventParser, Nonsense, message_of
+
+MAX_ERROR = 64 * 1024
+"""Bytes of an error body that are read."""
+_TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_NO_ENTRY = frozenset({401, 402, 403, 407})
+
+
+class _Attempt(Exception):
+    """An attempt failed before anything of the answer had come."""
+
+    def __init__(self, error: TierError, again: bool) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.again = again
+
+
+@dataclass(frozen=True)
+class RemoteRequest:
+    """``id``: the same for all attempts at one request, wherever they are made."""
+
+    id: str
+    task: TaskClass
+    content: TierRequest
+
+
+class RemoteTier:
+    """Belongs to an event loop; :attr:`refusal`, :meth:`fit` and :meth:`unsupported` may be asked from any thread."""
+
+    def __init__(
+        self,
+        spec: RemoteTierSpec,
+        key: str | None,
+        door: Door,
+        reach: Callable[[str], str | None],
+        breaker: Breaker | None = None,
+    ) -> None:
+        rule = spec.breaker
+        self.spec = spec
+        self.breaker = breaker or Breaker(rule.failures, rule.cooldown, rule.longest)
+        self._key = key
+        self._door = door
+        self._reach = reach
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it would not be asked now; None: it would."""
+        return self._reach(self.spec.base_url) or self.breaker.refusal
+
+    def unsupported(self, request: TierRequest) -> str | None:
+        """Why it cannot take the request, whenever; None: it can."""
+        return unsupported(self.spec, request)
+
+    def fit(self, prompt_tokens: int) -> Fit:
+        """By the local tokenizer's count, which is near."""
+        return Fit(prompt_tokens, self.spec.context, self.spec.context)
+
+    async def stream(self, request: RemoteRequest) -> AsyncGenerator[Chunk]:
+        """The answer as it comes; its last chunk has the usage, if the server says it.
+
+        Before the first chunk what fails is tried again, as the tier's ``retry`` says. Raises TierUnavailable,
+        TierRefused, TierFailed, LedgerError; TierFailed also in mid-answer. Closing it cancels the request.
+        """
+        deadline = _now() + self.spec.timeouts.total
+        for attempt in range(1, self.spec.retry.attempts + 1):
+            try:
+                async with aclosing(self._attempt(request, attempt, deadline)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+                return
+            except _Attempt as failure:
+                wait = self._wait(failure.error, attempt)
+                if not failure.again or attempt == self.spec.retry.attempts or _now() + wait > deadline:
+                    raise failure.error from failure.__cause__
+                refusal = self.breaker.refusal
+                if refusal is not None:
+                    raise failure.error from failure.__cause__
+                await asyncio.sleep(wait)
+
+    def _wait(self, error: TierError, attempt: int) -> float:
+        """Seconds before the next attempt; endless where the server asks for more than is worth waiting."""
+        asked = error.retry_after if isinstance(error, TierFailed) else None
+        if asked is not None:
+            return asked if asked <= self.spec.retry.longest else float("inf")
+        return random.uniform(0, min(self.spec.retry.longest, self.spec.retry.base * 2**attempt))
+
+    async def _attempt(self, request: RemoteRequest, attempt: int, deadline: float) -> AsyncGenerator[Chunk]:
+        """_Attempt before the first chunk, TierFailed after it."""
+        refusal = self.breaker.enter()
+        if refusal is not None:
+            raise _Attempt(TierUnavailable(refusal, self.name), False)
+        began, told = False, False
+        try:
+            async with aclosing(self._answer(request, attempt, deadline)) as chunks:
+                async for chunk in chunks:
+                    if not began:
+                        began = told = True
+                        self.breaker.succeeded()
+                    yield chunk
+        except TierFailed as error:
+            told = True
+            self.breaker.failed(str(error), error.retry_after)
+            if began:
+                raise
+            raise _Attempt(error, getattr(error, "again", True)) from error.__cause__
+        except (TierRefused, TierUnavailable) as error:
+            raise _Attempt(error, False) from error.__cause__
+        finally:
+            if not told:
+                self.breaker.left()
+
+    async def _answer(self, request: RemoteRequest, attempt: int, deadline: float) -> AsyncGenerator[Chunk]:
+        """Of one attempt. TierFailed, TierRefused, TierUnavailable, LedgerError."""
+        first = min(_now() + self.spec.timeouts.first_token, deadline)
+
+        def explain(error: BaseException) -> str:
+            return str(self._translated(error, deadline, begun=False) or "cancelled")
+
+        parcel = Parcel(self.spec, self._key, request.task, request.id, attempt, request.content, first, explain)
+        begun = False
+        try:
+            async with self._door.send(parcel) as delivery:
+                try:
+                    async for chunk in self._chunks(request, delivery, first, deadline):
+                        begun = True
+                        yield chunk
+                except BaseException as error:
+                    delivery.outcome = str(self._translated(error, deadline, begun) or "cancelled")
+                    raise
+        except Exception as error:
+            failure = self._translated(error, deadline, begun)
+            if failure is None or failure is error:
+                raise
+            raise failure from error
+
+    async def _chunks(
+        self, request: RemoteRequest, delivery: Delivery, first: float, deadline: float
+    ) -> AsyncGenerator[Chunk]:
+        response, times = delivery.response, self.spec.timeouts
+        assert response is not None
+        if response.status_code != 200:
+            async with asyncio.timeout_at(first):
+                raise await self._refused(delivery)
+        parser = EventParser(self.name, request.content.params.n)
+        restorer = ChunkRestorer(delivery.originals, as_json=request.content.about.schema)
+        last: Chunk | None = None
+        due = first
+        events = aiter(httpx2.EventSource(response))
+        while not parser.done:
+            async with asyncio.timeout_at(min(due, deadline)):
+                event = await anext(events, None)
+            if event is None:
+                break
+            for chunk in parser.add(event.data):
+                for restored in restorer.add(chunk):
+                    if last is not None:
+                        yield last
+                    last = restored
+                    due = _now() + times.read
+                    if restored.finish_reason is None:
+                        yield restored
+                        last = None
+        if not parser.complete:
+            raise Broken("the stream ended before the answer did")
+        assert last is not None
+        delivery.usage, delivery.outcome = parser.usage, "answered"
+        yield replace(last, usage=parser.usage or Usage(0, 0))
+
+    async def _refused(self, delivery: Delivery) -> TierError:
+        """An answer that is none."""
+        response = delivery.response
+        assert response is not None
+        delivery.free = True
+        status = response.status_code
+        body = b""
+        async for piece in response.aiter_bytes():
+            body += piece
+            if len(body) > MAX_ERROR:
+                break
+        try:
+            said: Any = msgspec.json.decode(body)
+        except msgspec.DecodeError:
+            said = body[:200].decode(errors="replace")
+        text = f"{self.name} answers {status}: {message_of(said) or 'nothing more'}"
+        if status in _TRY_AGAIN:
+            return TierFailed(text, self.name, _retry_after(response))
+        if status in _NO_ENTRY or status >= 500 or status < 400:
+            return _Final(text, self.name)
+        return TierRefused(text, self.name, status)
+
+    def _translated(self, error: BaseException, deadline: float, begun: bool) -> TierError | LedgerError | None:
+        """What went wrong, in our terms; None: it was cancelled, or is a bug."""
+        name, times = self.name, self.spec.timeouts
+        if isinstance(error, TierError | LedgerError):
+            return error
+        if isinstance(error, TimeoutError):
+            if _now() >= deadline:
+                return TierFailed(f"{name} did not finish within {times.total:g} s", name)
+            if begun:
+                return TierFailed(f"{name} stalled: nothing came for {times.read:g} s", name)
+            return TierFailed(f"{name} did not answer within {times.first_token:g} s", name)
+        if isinstance(error, httpx2.ConnectTimeout | httpx2.PoolTimeout):
+            return TierFailed(f"{name} could not be reached within {times.connect:g} s", name)
+        if isinstance(error, httpx2.ConnectError):
+            cause = _root(error)
+            if isinstance(cause, ssl.SSLError):
+                return _Final(f"{name} has no certificate that is trusted: {_words(cause)}", name)
+            return TierFailed(f"{name} cannot be reached: {_words(cause)}", name)
+        if isinstance(error, httpx2.SSEError):
+            return TierFailed(f"{name} sent nonsense: {_words(error)}", name)
+        if isinstance(error, httpx2.HTTPError):
+            return TierFailed(f"{name} broke off: {_words(error)}", name)
+        if isinstance(error, Nonsense):
+            return TierFailed(f"{name} sent nonsense: {error}", name)
+        if isinstance(error, Broken):
+            return TierFailed(f"{name}: {error}", name)
+        return None
+
+
+class _Final(TierFailed):
+    """Trying again at once would change nothing."""
+
+    again = False
+
+
+def _now() -> float:
+    """By the running loop's clock."""
+    return asyncio.get_running_loop().time()
+
+
+def _retry_after(response: httpx2.Response) -> float | None:
+    """Seconds (RFC 9110, section 10.2.3: a number or a date)."""
+    value = response.headers.get("retry-after", "").strip()
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def _root(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
