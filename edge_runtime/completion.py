@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import DecoderSequence
-from edge_runtime.detokenizer import StopStrings, StreamDecoder
+from edge_runtime.detokenizer import StopStrings, TokenText
 from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Outlet
 from edge_runtime.prompt_lookup import PromptLookup
 from edge_runtime.request import PLAIN, Chunk, FinishReason, Kind
 from edge_runtime.sampling import Sampler, TokenLogprob, log_sum_exp
+from edge_runtime.watch import Watch
 
 READING_CHUNK = 64
 """Tokens per step when every token's logits come back: 64 rows of a 150k vocabulary are 38 MB."""
@@ -88,7 +89,7 @@ class Completion(Request):
 
     outlet: Outlet = field(kw_only=True)
     sampler: Sampler = field(kw_only=True)
-    decoder: StreamDecoder = field(kw_only=True)
+    decoder: TokenText = field(kw_only=True)
     stops: StopStrings = field(kw_only=True)
     end_tokens: frozenset[int] = field(kw_only=True)
     max_length: int = field(kw_only=True)
@@ -96,6 +97,8 @@ class Completion(Request):
     index: int = field(kw_only=True)
     lookup: PromptLookup | None = field(default=None, kw_only=True)
     """Where drafts come from. None: nothing is drafted."""
+    watch: Watch | None = field(default=None, kw_only=True)
+    """Who wants to know what the model thinks of prompt and answer."""
     siblings: list[Completion] = field(default_factory=list, kw_only=True)
     """Completions of the same prompt that start from this one's prefill."""
     _tokens: list[int] = field(default_factory=list, init=False)
@@ -105,6 +108,12 @@ class Completion(Request):
     def cancelled(self) -> bool:
         return self.outlet.cancelled
 
+    def rows(self, count: int) -> int:
+        rows = super().rows(count)
+        if rows and self.watch is not None and len(self.tokens) == self.prompt_length:
+            rows = min(count, self.watch.prompt_tokens + 1)
+        return rows
+
     def draft(self, limit: int) -> list[int]:
         if self.lookup is None or self.siblings:
             return []
@@ -112,7 +121,11 @@ class Completion(Request):
         return self.lookup.draft(self.tokens, min(limit, left)) if min(limit, left) > 0 else []
 
     def take(self, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
-        """One row: the next token. With a draft a row for each place: they count as far as the draft holds."""
+        """The last row: the next token. With a draft a row for each place: they count as far as the draft holds."""
+        if not draft:
+            if self.watch is not None and len(logits) > 1:
+                self.watch.prompt(logits[:-1], self.tokens[-len(logits) + 1 :])
+            logits = logits[-1:]
         for row in range(len(logits)):
             self._add(logits[row])
             if self.finished or row == len(draft) or self.tokens[-1] != draft[row]:
@@ -123,6 +136,8 @@ class Completion(Request):
     def _add(self, logits: NDArray[np.float32]) -> None:
         sampled = self.sampler(logits, self.tokens, self.prompt_length)
         token = sampled.token_id
+        if self.watch is not None:
+            self.watch.token(logits, token)
         self.tokens.append(token)
         self.outlet.completion_tokens += 1
         self._tokens.append(token)

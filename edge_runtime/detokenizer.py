@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 
@@ -16,6 +16,19 @@ class TokenDecoder(Protocol):
     def id_to_token(self, token_id: int, /) -> str | None:
         """The vocabulary's own string, e.g. ``"▁the"`` or ``"<0x0A>"``; None: no such token."""
 
+
+class TokenText(Protocol):
+    """Tokens of one completion as they come → text."""
+
+    def add(self, token: int, /) -> str:
+        """The text that has become certain; often empty."""
+
+    def flush(self) -> str:
+        """What was held back; ends the stream."""
+
+
+Decoding = Callable[[Callable[[Sequence[int]], str], TokenText], TokenText]
+"""Another way from tokens to text: the tokenizer's decoding of any number of tokens, and its own stream → a stream."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _UNDECODED = "\N{REPLACEMENT CHARACTER}"
@@ -47,7 +60,7 @@ class StreamDecoder:
         self._whole = False
         """The window has a text, and all of it has been returned."""
 
-    def add(self, token: int) -> str:
+    def add(self, token: int, /) -> str:
         """The text that has become certain with ``token``; often empty."""
         known = self._additions.get(token) if self._whole else None
         if known is None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from devices.base import Decoder, DecoderLimits, Step
 from devices.stopwatch import Stopwatch
 from edge_runtime.completion import Completion, Request
-from edge_runtime.detokenizer import TokenDecoder
+from edge_runtime.detokenizer import Decoding, TokenDecoder
 from edge_runtime.errors import (
     DeviceError,
     EdgeError,
@@ -34,6 +34,7 @@ from edge_runtime.prefix_store import PrefixStore
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.scheduler import Scheduler, Work
 from edge_runtime.submission import Asking, Completing, Submission, Terms
+from edge_runtime.watch import Watch
 
 IDLE_S = 0.25
 """After so long without work prefixes are stored, a segment at a time."""
@@ -170,13 +171,21 @@ class Engine:
             inference_seconds=self._decoder.engine_seconds,
         )
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, eos_ids: Sequence[int] = ()) -> Generation:
-        """Queue a prompt; returns at once. ``params`` that are None get the global defaults.
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        eos_ids: Sequence[int] = (),
+        watch: Watch | None = None,
+        decoding: Decoding | None = None,
+    ) -> Generation:
+        """Queue a prompt; returns at once. ``params`` that are None get the global defaults. ``watch`` hears what the
+        model thinks of prompt and answer; ``decoding`` turns tokens into text in place of the tokenizer's own way.
 
         Raises InvalidRequest, PromptTooLong (the prompt, or the prompt and ``max_tokens``, over the context),
         Overloaded (queue full), EngineStopped.
         """
-        submission = Completing(_token_list(prompt_ids), params.resolved(), eos_ids)
+        submission = Completing(_token_list(prompt_ids), params.resolved(), eos_ids, watch, decoding)
         self._enqueue(submission)
         return EngineGeneration(submission.outlet)
 

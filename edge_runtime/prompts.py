@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edge_runtime.detokenizer import Decoding
 from edge_runtime.sampling import SamplingParams
+from edge_runtime.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class TierRequest:
     prompt: Messages | Text | TokenIds
     params: SamplingParams
     about: About = NOTHING
+    watch: Watch | None = None
+    """Who wants to know what a model here thinks of prompt and answer."""
+    decoding: Decoding | None = None
+    """How a model here turns tokens into text; None: the tokenizer's own way."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.completion import Completion, Reading, Request
-from edge_runtime.detokenizer import StopStrings, StreamDecoder, TokenDecoder
+from edge_runtime.detokenizer import Decoding, StopStrings, StreamDecoder, TokenDecoder, TokenText
 from edge_runtime.errors import EdgeError, InvalidRequest, PromptTooLong
 from edge_runtime.generation import Outlet
 from edge_runtime.prompt_lookup import PromptLookup
 from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams, make_sampler
+from edge_runtime.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ class Completing(Submission):
     params: SamplingParams
     """Resolved: ``max_tokens`` alone may be None."""
     eos_ids: Sequence[int]
+    watch: Watch | None = None
+    """Of the first completion."""
+    decoding: Decoding | None = None
+    """In place of the tokenizer's own."""
     outlet: Outlet = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,23 +121,30 @@ class Completing(Submission):
         new = terms.capacity - len(prompt) if params.max_tokens is None else params.max_tokens
         ends = frozenset() if params.ignore_eos else frozenset(self.eos_ids)
         self.outlet.completion_tokens = 0
+        if self.watch is not None:
+            self.watch.restart()
         completions = [
             Completion(
                 next(ids),
                 list(prompt),
                 outlet=self.outlet,
                 sampler=make_sampler(params, terms.vocab_size, index),
-                decoder=StreamDecoder(terms.tokenizer, terms.additions),
+                decoder=self._decoder(terms),
                 stops=StopStrings(params.stop),
                 end_tokens=frozenset(params.stop_token_ids) | ends,
                 max_length=len(prompt) + new,
                 index=index,
                 lookup=PromptLookup() if terms.prompt_lookup else None,
+                watch=self.watch if index == 0 else None,
             )
             for index in range(params.n)
         ]
         completions[0].siblings = completions[1:]
         return completions
+
+    def _decoder(self, terms: Terms) -> TokenText:
+        plain = StreamDecoder(terms.tokenizer, terms.additions)
+        return plain if self.decoding is None else self.decoding(terms.tokenizer.decode, plain)
 
     def fail(self, error: EdgeError) -> None:
         for index in range(self.params.n):

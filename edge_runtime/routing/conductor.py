@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.policy.rules import TaskClass
 from edge_runtime.prompts import TierRequest
+from edge_runtime.routing.judge import Judgement, Verdict
 from edge_runtime.routing.routed import Call, stamped
 from edge_runtime.routing.router import Plan
 from edge_runtime.routing.sources import LocalSource, Source, Speeds
@@ -36,15 +37,6 @@ PASSED_ON = (TierError, LedgerError, DeviceError, EngineStopped, Overloaded, Pro
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """On a local answer that has begun. ``good``: P(good enough), if it was estimated."""
-
-    enough: bool
-    reason: str
-    good: float | None = None
-
-
-@dataclass(frozen=True)
 class Job:
     """A request, and what was decided on it."""
 
@@ -54,7 +46,7 @@ class Job:
     """For every local tier the request as token ids."""
     task: TaskClass
     plan: Plan
-    judge: Callable[[LocalSource], Awaitable[Verdict]]
+    judgement: Judgement
     started: float
     """Of the loop's clock."""
 
@@ -185,17 +177,14 @@ class Conductor:
         ``others``; what the tier fails with."""
         if name in self._remote:
             return await self._open_remote(job, name)
-        generation = await asyncio.to_thread(self._local[name].start, job.prepared[name])
-        source = LocalSource(name, generation)
+        judged = job.plan.judge and any(other in self._remote for other in others)
+        model, prepared = self._local[name], job.prepared[name]
+        asked = job.judgement.watched(prepared) if judged else prepared
+        source = LocalSource(name, await asyncio.to_thread(model.start, asked))
         try:
-            if job.plan.judge and any(other in self._remote for other in others):
-                hold = job.task.hold
-                await source.hold(hold.tokens, job.started + hold.ms / 1e3)
-                self._measured(job, name)
-                verdict = await job.judge(source)
-                job.call.route.good = job.call.route.good if verdict.good is None else verdict.good
-                if not verdict.enough:
-                    raise _NotEnough(source, verdict)
+            if judged:
+                job.judgement.begin(model, prepared)
+                await self._judge(job, source)
             else:
                 await source.hold(0, 0)
                 self._measured(job, name)
@@ -205,6 +194,21 @@ class Conductor:
         except BaseException:
             await source.close()
             raise
+        finally:
+            job.judgement.end()
+
+    async def _judge(self, job: Job, source: LocalSource) -> None:
+        """_NotEnough, if its first words are not."""
+        hold, route = job.task.hold, job.call.route
+        until = job.started + hold.ms / 1e3
+        await source.hold(hold.tokens, until)
+        self._measured(job, source.tier)
+        verdict = await job.judgement.verdict(source, until)
+        route.signals = {**route.signals, **verdict.signals}
+        route.good = route.good if verdict.good is None else verdict.good
+        if not verdict.enough:
+            raise _NotEnough(source, verdict)
+        route.reasons[source.tier] = verdict.reason
 
     async def _open_remote(self, job: Job, name: str) -> Source:
         request = RemoteRequest(job.call.route.request, job.task, job.request)

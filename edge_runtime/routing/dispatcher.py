@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from dataclasses import replace as replace_field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,16 +16,17 @@ from msgspec.structs import replace
 
 from edge_runtime.egress.ledger import Ledger
 from edge_runtime.errors import EdgeError, PolicyError
+from edge_runtime.facts import Facts
 from edge_runtime.generation import EngineGeneration, Generation
 from edge_runtime.policy.rules import LocalTierSpec, TaskClass, read_policy
-from edge_runtime.prompts import TierRequest
+from edge_runtime.prompts import Messages, TierRequest
 from edge_runtime.route import Route
-from edge_runtime.routing.conductor import PASSED_ON, Job, Verdict
-from edge_runtime.routing.facts import Facts
+from edge_runtime.routing.conductor import PASSED_ON, Job
 from edge_runtime.routing.regime import Regime
 from edge_runtime.routing.routed import Call, Canceller, RoutedGeneration
 from edge_runtime.routing.router import Candidate, Plan, Router
-from edge_runtime.routing.sources import LocalSource, Speeds
+from edge_runtime.routing.sources import Speeds
+from edge_runtime.stages.protocols import Conversation
 from edge_runtime.tiers.model import LocalModel
 from edge_runtime.tiers.network import NetworkThread, Reach
 
@@ -37,6 +39,7 @@ class Decision:
 
     regime: Regime
     facts: Facts
+    signals: Mapping[str, float]
     task: TaskClass
     prepared: Mapping[str, TierRequest]
     candidates: list[Candidate]
@@ -96,7 +99,8 @@ class Dispatcher:
         if not plan.order:
             raise Router.refusal(request.params, decision.candidates, plan)
         first = plan.order[0]
-        if first in local and not plan.judge and decision.task.hedge_ms is None and not plan.missing:
+        plain = not (plan.judge or plan.missing or decision.regime.judge.stages.filters)
+        if first in local and plain and decision.task.hedge_ms is None:
             try:
                 generation = local[first].start(decision.prepared[first])
             except PASSED_ON:
@@ -112,18 +116,53 @@ class Dispatcher:
     def decide(self, request: TierRequest) -> Decision:
         """What would be done with a request. TemplateError, InvalidRequest."""
         regime = self._current()
+        decision = self._decide(regime, request)
+        shorter = None if decision.plan.order else self._shortened(regime, decision)
+        if shorter is None:
+            return decision
+        decision = self._decide(regime, replace_field(request, prompt=Messages(shorter)))
+        left_out = len(request.prompt.messages) - len(shorter)  # type: ignore[union-attr]
+        decision.route.reasons["context"] = f"{left_out} messages were left out, as the policy's stages allow"
+        return decision
+
+    def _decide(self, regime: Regime, request: TierRequest) -> Decision:
+        stages = regime.judge.stages
+        request = replace_field(request, decoding=stages.decoding)
         prepared = self._model.prepare(request)
         facts = Facts(request, len(prepared.prompt.ids))  # type: ignore[union-attr]
         matched = regime.matcher(facts)
         prepared_for = regime.prepared(request, {self._model: prepared})
         candidates = regime.candidates(request, prepared_for, facts.tokens, matched.task)
-        plan = Router.choose(request.params, matched.task, candidates)
-        route = Route(f"req-{uuid.uuid4().hex}", matched.task.name, matched.because, plan.order, dict(plan.reasons))
-        return Decision(regime, facts, matched.task, prepared_for, candidates, plan, route)
+        signals = stages.signals(facts)
+        estimate = regime.judge.estimate(signals)
+        plan = Router.choose(request.params, matched.task, candidates, estimate)
+        reasons = dict(plan.reasons)
+        name = f"req-{uuid.uuid4().hex}"
+        route = Route(name, matched.task.name, matched.because, plan.order, reasons, signals)
+        route.good = None if estimate is None else estimate.good
+        return Decision(regime, facts, signals, matched.task, prepared_for, candidates, plan, route)
+
+    def _shortened(self, regime: Regime, decision: Decision) -> Conversation | None:
+        """The conversation as the stages would have it, where it is too long for every tier."""
+        request = decision.facts.request
+        room = max((each.fit.max_context for each in decision.candidates), default=0)
+        asked = 1 if request.params.max_tokens is None else request.params.max_tokens
+        room = min(room - asked, max((each.fit.max_prompt for each in decision.candidates), default=0))
+        if decision.facts.tokens <= room or not isinstance(request.prompt, Messages):
+            return None
+
+        def count(messages: Conversation) -> int:
+            prepared = self._model.prepare(replace_field(request, prompt=Messages(messages)))
+            return len(prepared.prompt.ids)  # type: ignore[union-attr]
+
+        return regime.judge.stages.shorten(request.prompt.messages, count, room)
 
     def health(self) -> dict[str, Any]:
         """For /health."""
-        told: dict[str, Any] = {"tiers": self._current().states()}
+        regime = self._current()
+        told: dict[str, Any] = {"tiers": regime.states()}
+        if regime.judge.stages.aside:
+            told["stages aside"] = dict(regime.judge.stages.aside)
         return told if self._problem is None else {**told, "policy": self._problem}
 
     def close(self) -> None:
@@ -175,7 +214,7 @@ class Dispatcher:
 
     def _build(self, before: Regime | None) -> Regime:
         policy = read_policy(self._path)
-        return Regime(policy, self._model_of, self._ledger, self._reach, self._speeds, before)
+        return Regime(policy, self._model_of, self._ledger, self._reach, self._speeds, self._model.name, before)
 
     def _model_of(self, tier: LocalTierSpec) -> LocalModel:
         """PolicyError if it cannot be opened."""
@@ -193,26 +232,20 @@ class Dispatcher:
 
     def _conduct(self, decision: Decision) -> Generation:
         loop, canceller = self._network.loop, Canceller(self._network.loop)
-        call = Call(decision.facts.tokens, decision.facts.params.n, decision.route)
+        stages = decision.regime.judge.stages
+        filters = partial(stages.output, decision.facts)
+        call = Call(decision.facts.tokens, decision.facts.params.n, decision.route, filters)
         job = Job(
             call,
             decision.facts.request,
             decision.prepared,
             decision.task,
             decision.plan,
-            _judge(decision),
+            decision.regime.judge.judgement(decision.facts, decision.signals, decision.task),
             loop.time(),
         )
         canceller.start(decision.regime.conductor.answer(job))
         return RoutedGeneration(call, canceller)
-
-
-def _judge(decision: Decision) -> Callable[[LocalSource], Awaitable[Verdict]]:
-    async def judge(source: LocalSource) -> Verdict:
-        await asyncio.sleep(0)
-        return Verdict(True, "nothing speaks against its first words")
-
-    return judge
 
 
 def _version_of(path: Path) -> tuple[int, ...]:

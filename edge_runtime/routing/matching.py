@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from edge_runtime.facts import Facts
 from edge_runtime.policy.patterns import Pattern, words_pattern
 from edge_runtime.policy.rules import UNMATCHED, TaskClass
-from edge_runtime.routing.facts import Facts
 
 Condition = Callable[[Facts], bool]
 

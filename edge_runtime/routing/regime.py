@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from edge_runtime.egress.door import Door
 from edge_runtime.egress.ledger import Ledger
@@ -10,10 +11,13 @@ from edge_runtime.errors import PolicyError
 from edge_runtime.policy.check import key_of, problems
 from edge_runtime.policy.rules import LocalTierSpec, Policy, TaskClass
 from edge_runtime.prompts import TierRequest
+from edge_runtime.routing.calibration import read_calibration, shipped
 from edge_runtime.routing.conductor import Conductor
+from edge_runtime.routing.judge import Judge
 from edge_runtime.routing.matching import Matcher
 from edge_runtime.routing.router import Candidate
 from edge_runtime.routing.sources import Speeds
+from edge_runtime.stages.registry import Stages
 from edge_runtime.tiers.breaker import Breaker
 from edge_runtime.tiers.model import LocalModel
 from edge_runtime.tiers.network import Reach
@@ -33,9 +37,11 @@ class Regime:
         ledger: Ledger,
         reach: Reach,
         speeds: Speeds,
+        model_name: str,
         before: Regime | None = None,
     ) -> None:
-        """``before``: whose circuit breakers go on, for tiers that are the same."""
+        """``model_name``: of the model that was opened; ``before``: whose circuit breakers go on, for tiers that are
+        the same."""
         wrong = problems(policy)
         if wrong:
             raise PolicyError("; ".join(wrong))
@@ -51,6 +57,9 @@ class Regime:
         }
         self.conductor = Conductor(self.local, self.remote, speeds)
         self._speeds = speeds
+        rules = policy.routing
+        calibration = shipped(model_name) if rules.calibration is None else read_calibration(Path(rules.calibration))
+        self.judge = Judge(Stages(policy.stages), calibration, rules)
 
     def prepared(self, request: TierRequest, already: Mapping[LocalModel, TierRequest]) -> dict[str, TierRequest]:
         """For every local tier the request as token ids. TemplateError, InvalidRequest."""

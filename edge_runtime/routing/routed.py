@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any
@@ -14,13 +14,18 @@ from edge_runtime.errors import EdgeError, EngineStopped
 from edge_runtime.generation import EngineGeneration, Outlet
 from edge_runtime.request import Chunk, Usage
 from edge_runtime.route import Route
+from edge_runtime.stages.protocols import TextFilter
 
 
 class Call:
     """The asking side of a request, for the coroutine that has it answered."""
 
-    def __init__(self, prompt_tokens: int, n: int, route: Route) -> None:
+    def __init__(
+        self, prompt_tokens: int, n: int, route: Route, make_filter: Callable[[], TextFilter | None] = lambda: None
+    ) -> None:
+        """``make_filter``: of what stages make of a completion's text."""
         self.route = route
+        self._filters = [made for _ in range(n) if (made := make_filter()) is not None]
         self.outlet = Outlet(prompt_tokens, n)
         self.decided: Future[Route] = Future()
         """Set before the first chunk is passed on."""
@@ -36,25 +41,33 @@ class Call:
         """Pass a chunk on; ``usage``: so far."""
         if usage is not None:
             self.outlet.set_usage(usage)
+        if self._filters:
+            chunk = self._filtered(chunk)
         if chunk.finish_reason is not None:
             self._open.discard(chunk.index)
         self.outlet.put(chunk)
+
+    def _filtered(self, chunk: Chunk) -> Chunk:
+        filter = self._filters[chunk.index]
+        text = filter.add(chunk.text) if chunk.text else ""
+        return replace(chunk, text=text + filter.flush() if chunk.finish_reason is not None else text)
 
     def fail(self, error: EdgeError) -> None:
         """End what is open with ``error``."""
         with suppress(InvalidStateError):
             self.decided.set_exception(error)
-        for index in sorted(self._open):
-            self.outlet.put(Chunk(finish_reason="error", index=index, error=error, tier=self.route.tier or "none"))
-        self._open.clear()
+        self._end(Chunk(finish_reason="error", error=error))
 
     def cancel(self) -> None:
         """End what is open: nobody wants it any more, or it is the end."""
         with suppress(InvalidStateError):
             self.decided.set_exception(EngineStopped("the answer was cut off"))
+        self._end(Chunk(finish_reason="cancelled"))
+
+    def _end(self, chunk: Chunk) -> None:
+        """What was held of a text comes with it."""
         for index in sorted(self._open):
-            self.outlet.put(Chunk(finish_reason="cancelled", index=index, tier=self.route.tier or "none"))
-        self._open.clear()
+            self.put(replace(chunk, index=index, tier=self.route.tier or "none"), None)
 
     @property
     def finished(self) -> bool:

@@ -59,4 +59,5 @@ class LocalTier:
     def start(self, request: TierRequest) -> Generation:
         """Submit and return at once; errors of the request raise here, later ones come as chunks."""
         ids = self.encode(request)
-        return self._engine.submit(ids, request.params.resolved(self._defaults), self._tokenizer.eos_ids)
+        params = request.params.resolved(self._defaults)
+        return self._engine.submit(ids, params, self._tokenizer.eos_ids, request.watch, request.decoding)

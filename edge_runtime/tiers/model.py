@@ -19,6 +19,11 @@ class LocalModel:
         self._failover = failover
         self._switching = switching
 
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self._failover.loaded[0].placement.package.name
+
     def prepare(self, request: TierRequest) -> TierRequest:
         """The same request as token ids: the prompt is the same on every device. TemplateError, InvalidRequest."""
         return self._failover.loaded[0].tier.prepare(request)
@@ -48,4 +53,4 @@ class LocalModel:
             if len(begun) >= params.max_tokens:
                 raise EdgeError(f"{params.max_tokens} tokens were asked for, and as many have come")
             params = replace(params, max_tokens=params.max_tokens - len(begun))
-        return TierRequest(TokenIds([*prompt.ids, *begun]), params, prepared.about)
+        return replace(prepared, prompt=TokenIds([*prompt.ids, *begun]), params=params)

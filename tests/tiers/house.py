@@ -41,6 +41,10 @@ class FakeLocal(LocalModel):
     def _wait(self, batch: Sequence[Step]) -> None:
         assert self.gate.wait(60)
 
+    @property
+    def name(self) -> str:
+        return "fake"
+
     def prepare(self, request: TierRequest) -> TierRequest:
         prompt = request.prompt
         if isinstance(prompt, Messages):
