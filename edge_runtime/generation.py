@@ -9,7 +9,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from edge_runtime.request import Chunk, Usage
+from edge_runtime.request import LOCAL, Chunk, Usage
 from edge_runtime.route import Route, only_local
 
 
@@ -139,6 +139,13 @@ class EngineGeneration:
     def __init__(self, outlet: Outlet) -> None:
         self._outlet = outlet
         self.route = only_local()
+        self._tier: str | None = None
+        """What its chunks are to be called, if not as the engine does."""
+
+    def routed(self, route: Route) -> None:
+        """It is the answer of the tier that ``route`` names. Before it is iterated."""
+        self.route = route
+        self._tier = None if route.tier == LOCAL else route.tier
 
     @property
     def usage(self) -> Usage:
@@ -154,7 +161,7 @@ class EngineGeneration:
         chunk = self._outlet.wait()
         if chunk is None:
             raise StopIteration
-        return chunk
+        return chunk if self._tier is None else replace(chunk, tier=self._tier)
 
     def __aiter__(self) -> EngineGeneration:
         return self
@@ -165,7 +172,7 @@ class EngineGeneration:
             chunk = await self._arrival()
         if chunk is None:
             raise StopAsyncIteration
-        return chunk
+        return chunk if self._tier is None else replace(chunk, tier=self._tier)
 
     async def _arrival(self) -> Chunk | None:
         import asyncio  # late: it brings ssl, and 40 ms, for those who iterate from a thread too

@@ -228,12 +228,9 @@ class EdgeLLM:
         return self.tokenizer.eos_ids
 
     @property
-    def takes_extras(self) -> bool:
-        return self._tiers is not None
-
-    @property
-    def health(self) -> Mapping[str, Any]:
-        return {} if self._tiers is None else self._tiers.health()
+    def tiers(self) -> Dispatcher | None:
+        """What is made of the policy; None: there is none."""
+        return self._tiers
 
     def start_chat(
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, about: About = NOTHING
@@ -328,7 +325,7 @@ def _dispatcher(policy: Path, model: LocalModel, offline: bool, progress: Progre
         assert tier.model is not None
         return EdgeLLM(tier.model, tier.device, tier.memory_budget, weights=tier.weights, progress=progress)
 
-    return Dispatcher(policy, model, open_beside, home().ledger, offline)
+    return Dispatcher(policy, model, open_beside, home(), offline)
 
 
 class ChunkStream:

@@ -29,22 +29,50 @@ def file_lock(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquire(path: Path) -> int:
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise StorageError(f"cannot make the lock file {path}: {error.strerror or error}") from error
-        try:
-            # The holder before us deletes the file; a lock on a deleted file excludes nobody.
-            if _try_lock(handle) and _is_current(handle, path):
-                return handle
-        except BaseException:
+class HeldLock:
+    """A lock that somebody holds for as long as they live; the system releases it when they die."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle: int | None = None
+
+    def try_acquire(self) -> bool:
+        """False: another process (or thread) holds it. StorageError if the file cannot be made."""
+        if self._handle is None:
+            self._handle = _try_acquire(self._path)
+        return self._handle is not None
+
+    def release(self) -> None:
+        """Idempotent."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with suppress(OSError):
+                self._path.unlink()
             os.close(handle)
-            raise
-        os.close(handle)
+
+
+def _acquire(path: Path) -> int:
+    while (handle := _try_acquire(path)) is None:
         time.sleep(_POLL_S)
+    return handle
+
+
+def _try_acquire(path: Path) -> int | None:
+    """None: somebody else holds it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StorageError(f"cannot make the lock file {path}: {error.strerror or error}") from error
+    try:
+        # The holder before us deletes the file; a lock on a deleted file excludes nobody.
+        if _try_lock(handle) and _is_current(handle, path):
+            return handle
+    except BaseException:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
 
 
 def _is_current(handle: int, path: Path) -> bool:

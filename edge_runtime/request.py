@@ -42,6 +42,10 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
+LOCAL = "local"
+"""The tier that an engine's chunks are of, unless a policy calls it otherwise."""
+
+
 class Chunk(msgspec.Struct, frozen=True):  # made for every token: a frozen dataclass takes seven times as long
     """A piece of a completion. Texts of one ``index`` join to the whole text.
 
@@ -61,7 +65,7 @@ class Chunk(msgspec.Struct, frozen=True):  # made for every token: a frozen data
     index: int = 0
     """Which of the ``n`` completions."""
     error: EdgeError | None = None
-    tier: str = "local"
+    tier: str = LOCAL
     extra: dict[str, Any] | None = None
     """What another server says beside text, as OpenAI's deltas hold it: ``tool_calls``, ``refusal``."""
 
@@ -72,4 +76,4 @@ class Chunk(msgspec.Struct, frozen=True):  # made for every token: a frozen data
         return self
 
 
-__all__ = ["PLAIN", "Chunk", "FinishReason", "Kind", "TokenLogprob", "Usage"]
+__all__ = ["LOCAL", "PLAIN", "Chunk", "FinishReason", "Kind", "TokenLogprob", "Usage"]

@@ -76,6 +76,9 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         "plan": ("plan", "plan"),
         "bench": ("bench", "bench"),
         "tune": ("tune", "tune"),
+        "route": ("route", "route"),
+        "ledger": ("ledger", "ledger"),
+        "deferred": ("deferred", "deferred"),
     }[name]
     command: Callable[[argparse.Namespace], int] = getattr(import_module(f"edge_runtime.cli.{module}"), function)
     return command
@@ -190,9 +193,46 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", "measure a model here, or a server")
     _add_bench(bench)
 
+    route = add("route", "say which tier a prompt goes to and why; check a policy; calibrate for a model")
+    _add_route(route)
+
+    ledger = add("ledger", "show, verify or export what has left this device")
+    ledger.add_argument("action", choices=("show", "verify", "export"))
+    ledger.add_argument("--last", type=int, metavar="N", help="the newest N rows only (show: 20)")
+    ledger.add_argument("--head", metavar="HASH", help="verify: a hash that was the last once, and must be there")
+    ledger.add_argument("--output", metavar="FILE", help="export: JSON lines (default: standard output)")
+
+    deferred = add("deferred", "list requests that are answered later, show or remove one")
+    deferred.add_argument("id", metavar="ID", nargs="?", help="show this one")
+    deferred.add_argument("--remove", action="store_true", help="remove it")
+    deferred.add_argument("--json", action="store_true", help="print JSON")
+
     tune = add("tune", "find out how a model runs fastest here, and remember it")
     _add_tune(tune)
     return parser
+
+
+def _add_route(route: argparse.ArgumentParser) -> None:
+    words = "a prompt (- for standard input); `tasks -o FILE`: write tasks with known answers; `calibrate FILE`"
+    route.add_argument("words", metavar="PROMPT", nargs="*", help=words)
+    route.add_argument("--check", action="store_true", help="only check the policy (PROMPT is its file, or --policy)")
+    route.add_argument("--model", metavar="REF", help="the model that answers here (default: the only one)")
+    _add_device(route)
+    _add_memory_budget(route)
+    _add_policy(route)
+    route.add_argument("--answer", action="store_true", help="have it answered too, and show what was decided then")
+    route.add_argument("--header", action="append", metavar="NAME=VALUE", help="as if the request had it")
+    route.add_argument("--metadata", action="append", metavar="NAME=VALUE", help="likewise")
+    route.add_argument("--field", action="append", metavar="NAME=VALUE", help="likewise")
+    route.add_argument("--max-tokens", type=int, metavar="N", help="likewise")
+    route.add_argument("--json", action="store_true", help="print JSON")
+    route.add_argument("--count", type=int, metavar="N", default=720, help="tasks: of each half (default: 720)")
+    route.add_argument("--seed", type=int, metavar="N", default=0, help="tasks: others with another seed")
+    route.add_argument("-o", "--output", metavar="FILE", help="of tasks; calibrate: default calibration.json")
+    wanted = route.add_mutually_exclusive_group()
+    wanted.add_argument("--remote-share", type=float, metavar="S", help="calibrate: at most so much may go elsewhere")
+    wanted.add_argument("--quality", type=float, metavar="Q", help="calibrate: keep so much of the remote's quality")
+    route.add_argument("--html", metavar="FILE", help="calibrate: write a report with plots")
 
 
 def _add_tune(tune: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ def serve(arguments: argparse.Namespace) -> int:
         "api_key",
     )
     settings = load_settings({"model": arguments.ref, **{name: getattr(arguments, name) for name in names}})
-    ref = settings.model or _only_model(Store(home()))
+    ref = settings.model or only_model(Store(home()))
     with open_model(ref, settings, "many") as llm:
         from edge_runtime.server.app import create_app
         from edge_runtime.server.run import serve as serve_app
@@ -41,7 +41,7 @@ def serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _only_model(store: Store) -> str:
+def only_model(store: Store) -> str:
     models = store.list()
     if len(models) == 1:
         return str(models[0].folder)

@@ -85,11 +85,12 @@ def _iban(text: str) -> int:
 
 
 def _address(text: str) -> int:
+    """An address; without a digit it is a name in some programming language."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
         return 0
-    return len(text)
+    return len(text) if any(map(str.isdigit, text)) else 0
 
 
 def _place(text: str) -> int:
@@ -122,7 +123,7 @@ _FORMS: tuple[tuple[str, str, Callable[[str], int]], ...] = (
     ("IBAN", r"\b[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]){11,30}\b", _iban),
     ("CARD", r"\b\d(?:[ -]?\d){12,18}\b", _card),
     ("IP", r"\b\d{1,3}(?:\.\d{1,3}){3}\b", _address),
-    ("IP", r"[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?:\.\d{1,3}){0,3}", _address),
+    ("IP", r"\b[0-9A-Fa-f]{1,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?:\.\d{1,3}){0,3}", _address),
     ("PLACE", r"[-+]?\d{1,3}\.\d{3,}(?:\s*[,;]\s*|\s+)[-+]?\d{1,3}\.\d{3,}", _place),
     (
         "PLACE",

@@ -7,6 +7,7 @@ leave is replaced, the ledger says what is about to leave and whether the caps a
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -24,6 +25,8 @@ from edge_runtime.errors import TierUnavailable
 from edge_runtime.policy.rules import CostCap, Policy, RemoteTierSpec, TaskClass
 from edge_runtime.prompts import TierRequest
 from edge_runtime.request import Usage
+
+_log = logging.getLogger("edge_glm.egress")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ class Delivery:
     usage: Usage | None = None
     outcome: str = "cancelled"
     free: bool = False
-    """Nothing was answered, so that nothing is owed."""
+    """Nothing can have been answered, so that nothing is owed."""
+
+
+_NOTHING_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
 class Door:
@@ -68,7 +74,7 @@ class Door:
             [(each.name, each.regex) for each in rules.patterns], rules.phone_region
         )
         self._clients: dict[str, httpx2.AsyncClient] = {}
-        self._settling: set[asyncio.Task[None]] = set()
+        self._settling: set[asyncio.Future[None]] = set()
 
     @asynccontextmanager
     async def send(self, parcel: Parcel) -> AsyncIterator[Delivery]:
@@ -99,13 +105,14 @@ class Door:
                 delivery.response = await self._client(spec).send(request, stream=True)
         except BaseException as error:
             delivery.outcome = parcel.explain(error)
+            delivery.free = isinstance(error, _NOTHING_SENT)
             self._settle(seq, parcel, delivery)
             raise
         try:
             yield delivery
         finally:
-            await delivery.response.aclose()
             self._settle(seq, parcel, delivery)
+            await delivery.response.aclose()
 
     async def close(self) -> None:
         """Settle what is open and close the connections."""
@@ -131,7 +138,7 @@ class Door:
         """In the background, so that a cancelled request settles too."""
         spec, usage = parcel.spec, delivery.usage
         response = delivery.response
-        if response is None or delivery.free:
+        if delivery.free:
             cost = 0
         elif usage is not None:
             cost = most_of(spec.price.input, spec.price.output, usage.prompt_tokens, usage.completion_tokens)
@@ -144,9 +151,16 @@ class Door:
             cost,
             delivery.outcome,
         )
-        task = asyncio.create_task(asyncio.to_thread(self._ledger.settle, seq, settlement))
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
+        # no task, which the end of the loop would cancel
+        settling = asyncio.get_running_loop().run_in_executor(None, self._ledger.settle, seq, settlement)
+        self._settling.add(settling)
+        settling.add_done_callback(self._settled)
+
+    def _settled(self, settling: asyncio.Future[None]) -> None:
+        self._settling.discard(settling)
+        error = settling.exception()
+        if error is not None:  # the sending counts with the most that it may have cost
+            _log.error("a sending could not be settled: %s", error)
 
     def _client(self, spec: RemoteTierSpec) -> httpx2.AsyncClient:
         """The tier's, with its connections."""

@@ -265,7 +265,8 @@ def most_of(price_input: float, price_output: float, prompt_tokens: int, complet
 
 
 def money(billionths: int) -> str:
-    return f"{billionths / BILLION:.6f}".rstrip("0").rstrip(".")
+    whole, rest = divmod(billionths, BILLION)
+    return f"{whole}.{rest:09}".rstrip("0").rstrip(".")
 
 
 def _start(period: Period, now: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Sequence
 from difflib import SequenceMatcher
@@ -10,6 +11,8 @@ from difflib import SequenceMatcher
 import numpy as np
 
 from edge_runtime.watch import Confidence, Watch
+
+_WORD = re.compile(r"\w+")
 
 
 def surprise_signals(watch: Watch) -> dict[str, float]:
@@ -51,12 +54,19 @@ def agreement(forks: Sequence[Sequence[int]]) -> float:
 
 
 def text_signals(text: str, question: str) -> dict[str, float]:
-    """Of what was written: how much of it the question said already, and how much it repeats itself."""
-    words, asked = text.lower().split(), set(question.lower().split())
-    known = sum(word in asked for word in words) / len(words) if words else 0.0
+    """Of what was written: how much of it the question said already, words and numbers apart, and how much it repeats
+    itself."""
+    words, asked = _WORD.findall(text.lower()), set(_WORD.findall(question.lower()))
+    numbers = [word for word in words if word.isdigit()]
     data = text.encode()
     return {
-        "from the question": known,
+        "from the question": _share(words, asked),
+        "numbers from the question": _share(numbers, asked) if numbers else 0.5,
+        "new numbers": math.log1p(sum(number not in asked for number in numbers)),
         "compressed": len(zlib.compress(data, 1)) / max(len(data), 1) if len(data) > 40 else 1.0,
         "written": math.log1p(len(words)),
     }
+
+
+def _share(words: Sequence[str], of: set[str]) -> float:
+    return sum(word in of for word in words) / len(words) if words else 0.0

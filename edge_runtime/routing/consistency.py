@@ -19,15 +19,7 @@ async def consistency(model: LocalModel, prepared: TierRequest, forks: int, toke
     The prompt is in the KV cache already, or is just being put there; the engine forks it for each continuation and
     decodes them in the batches that it runs anyway.
     """
-    params = SamplingParams(
-        temperature=TEMPERATURE,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        max_tokens=tokens,
-        n=forks,
-        seed=prepared.params.seed or 0,
-    )
+    params = fork_params(prepared.params, forks, tokens)
     found: list[list[int]] = [[] for _ in range(forks)]
     generation = await asyncio.to_thread(model.start, replace(prepared, params=params, watch=None))
     try:
@@ -36,3 +28,10 @@ async def consistency(model: LocalModel, prepared: TierRequest, forks: int, toke
     finally:
         generation.close()
     return agreement(found)
+
+
+def fork_params(params: SamplingParams, forks: int, tokens: int) -> SamplingParams:
+    """How the continuations of a request with ``params`` are drawn."""
+    return SamplingParams(
+        temperature=TEMPERATURE, top_k=0, top_p=1.0, min_p=0.0, max_tokens=tokens, n=forks, seed=params.seed or 0
+    )

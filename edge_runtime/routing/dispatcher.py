@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import uuid
@@ -14,21 +15,24 @@ from typing import Any, Protocol
 
 from msgspec.structs import replace
 
+from edge_runtime.deferred.answers import Done, joined
+from edge_runtime.deferred.deferrals import Deferrals
 from edge_runtime.egress.ledger import Ledger
-from edge_runtime.errors import EdgeError, PolicyError
+from edge_runtime.errors import EdgeError, PolicyError, TierUnavailable
 from edge_runtime.facts import Facts
 from edge_runtime.generation import EngineGeneration, Generation
+from edge_runtime.paths import Home
 from edge_runtime.policy.rules import LocalTierSpec, TaskClass, read_policy
 from edge_runtime.prompts import Messages, TierRequest
 from edge_runtime.route import Route
 from edge_runtime.routing.conductor import PASSED_ON, Job
 from edge_runtime.routing.regime import Regime
-from edge_runtime.routing.routed import Call, Canceller, RoutedGeneration
+from edge_runtime.routing.routed import Call, RoutedGeneration
 from edge_runtime.routing.router import Candidate, Plan, Router
 from edge_runtime.routing.sources import Speeds
 from edge_runtime.stages.protocols import Conversation
 from edge_runtime.tiers.model import LocalModel
-from edge_runtime.tiers.network import NetworkThread, Reach
+from edge_runtime.tiers.network import Canceller, NetworkThread, Reach
 
 _log = logging.getLogger("edge_glm.policy")
 
@@ -63,9 +67,10 @@ class Dispatcher:
     """
 
     def __init__(
-        self, path: Path, model: LocalModel, open_beside: Callable[[LocalTierSpec], Beside], ledger: Path, offline: bool
+        self, path: Path, model: LocalModel, open_beside: Callable[[LocalTierSpec], Beside], home: Home, offline: bool
     ) -> None:
-        """``open_beside`` opens the model of a local tier that names one; it is closed with the dispatcher."""
+        """``home`` has the ledger and the queue of deferred requests; ``open_beside`` opens the model of a local tier
+        that names one, which is closed with the dispatcher."""
         self._path = path
         self._model = model
         self._open_beside = open_beside
@@ -76,16 +81,20 @@ class Dispatcher:
         self._problem: str | None = None
         self._reach = Reach(offline)
         self._speeds = Speeds()
-        self._ledger = Ledger(ledger)
+        self._ledger = Ledger(home.ledger)
         self._network = NetworkThread()
+        self._retired: list[Regime] = []
+        self._deferrals: Deferrals | None = None
         try:
             self._seen = _version_of(path)
             self._regime = self._build(None)
+            self._deferrals = Deferrals(
+                home.deferred, self._network.loop, self._answer_deferred, lambda: self._regime.policy.deferred
+            )
         except BaseException:
             self._network.close()
             self._close_here()
             raise
-        self._retired: list[Regime] = []
 
     @property
     def problem(self) -> str | None:
@@ -109,9 +118,21 @@ class Dispatcher:
             else:
                 if isinstance(generation, EngineGeneration):
                     route.tier, route.reason = first, plan.reasons[first]
-                    generation.route = route
+                    generation.routed(route)
                 return generation
         return self._conduct(decision)
+
+    @property
+    def deferrals(self) -> Deferrals:
+        assert self._deferrals is not None
+        return self._deferrals
+
+    def defers(self, request: TierRequest) -> bool:
+        """Whether a request is to be answered later, by its own wish or its class's. TemplateError, InvalidRequest."""
+        classes = self._current().policy.classes
+        if request.about.deferred or not any(task.mode == "deferred" for task in classes):
+            return request.about.deferred
+        return self.decide(request).task.mode == "deferred"
 
     def decide(self, request: TierRequest) -> Decision:
         """What would be done with a request. TemplateError, InvalidRequest."""
@@ -177,6 +198,8 @@ class Dispatcher:
         self._close_here()
 
     def _close_here(self) -> None:
+        if self._deferrals is not None:
+            self._deferrals.close()
         self._ledger.close()
         for each in self._beside.values():
             each.close()
@@ -231,21 +254,40 @@ class Dispatcher:
     # --- answering ----------------------------------------------------------------------------------------------------
 
     def _conduct(self, decision: Decision) -> Generation:
-        loop, canceller = self._network.loop, Canceller(self._network.loop)
-        stages = decision.regime.judge.stages
-        filters = partial(stages.output, decision.facts)
-        call = Call(decision.facts.tokens, decision.facts.params.n, decision.route, filters)
-        job = Job(
-            call,
-            decision.facts.request,
-            decision.prepared,
-            decision.task,
-            decision.plan,
-            decision.regime.judge.judgement(decision.facts, decision.signals, decision.task),
-            loop.time(),
-        )
+        canceller = Canceller(self._network.loop)
+        call, job = self._job(decision)
         canceller.start(decision.regime.conductor.answer(job))
         return RoutedGeneration(call, canceller)
+
+    def _job(self, decision: Decision) -> tuple[Call, Job]:
+        regime, facts, request = decision.regime, decision.facts, decision.facts.request
+        call = Call(facts.tokens, facts.params.n, decision.route, partial(regime.judge.stages.output, facts))
+        judgement = regime.judge.judgement(facts, decision.signals, decision.task)
+        started = self._network.loop.time()
+        return call, Job(call, request, decision.prepared, decision.task, decision.plan, judgement, started)
+
+    async def _answer_deferred(self, name: str, request: TierRequest) -> Done:
+        """By the tier that should do it; there is time, so that no other takes its place. EdgeError."""
+        decision = await asyncio.to_thread(self.decide, request)
+        plan, route, regime = decision.plan, decision.route, decision.regime
+        if not plan.order:
+            raise Router.refusal(request.params, decision.candidates, plan)
+        if plan.missing:
+            told = "; ".join(f"{tier}: {why}" for tier, why in plan.missing.items())
+            raise TierUnavailable(told, next(iter(plan.missing)))
+        if plan.order[0] in regime.remote:
+            plan = replace_field(plan, order=tuple(tier for tier in plan.order if tier in regime.remote))
+        route.request = name
+        call, job = self._job(replace_field(decision, plan=plan))
+        task = asyncio.create_task(regime.conductor.answer(job))
+        try:
+            chunks = [chunk.checked() async for chunk in EngineGeneration(call.outlet)]
+        finally:
+            task.cancel()
+        usage = call.outlet.usage
+        return Done(
+            joined(chunks, request.params.n), usage.prompt_tokens, usage.completion_tokens, route.tier, route.headers()
+        )
 
 
 def _version_of(path: Path) -> tuple[int, ...]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from typing import Any
 
 from msgspec.structs import replace
 
@@ -15,6 +14,7 @@ from edge_runtime.generation import EngineGeneration, Outlet
 from edge_runtime.request import Chunk, Usage
 from edge_runtime.route import Route
 from edge_runtime.stages.protocols import TextFilter
+from edge_runtime.tiers.network import Canceller
 
 
 class Call:
@@ -72,34 +72,6 @@ class Call:
     @property
     def finished(self) -> bool:
         return not self._open
-
-
-class Canceller:
-    """A coroutine on another thread's event loop that can be ended from anywhere, without locks."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """EngineStopped if the loop is closed."""
-
-        def begin() -> None:
-            self._task = self._loop.create_task(work)
-
-        try:
-            self._loop.call_soon_threadsafe(begin)
-        except RuntimeError as error:
-            work.close()
-            raise EngineStopped("the model has been closed") from error
-
-    def cancel(self) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and all its tasks are over
-            self._loop.call_soon_threadsafe(self._cancel)
-
-    def _cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
 
 
 class RoutedGeneration(EngineGeneration):

@@ -201,6 +201,45 @@ def _age(draw: random.Random, size: int) -> tuple[str, str]:
     return f"{name} is {age} years old. {filler} How old is {name}?", str(age)
 
 
+def _stock(draw: random.Random, size: int) -> tuple[str, str]:
+    things = draw.sample(_THINGS, min(size + 1, 9))
+    counts = draw.sample(range(11, 99), len(things))
+    form, between = draw.choice((("{}: {}", "\n"), ("{} {}", ", "), ("We have {1} of {0}.", " ")))
+    listed = between.join(form.format(thing, count) for thing, count in zip(things, counts, strict=True))
+    place = draw.randrange(len(things))
+    return f"In stock: {listed}\nWhich number belongs to {things[place]}?", str(counts[place])
+
+
+def _speed(draw: random.Random, size: int) -> tuple[str, str]:
+    speed = draw.randrange(20, 130)
+    filler = " ".join(f"The {thing} is {draw.choice(_COLOURS)}." for thing in draw.sample(_THINGS, size))
+    return f"{filler} The car drives at {speed} kilometres per hour. How fast is the car?", str(speed)
+
+
+def _order(draw: random.Random, size: int) -> tuple[str, str]:
+    number = draw.randrange(1000, 9999)
+    filler = " ".join(f"It has a {draw.choice(_COLOURS)} {thing}." for thing in draw.sample(_THINGS, size))
+    return f"Your order has the number {number}. {filler} What number does the order have?", str(number)
+
+
+def _drink(draw: random.Random, size: int) -> tuple[str, str]:
+    name, drink = draw.choice(_NAMES), draw.choice(("tea", "coffee", "milk", "water", "juice", "cocoa"))
+    filler = " ".join(f"The {each} is old." for each in draw.sample(_THINGS, size))
+    return f"{name} likes {drink}. {filler} What does {name} like?", drink
+
+
+def _work(draw: random.Random, size: int) -> tuple[str, str]:
+    name, job = draw.choice(_NAMES), draw.choice(("teacher", "doctor", "nurse", "baker", "pilot", "farmer"))
+    filler = " ".join(f"{name} has a {each}." for each in draw.sample(_THINGS, size))
+    return f"{name} works as a {job}. {filler} What is the job of {name}?", job
+
+
+def _weather(draw: random.Random, size: int) -> tuple[str, str]:
+    weather, day = draw.choice(("rain", "snow", "sun", "wind", "fog")), draw.choice(("Monday", "Friday", "Sunday"))
+    filler = " ".join(f"Please bring the {each}." for each in draw.sample(_THINGS, size))
+    return f"On {day} there will be {weather}. {filler} How will the weather be on {day}?", weather
+
+
 Make = Callable[[random.Random, int], tuple[str, str]]
 _FAMILIES: dict[str, tuple[Split, Make]] = {
     "addition": ("train", _addition),
@@ -219,6 +258,12 @@ _FAMILIES: dict[str, tuple[Split, Make]] = {
     "day": ("test", _meeting),
     "home": ("train", _home),
     "journey": ("test", _journey),
+    "stock": ("train", _stock),
+    "order": ("test", _order),
+    "speed": ("train", _speed),
+    "work": ("test", _work),
+    "drink": ("train", _drink),
+    "weather": ("test", _weather),
     "steps": ("train", _steps),
     "box": ("test", _box),
 }

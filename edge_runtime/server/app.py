@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.server.chat import chat_completions
+from edge_runtime.server.chat_deferred import delete_deferred, get_deferred
 from edge_runtime.server.completions import completions
 from edge_runtime.server.context import MIB, ServerContext, by_name
 from edge_runtime.server.errors import Failure, on_edge_error, on_http_error, on_unknown_error
@@ -39,6 +40,8 @@ def create_app(
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/chat/completions/{id}", get_deferred, methods=["GET"]),
+            Route("/v1/chat/completions/{id}", delete_deferred, methods=["DELETE"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{model:path}", get_model, methods=["GET"]),

@@ -5,15 +5,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import anyio.to_thread
 import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from edge_runtime.errors import PromptTooLong
 from edge_runtime.generation import Generation
-from edge_runtime.prompts import About
+from edge_runtime.prompts import About, Messages, TierRequest
 from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams
+from edge_runtime.server.chat_deferred import defer, deferred_response
 from edge_runtime.server.context import GONE, ServerContext, head, json_response, read_body, usage_body
 from edge_runtime.server.logprobs import chat_logprobs, shown
 from edge_runtime.server.running import Running, while_connected
@@ -27,7 +29,12 @@ async def chat_completions(request: Request) -> ASGIApp:
     model = ServerContext.of(request).model(body.model)
     params = body.params()
     messages = [message.plain() for message in body.messages]
-    about = body.about(request.headers, model.takes_extras)
+    about = body.about(request.headers, model.tiers is not None)
+    if model.tiers is not None:
+        asked = TierRequest(Messages(messages), params, about)
+        ticket = await anyio.to_thread.run_sync(defer, model.tiers, asked, body.stream)
+        if ticket is not None:
+            return deferred_response(ticket, model.model_id, 202)
     running = Running([partial(_start, body, model, messages, params, about)])
     if body.stream:
         await running.__aenter__()

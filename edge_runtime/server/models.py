@@ -24,7 +24,7 @@ async def health(request: Request) -> Response:
     """200 while every model can answer, else 503; needs no API key."""
     models = ServerContext.of(request).models
     stopped = [name for name, model in models.items() if not model.ready]
-    said = {name: health for name, model in models.items() if (health := dict(model.health))}
+    said = {name: dict(model.tiers.health()) for name, model in models.items() if model.tiers is not None}
     status = {"status": "unavailable", "stopped": stopped} if stopped else {"status": "ok"}
     response = json_response(status | ({"models": said} if said else {}))
     response.status_code = 503 if stopped else 200

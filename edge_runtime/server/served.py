@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edge_runtime.generation import Generation
-from edge_runtime.prompts import NOTHING, About
+from edge_runtime.prompts import NOTHING, About, TierRequest
 from edge_runtime.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from edge_runtime.deferred.deferrals import Deferrals
+
+
+class Tiers(Protocol):
+    """Of a policy, as far as the server needs them; :class:`edge_runtime.routing.dispatcher.Dispatcher`."""
+
+    @property
+    def deferrals(self) -> Deferrals:
+        """Requests that are answered later."""
+
+    def defers(self, request: TierRequest) -> bool:
+        """Whether a request is to be. TemplateError, InvalidRequest."""
+
+    def health(self) -> Mapping[str, Any]:
+        """For /health."""
 
 
 class ServedModel(Protocol):
@@ -34,12 +51,8 @@ class ServedModel(Protocol):
         """Tokens that end a completion; logprobs leave out the one that did."""
 
     @property
-    def takes_extras(self) -> bool:
-        """Whether wishes such as ``tools`` may be passed on to it: a tier of its policy may know them."""
-
-    @property
-    def health(self) -> Mapping[str, Any]:
-        """What /health says of it beside its being ready: its tiers, where it has several."""
+    def tiers(self) -> Tiers | None:
+        """What is made of its policy; None: there is none."""
 
     def start_chat(
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, about: About = NOTHING

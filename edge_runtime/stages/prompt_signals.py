@@ -14,6 +14,8 @@ from edge_runtime.facts import Facts
 MOST = 4000
 """Characters of a text that are looked at: half at its beginning, half at its end."""
 
+_WORD = re.compile(r"\w+")
+_PART = re.compile(r"(?<=[.!?:;])\s+|\n+")
 _NUMBER = re.compile(r"\d+")
 _SENTENCE = re.compile(r"[.!?;]+\s|[.!?;]+$|\n")
 _OPERATOR = re.compile(
@@ -45,6 +47,7 @@ class PromptSignals:
         words = low.split()
         numbers = _NUMBER.findall(text)
         lines = text.count("\n") + 1
+        *told, asks = _PART.split(text.strip())
         language = facts.language
         return {
             "tokens": math.log1p(facts.tokens),
@@ -68,11 +71,19 @@ class PromptSignals:
             "write": float(bool(_WRITE.search(low))),
             "code": float(bool(_CODE.search(text))),
             "maths": float(bool(_MATHS.search(low))),
+            "looks up": _known(asks, told),
             "repeats": 1 - len(set(words)) / len(words) if words else 0.0,
             "foreign": float(language is not None and language != "en"),
             "schema": float(facts.about.schema),
             "answer": 0.0 if facts.params.max_tokens is None else math.log1p(facts.params.max_tokens),
         }
+
+
+def _known(asks: str, told: list[str]) -> float:
+    """How much of the last sentence's longer words the text before it holds: it asks for something that is there."""
+    words = {word for word in _WORD.findall(asks.lower()) if len(word) > 3}
+    there = set(_WORD.findall(" ".join(told).lower()))
+    return len(words & there) / len(words) if words else 0.0
 
 
 def _ends(text: str) -> str:

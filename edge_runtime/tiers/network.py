@@ -7,8 +7,11 @@ import ipaddress
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
+
+from edge_runtime.errors import EngineStopped
 
 KNOWN_S = 2.0
 """For so long it is remembered whether there is a network."""
@@ -45,6 +48,34 @@ class NetworkThread:
             self.loop.run_until_complete(self.loop.shutdown_default_executor())
         finally:
             self.loop.close()
+
+
+class Canceller:
+    """A coroutine on another thread's event loop that can be ended from anywhere, without locks."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """EngineStopped if the loop is closed."""
+
+        def begin() -> None:
+            self._task = self._loop.create_task(work)
+
+        try:
+            self._loop.call_soon_threadsafe(begin)
+        except RuntimeError as error:
+            work.close()
+            raise EngineStopped("the model has been closed") from error
+
+    def cancel(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and all its tasks are over
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
 
 
 class Reach:

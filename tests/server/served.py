@@ -20,6 +20,7 @@ from edge_runtime.engine import Engine, Generation
 from edge_runtime.prompts import NOTHING, About
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.run import listen, make_server, url_of
+from edge_runtime.server.served import Tiers
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tokenizer import Tokenizer
 from tests.fake_decoder import FakeDecoder
@@ -73,12 +74,8 @@ class FakeModel:
         return self.engine.alive
 
     @property
-    def takes_extras(self) -> bool:
-        return False
-
-    @property
-    def health(self) -> Mapping[str, Any]:
-        return {}
+    def tiers(self) -> Tiers | None:
+        return None
 
     def start_chat(
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, about: About = NOTHING

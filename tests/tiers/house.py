@@ -14,6 +14,7 @@ from devices.base import Step
 from edge_runtime.egress.ledger import Ledger
 from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Generation
+from edge_runtime.paths import Home
 from edge_runtime.policy.rules import LocalTierSpec
 from edge_runtime.prompts import NOTHING, About, Fit, Messages, TierRequest, TokenIds
 from edge_runtime.request import Chunk
@@ -87,7 +88,7 @@ class House:
         self.local = local
         self.beside: list[FakeLocal] = []
         self.write(policy)
-        self.dispatcher = Dispatcher(self.path, local, self._open_beside, folder / "ledger.sqlite", offline)
+        self.dispatcher = Dispatcher(self.path, local, self._open_beside, Home(folder, folder), offline)
 
     def write(self, policy: str) -> None:
         self.path.write_text(policy, encoding="utf-8")

@@ -7,7 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ from tests.tiers.upstream import (
     upstream,
 )
 
-QUICK = {"connect": 0.3, "first_token": 0.4, "read": 0.4, "total": 5.0}
+QUICK = {"connect": 0.3, "first_token": 1.0, "read": 0.5, "total": 8.0}
 
 
 @contextmanager
@@ -59,16 +59,13 @@ def deaf() -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
         address = listener.getsockname()
-        callers = []
-        for _ in range(4):
-            caller = socket.socket()
-            caller.setblocking(False)
-            caller.connect_ex(address)
-            callers.append(caller)
-        time.sleep(0.1)
-        yield f"http://127.0.0.1:{address[1]}/v1"
-        for caller in callers:
-            caller.close()
+        with ExitStack() as callers:
+            for _ in range(4):
+                caller = callers.enter_context(socket.socket())
+                caller.setblocking(False)
+                caller.connect_ex(address)
+            time.sleep(0.1)
+            yield f"http://127.0.0.1:{address[1]}/v1"
 
 
 def served(script: Callable[[], object]) -> Callable[[], AbstractContextManager[str]]:
@@ -113,7 +110,7 @@ def test_before_the_first_word_the_local_model_answers(fault: str, tmp_path: Pat
     with place() as url, house(tmp_path, cloud(url, timeouts=QUICK) + LOCAL + task(prefer="remote")) as here:
         started = time.monotonic()
         answer = here.ask()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 5
         assert answer.text == here.local.text()
         assert answer.tiers == ["local"]
         assert answer.route.tier == "local"

@@ -1,0 +1,190 @@
+"""The queue of deferred requests: an SQLite file (WAL, fsync at each commit) that outlives the process and the power.
+
+One row per request. ``queued`` → ``running`` → ``done`` or ``failed``; whoever finds rows ``running`` that nobody runs
+puts them back. A request keeps its id, which every attempt sends as its idempotency key.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edge_runtime.errors import QueueFull, StorageError
+from edge_runtime.policy.rules import Deferred
+
+State = Literal["queued", "running", "done", "failed"]
+PREFIX = "chatcmpl-deferred-"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS requests (
+  id TEXT PRIMARY KEY,
+  created REAL NOT NULL,
+  state TEXT NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0,
+  due REAL NOT NULL,
+  waits_for TEXT,
+  body BLOB NOT NULL,
+  result BLOB
+);
+CREATE INDEX IF NOT EXISTS requests_due ON requests (state, due);
+"""
+_COLUMNS = "id, created, state, attempts, due, waits_for, body, result"
+
+
+@dataclass(frozen=True)
+class Entry:
+    id: str
+    created: float
+    """Unix seconds."""
+    state: State
+    attempts: int
+    due: float
+    """Not to be tried before."""
+    waits_for: str | None
+    """Why it has not been answered yet."""
+    body: bytes
+    result: bytes | None
+    """Of the answer, or of the failure."""
+
+
+class Queue:
+    """Methods may be called from any thread, and from several processes. StorageError where the file fails.
+
+    ``clock``: Unix seconds. Where it jumps back, what is due waits no longer than it would have.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._lock = threading.Lock()
+        with self._translated():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+            self._connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
+
+    def add(self, body: bytes, bounds: Deferred) -> str:
+        """Keep a request; returns its id once it is on the disk. QueueFull."""
+        name = PREFIX + uuid.uuid4().hex
+        with self._transaction():
+            now = self._now()
+            self._forget(now, bounds)
+            waiting, size = self._connection.execute(
+                "SELECT COUNT(*) FILTER (WHERE state IN ('queued', 'running')), "
+                "COALESCE(SUM(LENGTH(body) + COALESCE(LENGTH(result), 0)), 0) FROM requests"
+            ).fetchone()
+            if waiting >= bounds.max_count:
+                raise QueueFull(f"{waiting} deferred requests are waiting, which is the limit; try again later", 60)
+            if size + len(body) > bounds.max_bytes:
+                raise QueueFull(
+                    f"deferred requests and answers take {size} bytes; with {len(body)} more they would pass the limit "
+                    f"of {bounds.max_bytes}: fetch and delete answers, or try again later",
+                    60,
+                )
+            self._connection.execute(
+                "INSERT INTO requests (id, created, state, due, body) VALUES (?, ?, 'queued', ?, ?)",
+                (name, now, now, body),
+            )
+        return name
+
+    def put_back(self) -> None:
+        """What is ``running`` is not: whoever ran it is gone."""
+        with self._transaction():
+            self._connection.execute(
+                "UPDATE requests SET state = 'queued', due = ? WHERE state = 'running'", (self._now(),)
+            )
+
+    def take(self, bounds: Deferred) -> Entry | None:
+        """The oldest that is due, ``running`` from now on; None: nothing is."""
+        with self._transaction():
+            now = self._now()
+            self._forget(now, bounds)
+            found = self._connection.execute(
+                f"SELECT {_COLUMNS} FROM requests WHERE state = 'queued' AND due <= ? ORDER BY created LIMIT 1", (now,)
+            ).fetchone()
+            if found is None:
+                return None
+            self._connection.execute(
+                "UPDATE requests SET state = 'running', attempts = attempts + 1 WHERE id = ?", (found[0],)
+            )
+            return Entry(*found)
+
+    def wait(self, name: str, why: str, seconds: float) -> None:
+        """Not now: try again after so long."""
+        with self._transaction():
+            self._connection.execute(
+                "UPDATE requests SET state = 'queued', due = ?, waits_for = ? WHERE id = ?",
+                (self._now() + seconds, why, name),
+            )
+
+    def finish(self, name: str, state: State, result: bytes) -> None:
+        """``done`` or ``failed``; nothing happens if it was removed meanwhile."""
+        with self._transaction():
+            self._connection.execute(
+                "UPDATE requests SET state = ?, result = ?, waits_for = NULL WHERE id = ?", (state, result, name)
+            )
+
+    def get(self, name: str) -> Entry | None:
+        with self._lock, self._translated():
+            found = self._connection.execute(f"SELECT {_COLUMNS} FROM requests WHERE id = ?", (name,)).fetchone()
+        return None if found is None else Entry(*found)
+
+    def entries(self) -> list[Entry]:
+        """Oldest first."""
+        with self._lock, self._translated():
+            found = self._connection.execute(f"SELECT {_COLUMNS} FROM requests ORDER BY created").fetchall()
+        return [Entry(*row) for row in found]
+
+    def remove(self, name: str) -> bool:
+        """Whether it was there."""
+        with self._transaction():
+            return self._connection.execute("DELETE FROM requests WHERE id = ?", (name,)).rowcount > 0
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        """Never before the newest row, so that a clock that was set back delays nothing by more than it should."""
+        newest = self._connection.execute("SELECT MAX(created) FROM requests").fetchone()[0]
+        return max(self._clock(), newest or 0.0)
+
+    def _forget(self, now: float, bounds: Deferred) -> None:
+        """What is too old: answers go, what waits fails and can be asked about as long again."""
+        age = bounds.max_age_hours * 3600
+        self._connection.execute(
+            "DELETE FROM requests WHERE created < ? AND state IN ('done', 'failed')", (now - 2 * age,)
+        )
+        self._connection.execute(
+            "UPDATE requests SET state = 'failed', result = ? WHERE state = 'queued' AND created < ?",
+            (TOO_OLD, now - age),
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._lock, self._translated():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(f"the queue {self._path} cannot be used: {error}") from error
+
+
+TOO_OLD = b'{"error":"it could not be answered before it was too old","status":504}'
+"""As :class:`edge_runtime.deferred.answers.Failed` is written."""
