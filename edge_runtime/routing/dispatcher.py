@@ -106,7 +106,7 @@ class Dispatcher:
         decision = self.decide(request)
         plan, route, local = decision.plan, decision.route, decision.regime.local
         if not plan.order:
-            raise Router.refusal(request.params, decision.candidates, plan)
+            raise Router.refusal(request.params, decision.task, decision.candidates, plan)
         first = plan.order[0]
         plain = not (plan.judge or plan.missing or decision.regime.judge.stages.filters)
         if first in local and plain and decision.task.hedge_ms is None:
@@ -271,7 +271,7 @@ class Dispatcher:
         decision = await asyncio.to_thread(self.decide, request)
         plan, route, regime = decision.plan, decision.route, decision.regime
         if not plan.order:
-            raise Router.refusal(request.params, decision.candidates, plan)
+            raise Router.refusal(request.params, decision.task, decision.candidates, plan)
         if plan.missing:
             told = "; ".join(f"{tier}: {why}" for tier, why in plan.missing.items())
             raise TierUnavailable(told, next(iter(plan.missing)))

@@ -87,16 +87,17 @@ class Router:
         return Plan(order, reasons, judged, missing)
 
     @staticmethod
-    def refusal(params: SamplingParams, candidates: Sequence[Candidate], plan: Plan) -> EdgeError:
+    def refusal(params: SamplingParams, task: TaskClass, candidates: Sequence[Candidate], plan: Plan) -> EdgeError:
         """The error where ``plan.order`` is empty: the counts where length is all that is wrong, else all reasons."""
-        too_long = [each for each in candidates if not each.fit.verdict(params)[0]]
-        if candidates and len(too_long) == len([each for each in candidates if each.unsupported is None]):
-            largest = max(too_long, key=lambda each: (each.fit.max_prompt, each.fit.max_context)).fit
+        allowed = [each for each in candidates if not (each.spec.remote and task.privacy == "local-only")]
+        able = [each for each in allowed if each.unsupported is None]
+        if able and not any(each.fit.verdict(params)[0] for each in able):
+            largest = max((each.fit for each in able), key=lambda fit: (fit.max_prompt, fit.max_context))
             return PromptTooLong(largest.verdict(params)[1], largest.short_of)
         told = "; ".join(f"{name}: {reason}" for name, reason in plan.reasons.items())
-        if all(each.unsupported is not None for each in candidates):
+        if not able:
             return InvalidRequest(f"no tier can take this request: {told}")
-        return TierUnavailable(f"no tier can take this request now: {told}", candidates[0].name)
+        return TierUnavailable(f"no tier can take this request now: {told}", able[0].name)
 
 
 def _gate(params: SamplingParams, task: TaskClass, candidate: Candidate) -> tuple[bool, str, bool]:

@@ -16,7 +16,7 @@ from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Generation
 from edge_runtime.paths import Home
 from edge_runtime.policy.rules import LocalTierSpec
-from edge_runtime.prompts import NOTHING, About, Fit, Messages, TierRequest, TokenIds
+from edge_runtime.prompts import NOTHING, About, Fit, Messages, Text, TierRequest, TokenIds
 from edge_runtime.request import Chunk
 from edge_runtime.route import Route
 from edge_runtime.routing.dispatcher import Dispatcher
@@ -62,7 +62,8 @@ class FakeLocal(LocalModel):
         if self.error is not None:
             raise self.error
         assert isinstance(prepared.prompt, TokenIds)
-        generation = self.fake.start_completion(prepared.prompt.ids, prepared.params)
+        eos, ids = self.fake.eos_ids, prepared.prompt.ids
+        generation = self.fake.engine.submit(ids, prepared.params, eos, prepared.watch, prepared.decoding)
         self.started.append(generation)
         return generation
 
@@ -189,3 +190,28 @@ def _toml(value: Any) -> str:
         assert tomllib.loads(f"x = {text}")["x"] == value
         return text
     return repr(value)
+
+
+class TieredModel(FakeModel):
+    """A house as the server sees a model."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        fake = house.local.fake
+        self.model_id, self.created, self.placement = fake.model_id, fake.created, fake.placement
+        self.tokenizer, self.engine, self.eos_ids = fake.tokenizer, fake.engine, fake.eos_ids
+
+    @property
+    def tiers(self) -> Dispatcher:
+        return self._house.dispatcher
+
+    def start_chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, about: About = NOTHING
+    ) -> Generation:
+        return self._house.start(messages, params, about)
+
+    def start_completion(
+        self, prompt: str | Sequence[int], params: SamplingParams, about: About = NOTHING
+    ) -> Generation:
+        asked = Text(prompt) if isinstance(prompt, str) else TokenIds(prompt)
+        return self._house.dispatcher.start(TierRequest(asked, params, about))
