@@ -1,7 +1,8 @@
 """Generated tasks with known answers, to calibrate the router for a model: from what it can do to what it cannot.
 
-Each kind of task has two families that look alike to nobody but a human; a calibration is fitted on the one and held to
-the other.
+Families of one half are made for fitting, those of the other for trying: what a calibration is held to, it has not
+seen the like of. Three in four or more ask for something that the
+prompt says, the rest for arithmetic, copying and sorting.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 Split = Literal["train", "test"]
@@ -27,7 +29,7 @@ class Task:
 
 def tasks(split: Split, count: int, seed: int = 0) -> Iterator[Task]:
     """``count`` tasks, the families of ``split`` in turns, sizes growing within each."""
-    families = [(name, make) for name, (of, make) in _FAMILIES.items() if of == split]
+    families = [(name, make) for name, (of, often, make) in _FAMILIES.items() if of == split for _ in range(often)]
     for number in range(count):
         name, make = families[number % len(families)]
         draw = random.Random(f"{seed} {split} {number}")
@@ -240,30 +242,97 @@ def _weather(draw: random.Random, size: int) -> tuple[str, str]:
     return f"On {day} there will be {weather}. {filler} How will the weather be on {day}?", weather
 
 
+def _platform(draw: random.Random, size: int) -> tuple[str, str]:
+    city, platform = draw.choice(_CITIES), draw.randrange(2, 30)
+    filler = " ".join(f"The {each} is old." for each in draw.sample(_THINGS, size))
+    told = draw.choice(
+        (f"The train to {city} leaves from platform {platform}.", f"Train to {city}: platform {platform}.")
+    )
+    return f"{told} {filler} From which platform does the train to {city} leave?", str(platform)
+
+
+def _gate(draw: random.Random, size: int) -> tuple[str, str]:
+    city, gate = draw.choice(_CITIES), draw.randrange(2, 90)
+    filler = " ".join(f"Passengers may take a {each}." for each in draw.sample(_THINGS, size))
+    return f"{filler} The flight to {city} departs at gate {gate}. At which gate is the flight to {city}?", str(gate)
+
+
+def _pressure(draw: random.Random, size: int) -> tuple[str, str]:
+    pressure = draw.randrange(100, 999)
+    filler = "\n".join(f"{thing}: {draw.choice(_COLOURS)}" for thing in draw.sample(_THINGS, size))
+    return f"{filler}\nThe pressure is {pressure} millibar.\nWhat is the pressure?", str(pressure)
+
+
+def _key(draw: random.Random, size: int) -> tuple[str, str]:
+    thing, *others = draw.sample(_THINGS, size + 1)
+    filler = " ".join(f"The {each} is {draw.choice(_COLOURS)}." for each in others)
+    return f"The key is under the {thing}. {filler} Where is the key?", thing
+
+
+def _shop(draw: random.Random, size: int) -> tuple[str, str]:
+    things = draw.sample(_THINGS, 1 + size // 3)
+    bought = [(draw.randrange(2, 9), draw.randrange(2, 15), thing) for thing in things]
+    told = " and ".join(f"{count} {thing}s at {price} euros each" for count, price, thing in bought)
+    return f"{draw.choice(_NAMES)} buys {told}. How much is that in total?", str(sum(c * p for c, p, _ in bought))
+
+
+def _older(draw: random.Random, size: int) -> tuple[str, str]:
+    names = draw.sample(_NAMES, 2 + size // 3)
+    age = draw.randrange(10, 50)
+    told = [f"{names[0]} is {age} years old."]
+    for younger, name in pairwise(names):
+        years = draw.randrange(2, 9)
+        age += years
+        told.append(f"{name} is {years} years older than {younger}.")
+    return f"{' '.join(told)} How old is {names[-1]}?", str(age)
+
+
+def _largest(draw: random.Random, size: int) -> tuple[str, str]:
+    numbers = draw.sample(range(1, 100 * size), size + 2)
+    asked = draw.choice(("Which number is the largest?", "Find the maximum.", "Which of them is the biggest?"))
+    return f"{', '.join(map(str, numbers))}. {asked}", str(max(numbers))
+
+
+def _reverse(draw: random.Random, size: int) -> tuple[str, str]:
+    word = "".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(size + 2))
+    return draw.choice((f"Spell {word} backwards.", f"Reverse the word {word}.")), word[::-1]
+
+
 Make = Callable[[random.Random, int], tuple[str, str]]
-_FAMILIES: dict[str, tuple[Split, Make]] = {
-    "addition": ("train", _addition),
-    "subtraction": ("test", _subtraction),
-    "copy words": ("train", _copy_words),
-    "copy a line": ("test", _copy_line),
-    "room": ("train", _room),
-    "temperature": ("test", _temperature),
-    "address book": ("train", _address_book),
-    "price list": ("test", _price_list),
-    "mail": ("train", _mail),
-    "age": ("test", _age),
-    "sort numbers": ("train", _sort_numbers),
-    "sort words": ("test", _sort_words),
-    "colour": ("train", _fact),
-    "day": ("test", _meeting),
-    "home": ("train", _home),
-    "journey": ("test", _journey),
-    "stock": ("train", _stock),
-    "order": ("test", _order),
-    "speed": ("train", _speed),
-    "work": ("test", _work),
-    "drink": ("train", _drink),
-    "weather": ("test", _weather),
-    "steps": ("train", _steps),
-    "box": ("test", _box),
+_FAMILIES: dict[str, tuple[Split, int, Make]] = {
+    # looking up what the prompt says, which is most of what a device is asked
+    "room": ("train", 2, _room),
+    "home": ("train", 2, _home),
+    "colour": ("train", 2, _fact),
+    "mail": ("train", 2, _mail),
+    "address book": ("train", 2, _address_book),
+    "stock": ("train", 2, _stock),
+    "speed": ("train", 2, _speed),
+    "drink": ("train", 2, _drink),
+    "platform": ("train", 2, _platform),
+    "pressure": ("train", 2, _pressure),
+    "temperature": ("test", 2, _temperature),
+    "journey": ("test", 2, _journey),
+    "day": ("test", 2, _meeting),
+    "age": ("test", 2, _age),
+    "price list": ("test", 2, _price_list),
+    "order": ("test", 2, _order),
+    "work": ("test", 2, _work),
+    "weather": ("test", 2, _weather),
+    "gate": ("test", 2, _gate),
+    "key": ("test", 2, _key),
+    # what needs more than that
+    "addition": ("train", 1, _addition),
+    "steps": ("train", 1, _steps),
+    "shop": ("train", 1, _shop),
+    "older": ("train", 1, _older),
+    "copy words": ("train", 1, _copy_words),
+    "sort numbers": ("train", 1, _sort_numbers),
+    "largest": ("train", 1, _largest),
+    "reverse": ("train", 1, _reverse),
+    "subtraction": ("test", 1, _subtraction),
+    "box": ("test", 1, _box),
+    "copy a line": ("test", 1, _copy_line),
+    "sort words": ("test", 1, _sort_words),
 }
+"""Name → half, how often it comes, and how it is made."""

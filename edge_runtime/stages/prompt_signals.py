@@ -21,7 +21,7 @@ _SENTENCE = re.compile(r"[.!?;]+\s|[.!?;]+$|\n")
 _OPERATOR = re.compile(
     r"\d\s?[-+*/×÷^=<>]\s?\d|\b(?:plus|minus|times|divided by|percent|sum|difference|product|total)\b"
 )
-_COUNTING = re.compile(r"\b(?:calculate|compute|how many|how much|solve|double|half|add|subtract|multiply|result)\b")
+_COUNTING = re.compile(r"\b(?:calculate|compute|how many|in total|solve|double|half|add|subtract|multiply|result)\b")
 _ORDER = re.compile(
     r"\b(?:sort|order|rank|largest|smallest|largest|longest|alphabetical|ascending|descending|compare)\b"
 )
@@ -60,6 +60,7 @@ class PromptSignals:
             "digits": max(map(len, numbers), default=0) / 4,
             "commas": math.log1p(text.count(",")),
             "questions": float(text.count("?")),
+            "computes": float(len(numbers) > 1 and bool(_COUNTING.search(low) or _OPERATOR.search(low))),
             "operators": math.log1p(len(_OPERATOR.findall(low))),
             "counting": math.log1p(len(_COUNTING.findall(low))),
             "order": float(bool(_ORDER.search(low))),
