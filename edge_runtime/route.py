@@ -39,7 +39,12 @@ class Route:
 
     def headers(self) -> dict[str, str]:
         """As of HTTP; the route is a dictionary of structured fields (RFC 9651)."""
-        fields = {"class": self.task_class, "reason": self.reason, "degraded": self.degraded}
+        fields = {
+            "class": self.task_class,
+            "reason": self.reason,
+            "degraded": self.degraded,
+            "continued": self.continued,
+        }
         parts = [f"{name}={_string(value)}" for name, value in fields.items() if value]
         if self.good is not None:
             parts.insert(1, f"good={self.good:.3f}")

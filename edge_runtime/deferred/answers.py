@@ -22,6 +22,7 @@ from edge_runtime.errors import (
 from edge_runtime.prompts import About, Messages, TierRequest
 from edge_runtime.request import Chunk, Usage
 from edge_runtime.sampling import SamplingParams
+from edge_runtime.tool_calls import add_call
 
 
 class Choice(msgspec.Struct):
@@ -29,7 +30,7 @@ class Choice(msgspec.Struct):
 
     text: str = ""
     finish_reason: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[dict[str, Any]] = []
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -89,19 +90,8 @@ def joined(chunks: Iterable[Chunk], n: int) -> list[Choice]:
         choice.text += chunk.text
         choice.finish_reason = chunk.finish_reason or choice.finish_reason
         for call in (chunk.extra or {}).get("tool_calls", ()):
-            _add_call(choice, call)
+            add_call(choice.tool_calls, call)
     return choices
-
-
-def _add_call(choice: Choice, call: dict[str, Any]) -> None:
-    """OpenAI's pieces of tool calls: of one ``index`` the arguments join."""
-    calls = choice.tool_calls = choice.tool_calls or []
-    known = next((each for each in calls if each.get("index") == call.get("index", 0)), None)
-    if known is None:
-        calls.append({"index": 0, "type": "function", **call})
-        return
-    function, piece = known.setdefault("function", {}), call.get("function") or {}
-    function["arguments"] = (function.get("arguments") or "") + (piece.get("arguments") or "")
 
 
 def passing(error: EdgeError) -> bool:

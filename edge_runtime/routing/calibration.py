@@ -14,8 +14,8 @@ from edge_runtime.errors import PolicyError
 from edge_runtime.routing.logistic import Logistic
 
 SCHEMA = 1
-SHIPPED = {"SmolLM2-135M-Instruct": "smollm2-135m.json", "smollm2-135m": "smollm2-135m.json"}
-"""Name of a model → the calibration that comes with Edge-GLM."""
+SHIPPED = {"smollm2135m": "smollm2-135m.json"}
+"""What a model's names hold, letters and digits only → the calibration that comes with Edge-GLM."""
 
 
 class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,12 +58,11 @@ def read_calibration(path: Path) -> Calibration:
         raise PolicyError(f"cannot read the calibration {path}: {error.strerror or error}") from error
 
 
-def shipped(model: str) -> Calibration | None:
-    """What comes with Edge-GLM for a model of this name."""
-    name = SHIPPED.get(model)
-    if name is None:
-        return None
-    return _decoded((files("edge_runtime.routing") / name).read_bytes(), name)
+def shipped(*names: str) -> Calibration | None:
+    """What comes with Edge-GLM for a model that is called so."""
+    plain = ["".join(filter(str.isalnum, name.lower())) for name in names]
+    file = next((file for known, file in SHIPPED.items() if any(known in name for name in plain)), None)
+    return None if file is None else _decoded((files("edge_runtime.routing") / file).read_bytes(), file)
 
 
 def _decoded(data: bytes, where: str) -> Calibration:

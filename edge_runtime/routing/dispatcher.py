@@ -237,7 +237,7 @@ class Dispatcher:
 
     def _build(self, before: Regime | None) -> Regime:
         policy = read_policy(self._path)
-        return Regime(policy, self._model_of, self._ledger, self._reach, self._speeds, self._model.name, before)
+        return Regime(policy, self._model_of, self._ledger, self._reach, self._speeds, self._model.names, before)
 
     def _model_of(self, tier: LocalTierSpec) -> LocalModel:
         """PolicyError if it cannot be opened."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from edge_runtime.egress.door import Door
@@ -37,10 +37,10 @@ class Regime:
         ledger: Ledger,
         reach: Reach,
         speeds: Speeds,
-        model_name: str,
+        model_names: Sequence[str],
         before: Regime | None = None,
     ) -> None:
-        """``model_name``: of the model that was opened; ``before``: whose circuit breakers go on, for tiers that are
+        """``model_names``: of the model that was opened; ``before``: whose circuit breakers go on, for tiers that are
         the same."""
         wrong = problems(policy)
         if wrong:
@@ -58,7 +58,7 @@ class Regime:
         self.conductor = Conductor(self.local, self.remote, speeds)
         self._speeds = speeds
         rules = policy.routing
-        calibration = shipped(model_name) if rules.calibration is None else read_calibration(Path(rules.calibration))
+        calibration = shipped(*model_names) if rules.calibration is None else read_calibration(Path(rules.calibration))
         self.judge = Judge(Stages(policy.stages), calibration, rules)
 
     def prepared(self, request: TierRequest, already: Mapping[LocalModel, TierRequest]) -> dict[str, TierRequest]:

@@ -14,14 +14,16 @@ from edge_runtime.errors import PromptTooLong
 from edge_runtime.generation import Generation
 from edge_runtime.prompts import About, Messages, TierRequest
 from edge_runtime.request import Chunk
+from edge_runtime.route import Route
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.chat_deferred import defer, deferred_response
-from edge_runtime.server.context import GONE, ServerContext, head, json_response, read_body, usage_body
+from edge_runtime.server.context import GONE, ServerContext, head, json_response, message_body, read_body, usage_body
 from edge_runtime.server.logprobs import chat_logprobs, shown
 from edge_runtime.server.running import Running, while_connected
 from edge_runtime.server.schema import ChatRequest, parse
 from edge_runtime.server.served import ServedModel
 from edge_runtime.server.sse import EventStream, Write, event
+from edge_runtime.tool_calls import add_call
 
 
 async def chat_completions(request: Request) -> ASGIApp:
@@ -70,9 +72,12 @@ class _Answer:
         self._texts: list[list[str]] = [[] for _ in range(params.n)]
         self._logprobs: list[list[Any]] = [[] for _ in range(params.n)]
         self._finish: list[str | None] = [None] * params.n
+        self._calls: list[list[dict[str, Any]]] = [[] for _ in range(params.n)]
 
     async def add(self, number: int, chunk: Chunk) -> None:
         self._texts[chunk.index].append(chunk.text)
+        for call in (chunk.extra or {}).get("tool_calls", ()):
+            add_call(self._calls[chunk.index], call)
         if chunk.logprobs:
             entries = chat_logprobs(shown(chunk, self._model, self._params), self._model)["content"]
             self._logprobs[chunk.index].extend(entries)
@@ -84,7 +89,7 @@ class _Answer:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": "".join(self._texts[index]), "refusal": None},
+                "message": message_body("".join(self._texts[index]), self._calls[index]),
                 "logprobs": {"content": self._logprobs[index], "refusal": None} if logprobs_on else None,
                 "finish_reason": self._finish[index],
             }
@@ -104,7 +109,7 @@ async def _stream(
     await write(b"".join(events.opening(index) for index in range(params.n)))
 
     async def emit(number: int, chunk: Chunk) -> None:
-        data = events.of(chunk)
+        data = events.of(chunk, running.route)
         if data:
             await write(data)
 
@@ -123,9 +128,11 @@ class _Events:
         self._last = {"usage": None} if include_usage else {}  # OpenAI: null in all but the last event
         self._plain = [self._split_around_text(index) for index in range(params.n)]
 
-    def _event(self, index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> bytes:
+    def _event(
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None, **more: Any
+    ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return event({**self._head, "choices": [choice], **self._last})
+        return event({**self._head, "choices": [choice], **self._last, **more})
 
     def _split_around_text(self, index: int) -> tuple[bytes, bytes]:
         before, after = self._event(index, {"content": 0}).split(b'"content":0')
@@ -134,16 +141,20 @@ class _Events:
     def opening(self, index: int) -> bytes:
         return self._event(index, {"role": "assistant", "content": "", "refusal": None})
 
-    def of(self, chunk: Chunk) -> bytes:
+    def of(self, chunk: Chunk, route: Route) -> bytes:
         """A chunk's events: one for its text, one for its end."""
         data = b""
         if chunk.logprobs and (logprobs := shown(chunk, self._model, self._params)):
             data = self._event(chunk.index, {"content": chunk.text}, chat_logprobs(logprobs, self._model))
+        elif chunk.extra:
+            data = self._event(chunk.index, {**({"content": chunk.text} if chunk.text else {}), **chunk.extra})
         elif chunk.text:
             before, after = self._plain[chunk.index]
             data = before + msgspec.json.encode(chunk.text) + after
         if chunk.finish_reason is not None:
-            data += self._event(chunk.index, {}, None, chunk.finish_reason)
+            # the headers, which have long been sent, name the tier that it began with
+            told = {} if route.continued is None else {"edge_glm": {"tier": chunk.tier, "continued": route.continued}}
+            data += self._event(chunk.index, {}, None, chunk.finish_reason, **told)
         return data
 
     def usage(self, running: Running) -> bytes:

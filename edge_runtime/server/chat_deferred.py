@@ -17,7 +17,7 @@ from starlette.responses import Response
 from edge_runtime.deferred.deferrals import Ticket
 from edge_runtime.errors import InvalidRequest
 from edge_runtime.prompts import TierRequest
-from edge_runtime.server.context import ServerContext, json_response, usage_body
+from edge_runtime.server.context import ServerContext, json_response, message_body, usage_body
 from edge_runtime.server.errors import Failure
 from edge_runtime.server.served import ServedModel, Tiers
 
@@ -52,9 +52,7 @@ def deferred_response(ticket: Ticket, model_id: str, status: int) -> Response:
         headers = answer.headers
         body["usage"] = usage_body(answer.usage)
         for index, choice in enumerate(answer.choices):
-            message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-            if choice.tool_calls:
-                message["tool_calls"] = choice.tool_calls
+            message = message_body(choice.text, choice.tool_calls)
             reason = choice.finish_reason
             body["choices"].append({"index": index, "message": message, "logprobs": None, "finish_reason": reason})
     response = json_response(body, headers)

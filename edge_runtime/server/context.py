@@ -16,6 +16,7 @@ from starlette.responses import Response
 from edge_runtime.errors import ConfigError, ModelNotFound
 from edge_runtime.request import Usage
 from edge_runtime.server.served import ServedModel
+from edge_runtime.tool_calls import whole
 
 MIB = 2**20
 
@@ -88,6 +89,13 @@ def usage_body(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.total_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+
+
+def message_body(text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """A whole message of the assistant; ``calls``: of tools, in pieces that have been joined."""
+    if not calls:
+        return {"role": "assistant", "content": text, "refusal": None}
+    return {"role": "assistant", "content": text or None, "refusal": None, "tool_calls": whole(calls)}
 
 
 GONE = Response(status_code=499)

@@ -20,9 +20,11 @@ class LocalModel:
         self._switching = switching
 
     @property
-    def name(self) -> str:
-        """Of the model."""
-        return self._failover.loaded[0].placement.package.name
+    def names(self) -> tuple[str, ...]:
+        """What the model is called: here, by its maker and where it comes from."""
+        manifest = self._failover.loaded[0].placement.package.manifest
+        said = (manifest.provenance.get(key) for key in ("name", "source"))
+        return manifest.name, *(str(each) for each in said if each)
 
     def prepare(self, request: TierRequest) -> TierRequest:
         """The same request as token ids: the prompt is the same on every device. TemplateError, InvalidRequest."""

@@ -43,8 +43,8 @@ class FakeLocal(LocalModel):
         assert self.gate.wait(60)
 
     @property
-    def name(self) -> str:
-        return "fake"
+    def names(self) -> tuple[str, ...]:
+        return ("fake",)
 
     def prepare(self, request: TierRequest) -> TierRequest:
         prompt = request.prompt
