@@ -1,0 +1,102 @@
+"""Routing measured end to end: generated tasks through a policy, with an oracle over HTTP in the cloud's place.
+
+``python -m tests.bench.routing PACKAGE [--count 480] [--seed 1] [--device edge:cpu] [--consistency]``
+
+Prints how many answers are right with the local model alone and under the policy, how many requests went to the oracle
+(which is always right), and what deciding costs: the time for class, signals and plan, nothing of which runs the model.
+The tasks are of the families that the shipped calibration has not been fitted on, drawn anew by ``--seed``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime import EdgeLLM, SamplingParams
+from edge_runtime.prompts import Messages, TierRequest
+from edge_runtime.routing.tasks import Task, right, tasks
+from tests.tiers.house import LOCAL, cloud, task
+from tests.tiers.upstream import Connection, answers, upstream
+
+AT_ONCE = 4
+PARAMS = SamplingParams(temperature=0, max_tokens=48)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("package")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--count", type=int, default=480)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--consistency", action="store_true")
+    given = parser.parse_args()
+    asked = list(tasks("test", given.count, given.seed))
+    known = {each.prompt: each.answer for each in asked}
+
+    def oracle(client: Connection) -> None:
+        answers(known[client.asked.body["messages"][-1]["content"]])(client)
+
+    with tempfile.TemporaryDirectory() as folder, upstream(oracle) as server:
+        os.environ["EDGE_GLM_HOME"] = folder
+        policy = Path(folder) / "policy.toml"
+        rule = task(consistency=given.consistency, hold={"tokens": 16, "ms": 20000})
+        policy.write_text(LOCAL + cloud(server.url, context=8000, max_output=1000) + rule, encoding="utf-8")
+        with EdgeLLM(given.package, given.device, policy=policy, prefix_store_bytes=0) as llm:
+            print(json.dumps(_measure(llm, asked), indent=2))
+
+
+def _measure(llm: EdgeLLM, asked: list[Task]) -> dict[str, object]:
+    def under_the_policy(each: Task) -> tuple[bool, bool]:
+        answer = llm.generate([{"role": "user", "content": each.prompt}], PARAMS)
+        return right(answer.text, each.answer), answer.tier != "local"
+
+    def alone(each: Task) -> bool:
+        ids = llm.local.prepare(_request(each)).prompt
+        with llm.local.start(TierRequest(ids, PARAMS)) as generation:
+            return right("".join(chunk.checked().text for chunk in generation), each.answer)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        routed = list(pool.map(under_the_policy, asked))
+        local = list(pool.map(alone, asked))
+    return {
+        "tasks": len(asked),
+        "right, local model alone": float(np.mean(local)),
+        "right, under the policy": float(np.mean([good for good, _ in routed])),
+        "remote share": float(np.mean([remote for _, remote in routed])),
+        "decision_ms": _decisions(llm, asked),
+    }
+
+
+def _decisions(llm: EdgeLLM, asked: list[Task]) -> dict[str, float]:
+    """Of class, signals, estimate and plan, one request after the other; and with the prompt of a whole page."""
+    assert llm.tiers is not None
+    page = " ".join(each.prompt for each in asked)[:4000]
+    found: dict[str, float] = {}
+    for name, prompts in {"": [each.prompt for each in asked], "4,000 characters, ": [page] * len(asked)}.items():
+        requests = [TierRequest(Messages([{"role": "user", "content": prompt}]), PARAMS) for prompt in prompts]
+        whole, tokenizing = [], []
+        for request in requests:
+            started = time.perf_counter()
+            llm.tiers.decide(request)
+            whole.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            llm.local.prepare(request)  # which answering needs all the same
+            tokenizing.append(time.perf_counter() - started)
+        spent = 1e3 * (np.array(whole) - np.array(tokenizing))
+        found |= {f"{name}p50": float(np.median(spent)), f"{name}p99": float(np.quantile(spent, 0.99))}
+    return found
+
+
+def _request(each: Task) -> TierRequest:
+    return TierRequest(Messages([{"role": "user", "content": each.prompt}]), PARAMS)
+
+
+if __name__ == "__main__":
+    main()
