@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-MOST = 600
+MOST = 400
 """Characters that are looked at."""
 
 

@@ -147,14 +147,16 @@ class Dispatcher:
         return decision
 
     def _decide(self, regime: Regime, request: TierRequest) -> Decision:
-        stages = regime.judge.stages
-        request = replace_field(request, decoding=stages.decoding)
-        prepared = self._model.prepare(request)
+        request = replace_field(request, decoding=regime.judge.stages.decoding)
+        return self.weigh(regime, request, self._model.prepare(request))
+
+    def weigh(self, regime: Regime, request: TierRequest, prepared: TierRequest) -> Decision:
+        """Class, signals and plan of a request; ``prepared``: the same as token ids."""
         facts = Facts(request, len(prepared.prompt.ids))  # type: ignore[union-attr]
         matched = regime.matcher(facts)
         prepared_for = regime.prepared(request, {self._model: prepared})
         candidates = regime.candidates(request, prepared_for, facts.tokens, matched.task)
-        signals = stages.signals(facts)
+        signals = regime.judge.stages.signals(facts)
         estimate = regime.judge.estimate(signals)
         plan = Router.choose(request.params, matched.task, candidates, estimate)
         reasons = dict(plan.reasons)

@@ -75,21 +75,19 @@ def _measure(llm: EdgeLLM, asked: list[Task]) -> dict[str, object]:
 
 
 def _decisions(llm: EdgeLLM, asked: list[Task]) -> dict[str, float]:
-    """Of class, signals, estimate and plan, one request after the other; and with the prompt of a whole page."""
+    """Of class, signals, estimate and plan, once the prompt is tokenized; of the tasks, and of whole pages."""
     assert llm.tiers is not None
+    regime = llm.tiers.decide(_request(asked[0])).regime
     page = " ".join(each.prompt for each in asked)[:4000]
     found: dict[str, float] = {}
     for name, prompts in {"": [each.prompt for each in asked], "4,000 characters, ": [page] * len(asked)}.items():
-        requests = [TierRequest(Messages([{"role": "user", "content": prompt}]), PARAMS) for prompt in prompts]
-        whole, tokenizing = [], []
-        for request in requests:
+        spent = []
+        for prompt in prompts:
+            request = TierRequest(Messages([{"role": "user", "content": prompt}]), PARAMS)
+            prepared = llm.local.prepare(request)
             started = time.perf_counter()
-            llm.tiers.decide(request)
-            whole.append(time.perf_counter() - started)
-            started = time.perf_counter()
-            llm.local.prepare(request)  # which answering needs all the same
-            tokenizing.append(time.perf_counter() - started)
-        spent = 1e3 * (np.array(whole) - np.array(tokenizing))
+            llm.tiers.weigh(regime, request, prepared)
+            spent.append(1e3 * (time.perf_counter() - started))
         found |= {f"{name}p50": float(np.median(spent)), f"{name}p99": float(np.quantile(spent, 0.99))}
     return found
 
