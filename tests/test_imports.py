@@ -81,6 +81,24 @@ def test_exporters_know_packages_and_errors_only(path: Path) -> None:
     assert [name for name, _ in imports(path) if under(name, "onnxruntime")] == []
 
 
+TIERS = {
+    "policy": (),
+    "egress": ("policy",),
+    "tiers": ("policy", "egress"),
+    "stages": ("policy",),
+    "deferred": ("policy", "tiers"),
+    "routing": ("policy", "egress", "tiers", "stages", "deferred"),
+}
+"""Part of edge_runtime → those of these parts that it may know."""
+
+
+@pytest.mark.parametrize("part", TIERS)
+def test_what_meets_the_network_knows_nothing_of_who_decides(part: str) -> None:
+    others = [f"edge_runtime.{each}" for each in TIERS if each != part and each not in TIERS[part]]
+    for path in modules(f"edge_runtime/{part}"):
+        assert [name for name, _ in imports(path) if under(name, *others, "edge_runtime.server")] == [], path
+
+
 @pytest.mark.parametrize("path", [path for package in OURS for path in modules(package)], ids=str)
 def test_no_training_frameworks(path: Path) -> None:
     assert [name for name, _ in imports(path) if under(name, "torch", "transformers", "optimum")] == []
@@ -88,7 +106,17 @@ def test_no_training_frameworks(path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["edge_runtime", "devices", "edge_runtime.cli.main"])
 def test_light(module: str) -> None:
-    heavy = ("onnxruntime", "openvino", "onnx", "tokenizers", "jinja2", "starlette", "huggingface_hub", "exporters")
+    heavy = (
+        "onnxruntime",
+        "openvino",
+        "onnx",
+        "tokenizers",
+        "jinja2",
+        "starlette",
+        "huggingface_hub",
+        "exporters",
+        "httpx2",
+    )
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = done.stdout.split()

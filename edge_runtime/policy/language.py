@@ -30,9 +30,13 @@ def language_of(text: str) -> str | None:
     cld2 = _cld2()
     if cld2 is None:
         return None
-    head = "".join(character for character in text[:MOST] if character.isprintable() or character.isspace())
+    head = text[:MOST]
     try:
         reliable, _, ((_, code, _, _), *_) = cld2.detect(head)
-    except cld2.error:  # such as half of a surrogate pair
-        return None
+    except (cld2.error, UnicodeEncodeError):  # control characters or halves of surrogate pairs, which it does not take
+        head = "".join(character if character.isprintable() else " " for character in head)
+        try:
+            reliable, _, ((_, code, _, _), *_) = cld2.detect(head)
+        except cld2.error:
+            return None
     return str(code) if reliable and code != "un" else None

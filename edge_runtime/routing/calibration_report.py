@@ -22,6 +22,8 @@ def lines(fitted: Fitted) -> list[str]:
         f"{measured.auroc_consistent:.3f} with the consistency checker",
         f"threshold {fitted.calibration.threshold:.3f}: {measured.remote_share:.1%} go to the remote tier, "
         f"{measured.quality:.1%} of its quality is kept",
+        "ROC, bad answers kept → good answers kept: "
+        + ", ".join(f"{bad:.0%} → {good:.0%}" for bad, good in _roc(fitted)),
         "remote share  quality",
         *(f"{share:12.0%}  {quality:7.1%}" for share, quality in _table(fitted)),
     ]
@@ -52,6 +54,12 @@ def report(fitted: Fitted) -> str:
         card("Signals", _weights(fitted), "wide"),
     ]
     return page(title, "".join(body))
+
+
+def _roc(fitted: Fitted) -> list[tuple[float, float]]:
+    """The most good answers for no more than each of some shares of the bad, by the first words."""
+    points = roc(fitted.scores["during"], fitted.good)
+    return [(share, max(good for bad, good in points if bad <= share)) for share in (0.05, 0.1, 0.2, 0.3, 0.5)]
 
 
 def _table(fitted: Fitted) -> list[tuple[float, float]]:

@@ -222,7 +222,7 @@ class Conductor:
         return source
 
     def _measured(self, job: Job, name: str) -> None:
-        self._speeds.took(name, asyncio.get_running_loop().time() - job.started)
+        self._speeds.began(name, asyncio.get_running_loop().time() - job.started)
 
     # --- passing on ---------------------------------------------------------------------------------------------------
 
@@ -236,6 +236,8 @@ class Conductor:
                     if chunk.error is not None:
                         failure = chunk.error
                         break
+                    if chunk.finish_reason is not None:
+                        self._speeds.ended(source.tier, asyncio.get_running_loop().time() - job.started)
                     job.call.put(stamped(chunk, source.tier), source.usage if chunk.usage is None else chunk.usage)
         except EdgeError as error:
             failure = error

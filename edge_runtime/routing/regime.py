@@ -75,15 +75,15 @@ class Regime:
         """The tiers of the class, in its order of preference, and how things stand with them."""
         found = []
         for spec in self.policy.tiers_of(task):
-            ttft = self._speeds.ttft_ms(spec.name)
+            took = self._speeds.ttft_ms(spec.name), self._speeds.total_ms(spec.name)
             if spec.name in self.remote:
                 tier = self.remote[spec.name]
-                found.append(Candidate(spec, tier.fit(tokens), tier.refusal, tier.unsupported(request), ttft))
+                found.append(Candidate(spec, tier.fit(tokens), tier.refusal, tier.unsupported(request), *took))
             else:
                 fit = self.local[spec.name].fit(prepared[spec.name])
                 wishes = ", ".join(sorted(request.about.extras))
                 unsupported = f"{wishes} is not supported by models here: leave it out" if wishes else None
-                found.append(Candidate(spec, fit, None, unsupported, ttft))
+                found.append(Candidate(spec, fit, None, unsupported, *took))
         return found
 
     def states(self) -> dict[str, dict[str, str]]:

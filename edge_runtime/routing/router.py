@@ -24,6 +24,8 @@ class Candidate:
     """Why it cannot take this request, whenever."""
     ttft_ms: float | None = None
     """What it has taken to its first token lately."""
+    total_ms: float | None = None
+    """What it has taken for a whole answer lately."""
 
     @property
     def name(self) -> str:
@@ -75,10 +77,8 @@ class Router:
             hard = f"probably too hard for the local model ({estimate.good:.2f} < {estimate.remote_below:.2f})"
             reasons |= {each.name: hard for each in open_to if each.spec.remote}
             open_to.sort(key=lambda each: not each.spec.remote)
-        slow = [each.name for each in open_to if _slow(task, each)]
-        for name in slow:
-            each = next(each for each in open_to if each.name == name)
-            reasons[name] = f"its first token took {each.ttft_ms:.0f} ms lately, the class wants {task.latency.ttft:g}"
+        slow = {each.name: why for each in open_to if (why := _slow(task, each)) is not None}
+        reasons |= slow
         open_to.sort(key=lambda each: each.name in slow)
         order = tuple(each.name for each in open_to)
         judged = escalates and bool(open_to) and not open_to[0].spec.remote
@@ -112,6 +112,12 @@ def _gate(params: SamplingParams, task: TaskClass, candidate: Candidate) -> tupl
     return False, candidate.refusal, True
 
 
-def _slow(task: TaskClass, candidate: Candidate) -> bool:
-    wanted = task.latency.ttft
-    return wanted is not None and candidate.ttft_ms is not None and candidate.ttft_ms > wanted
+def _slow(task: TaskClass, candidate: Candidate) -> str | None:
+    """Why it is too slow for the class; None: it is not, or nothing is known."""
+    wanted, taken = task.latency.ttft, candidate.ttft_ms
+    if wanted is not None and taken is not None and taken > wanted:
+        return f"its first token took {taken:.0f} ms lately, the class wants {wanted:g}"
+    wanted, taken = task.latency.total, candidate.total_ms
+    if wanted is not None and taken is not None and taken > wanted:
+        return f"its answers took {taken:.0f} ms lately, the class wants {wanted:g}"
+    return None

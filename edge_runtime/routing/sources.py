@@ -107,23 +107,34 @@ class LocalSource(Source):
 
 
 class Speeds:
-    """How long each tier has taken to its first token lately: an average that forgets (weight 0.3 for the newest)."""
+    """How long each tier has taken lately: averages that forget (weight 0.3 for the newest)."""
 
     WEIGHT = 0.3
     FORGOTTEN_S = 300.0
     """After so long without an answer nothing is known of a tier, and it gets another chance."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[float, float]] = {}
+        self._known: dict[tuple[str, str], tuple[float, float]] = {}
 
     def ttft_ms(self, tier: str) -> float | None:
-        known = self._known.get(tier)
+        """To the first token."""
+        return self._get(tier, "ttft")
+
+    def total_ms(self, tier: str) -> float | None:
+        """To the end of an answer."""
+        return self._get(tier, "total")
+
+    def began(self, tier: str, seconds: float) -> None:
+        self._add(tier, "ttft", seconds)
+
+    def ended(self, tier: str, seconds: float) -> None:
+        self._add(tier, "total", seconds)
+
+    def _get(self, tier: str, what: str) -> float | None:
+        known = self._known.get((tier, what))
         return None if known is None or time.monotonic() - known[1] > self.FORGOTTEN_S else known[0]
 
-    def took(self, tier: str, seconds: float) -> None:
-        before = self.ttft_ms(tier)
-        now = 1e3 * seconds
-        self._known[tier] = (
-            now if before is None else before + self.WEIGHT * (now - before),
-            time.monotonic(),
-        )
+    def _add(self, tier: str, what: str, seconds: float) -> None:
+        before, now = self._get(tier, what), 1e3 * seconds
+        mean = now if before is None else before + self.WEIGHT * (now - before)
+        self._known[tier, what] = mean, time.monotonic()

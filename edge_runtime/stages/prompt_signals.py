@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from itertools import pairwise
+from typing import NamedTuple
 
 from edge_runtime.facts import Facts
 
@@ -22,9 +22,15 @@ _PART = re.compile(r"[.!?:;]\s+|\n+")
 _SUM = re.compile(r"\d ?[-+*/×÷^=<>] ?\d")
 
 
-def _terms(text: str) -> frozenset[str]:
-    """Words, and pairs of words, parted by commas."""
-    return frozenset(each.strip() for each in text.split(","))
+class _Terms(NamedTuple):
+    words: frozenset[str]
+    phrases: tuple[str, ...]
+
+
+def _terms(text: str) -> _Terms:
+    """Words and phrases, parted by commas."""
+    terms = [each.strip() for each in text.split(",")]
+    return _Terms(frozenset(terms), tuple(f" {term} " for term in terms if " " in term))
 
 
 _OPERATORS = _terms("plus, minus, times, divided by, percent, sum, difference, product, total")
@@ -53,13 +59,14 @@ class PromptSignals:
         text = _ends(facts.question)
         words = _WORD.findall(text.lower())
         there = Counter(words)
-        pairs = Counter(map(" ".join, pairwise(words)))
+        line = f" {' '.join(words)} "
         numbers = [word for word in there if word.isdigit()]
         *told, asks = _PART.split(text.strip())
         language = facts.language
 
-        def count(terms: frozenset[str]) -> int:
-            return sum(there[term] + pairs[term] for term in terms)
+        def count(terms: _Terms) -> int:
+            found = sum(there[word] for word in terms.words & there.keys())
+            return found + sum(line.count(phrase) for phrase in terms.phrases)
 
         operators = count(_OPERATORS) + len(_SUM.findall(text))
         counting = count(_COUNTING)

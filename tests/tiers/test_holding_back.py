@@ -343,14 +343,15 @@ def test_offline_and_alone_it_is_said(tmp_path: Path) -> None:
 # --- latency ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_tier_that_was_too_slow_comes_after_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", ["ttft", "total"])
+def test_a_tier_that_was_too_slow_comes_after_the_others(wanted: str, tmp_path: Path) -> None:
     def slow(client: Connection) -> None:
         time.sleep(0.4)
         client.send(stream(delta("late"), delta(finish="stop"), b"data: [DONE]\n\n"))
 
     with (
         upstream(slow) as server,
-        house(tmp_path, cloud(server.url) + LOCAL + task(prefer="remote", latency={"ttft": 100})) as here,
+        house(tmp_path, cloud(server.url) + LOCAL + task(prefer="remote", latency={wanted: 100})) as here,
     ):
         assert here.ask().tiers == ["cloud"]
         answer = here.ask()
