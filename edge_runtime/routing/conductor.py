@@ -127,12 +127,12 @@ class Conductor:
         route.reasons |= {name: str(error) for name, error in failures.items()}
         reason = route.reasons.get(source.tier, "") if spare is None else spare.verdict.reason
         if failures:
-            reason = "; ".join(f"{name}: {error}" for name, error in failures.items())
+            reason = told(failures)
             _log.warning("%s answers, %s does not: %s", source.tier, ", ".join(failures), reason)
             if source.tier in self._local and any(name in self._remote for name in failures):
                 route.degraded = reason
         elif job.plan.missing and source.tier in self._local:
-            route.degraded = reason = "; ".join(f"{name}: {why}" for name, why in job.plan.missing.items())
+            route.degraded = reason = told(job.plan.missing)
         job.call.decide(source.tier, reason)
 
     def _may_hedge(self, job: Job, first: str, other: str) -> bool:
@@ -282,8 +282,13 @@ def _worst(failures: Mapping[str, EdgeError]) -> EdgeError:
         return errors[0]
     if errors and all(isinstance(error, PromptTooLong | ContextOverflow) for error in errors):
         return errors[-1]
-    told = "; ".join(f"{name}: {error}" for name, error in failures.items())
-    return TierError(f"no tier has answered: {told}", list(failures)[-1])
+    return TierError(f"no tier has answered: {told(failures)}", list(failures)[-1])
+
+
+def told(reasons: Mapping[str, object]) -> str:
+    """Of several tiers; each is named once."""
+    texts = {name: str(reason) for name, reason in reasons.items()}
+    return "; ".join(text if text.startswith(f"{name} ") else f"{name}: {text}" for name, text in texts.items())
 
 
 async def _wait(

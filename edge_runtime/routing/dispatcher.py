@@ -25,7 +25,7 @@ from edge_runtime.paths import Home
 from edge_runtime.policy.rules import LocalTierSpec, TaskClass, read_policy
 from edge_runtime.prompts import Messages, TierRequest
 from edge_runtime.route import Route
-from edge_runtime.routing.conductor import PASSED_ON, Job
+from edge_runtime.routing.conductor import PASSED_ON, Job, told
 from edge_runtime.routing.regime import Regime
 from edge_runtime.routing.routed import Call, RoutedGeneration
 from edge_runtime.routing.router import Candidate, Plan, Router
@@ -275,8 +275,7 @@ class Dispatcher:
         if not plan.order:
             raise Router.refusal(request.params, decision.task, decision.candidates, plan)
         if plan.missing:
-            told = "; ".join(f"{tier}: {why}" for tier, why in plan.missing.items())
-            raise TierUnavailable(told, next(iter(plan.missing)))
+            raise TierUnavailable(told(plan.missing), next(iter(plan.missing)))
         if plan.order[0] in regime.remote:
             plan = replace_field(plan, order=tuple(tier for tier in plan.order if tier in regime.remote))
         route.request = name

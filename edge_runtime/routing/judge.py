@@ -71,7 +71,7 @@ class Judge:
             return Verdict(
                 False, f"the local answer is probably not good enough ({good:.2f} < {threshold:.2f})", good, signals
             )
-        return Verdict(True, f"the local answer is probably good enough ({good:.2f} ≥ {threshold:.2f})", good, signals)
+        return Verdict(True, f"the local answer is probably good enough ({good:.2f} >= {threshold:.2f})", good, signals)
 
     async def agreement(self, model: LocalModel, prepared: TierRequest) -> float | None:
         """None where it cannot be found."""

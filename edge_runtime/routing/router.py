@@ -81,6 +81,8 @@ class Router:
         reasons |= slow
         open_to.sort(key=lambda each: each.name in slow)
         order = tuple(each.name for each in open_to)
+        if order and order[0] == candidates[0].name:
+            reasons[order[0]] = f"first choice of class {task.name}; {reasons[order[0]]}"
         judged = escalates and bool(open_to) and not open_to[0].spec.remote
         before = itertools.takewhile(lambda each: each.name not in order[:1], candidates)
         missing = {each.name: each.refusal for each in before if each.refusal is not None and verdicts[each.name][2]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import ssl
 import time
@@ -28,6 +29,7 @@ from edge_runtime.tiers.openai_events import Broken, EventParser, Nonsense, mess
 
 MAX_ERROR = 64 * 1024
 """Bytes of an error body that are read."""
+ANSWERED = "answered"
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _NO_ENTRY = frozenset({401, 402, 403, 407})
 
@@ -155,7 +157,8 @@ class RemoteTier:
                         begun = True
                         yield chunk
                 except BaseException as error:
-                    delivery.outcome = str(self._translated(error, deadline, begun) or "cancelled")
+                    if delivery.outcome != ANSWERED:  # else whoever asked has left with the last piece
+                        delivery.outcome = str(self._translated(error, deadline, begun) or "cancelled")
                     raise
         except Exception as error:
             failure = self._translated(error, deadline, begun)
@@ -193,7 +196,7 @@ class RemoteTier:
         if not parser.complete:
             raise Broken("the stream ended before the answer did")
         assert last is not None
-        delivery.usage, delivery.outcome = parser.usage, "answered"
+        delivery.usage, delivery.outcome = parser.usage, ANSWERED
         yield replace(last, usage=parser.usage or Usage(0, 0))
 
     async def _refused(self, delivery: Delivery) -> TierError:
@@ -278,4 +281,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _words(error: BaseException) -> str:
+    """In a line; of the system's errors what the system calls them."""
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.errno is not None:
+        return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
     return " ".join(str(error).split())[:200] or type(error).__name__
