@@ -17,6 +17,25 @@ class Messages:
 
     messages: Sequence[Mapping[str, Any]]
 
+    @property
+    def of_tools(self) -> bool:
+        """It calls tools or has their answers, which models here do not know."""
+        return any(message.get("role") == "tool" or message.get("tool_calls") for message in self.messages)
+
+    def plain(self) -> Messages:
+        """Without that, but about as long."""
+        return Messages(
+            [
+                {"role": "user" if each.get("role") == "tool" else each["role"], "content": _content(each)}
+                for each in self.messages
+            ]
+        )
+
+
+def _content(message: Mapping[str, Any]) -> Any:
+    calls = message.get("tool_calls")
+    return message.get("content") or (str(calls) if calls else "")
+
 
 @dataclass(frozen=True)
 class Text:

@@ -94,7 +94,8 @@ class Worker:
 
     async def _rest(self) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), LOOK_S)
+            async with asyncio.timeout(LOOK_S):  # wait_for may swallow a cancellation before Python 3.12
+                await self._news.wait()
         self._news.clear()
 
 

@@ -93,7 +93,7 @@ class Door:
         delivery = Delivery()
         if parcel.task.privacy == "redact":
             redaction = Redaction(self._detectors)
-            body = redaction.apply(body)
+            body = await asyncio.to_thread(redaction.apply, body)
             delivery.originals = redaction.originals
         data = msgspec.json.encode(body)
         seq = await self._write(parcel, data)

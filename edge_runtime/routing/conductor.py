@@ -36,7 +36,7 @@ PASSED_ON = (TierError, LedgerError, DeviceError, EngineStopped, Overloaded, Pro
 """Failures of a tier after which the next may be asked. Others are the request's own fault."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A request, and what was decided on it."""
 
@@ -67,10 +67,17 @@ class Conductor:
         self._local = local
         self._remote = remote
         self._speeds = speeds
+        self._jobs: set[Job] = set()
+
+    async def idle(self) -> None:
+        """Wait until nothing runs."""
+        while self._jobs:
+            await asyncio.sleep(1.0)
 
     async def answer(self, job: Job) -> None:
         """Everything of the answer, or its failure, goes to the job's call."""
         call = job.call
+        self._jobs.add(job)
         try:
             source = await self._choose(job)
             try:
@@ -85,6 +92,8 @@ class Conductor:
         except Exception as error:
             _log.exception("a request failed")
             call.fail(EdgeError(f"internal error, {type(error).__name__}: {error}"))
+        finally:
+            self._jobs.discard(job)
 
     # --- who answers --------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,8 @@ from edge_runtime.tiers.model import LocalModel
 from edge_runtime.tiers.network import Canceller, NetworkThread, Reach
 
 _log = logging.getLogger("edge_glm.policy")
+GRACE_S = 30.0
+"""So long what a policy has open outlives it at least: a request may have been decided under it just now."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,19 @@ class Dispatcher:
 
     def _decide(self, regime: Regime, request: TierRequest) -> Decision:
         request = replace_field(request, decoding=regime.judge.stages.decoding)
-        return self.weigh(regime, request, self._model.prepare(request))
+        prompt = request.prompt
+        known = (
+            replace_field(request, prompt=prompt.plain())
+            if isinstance(prompt, Messages) and prompt.of_tools
+            else request
+        )
+        return self.weigh(regime, request, self._model.prepare(known))
 
     def weigh(self, regime: Regime, request: TierRequest, prepared: TierRequest) -> Decision:
         """Class, signals and plan of a request; ``prepared``: the same as token ids."""
         facts = Facts(request, len(prepared.prompt.ids))  # type: ignore[union-attr]
         matched = regime.matcher(facts)
-        prepared_for = regime.prepared(request, {self._model: prepared})
+        prepared_for = regime.prepared(request, {self._model: prepared}, matched.task)
         candidates = regime.candidates(request, prepared_for, facts.tokens, matched.task)
         signals = regime.judge.stages.signals(facts)
         estimate = regime.judge.estimate(signals)
@@ -228,9 +236,23 @@ class Dispatcher:
         except EdgeError as error:
             self._complain(error)
             return
-        self._retired.append(self._regime)
+        old = self._regime
+        self._retired.append(old)
         self._regime, self._problem = fresh, None
+        Canceller(self._network.loop).start(self._retire(old))
         _log.info("the policy %s was read anew and is in force", self._path)
+
+    async def _retire(self, regime: Regime) -> None:
+        """Close what an old version of the policy has open, once nobody can be using it."""
+        await asyncio.sleep(GRACE_S)
+        await regime.conductor.idle()
+        await regime.door.close()
+        self._retired.remove(regime)
+        used = {model for each in (self._regime, *self._retired) for model in each.local.values()}
+        for key, beside in list(self._beside.items()):
+            if beside.local not in used:
+                del self._beside[key]
+                await asyncio.to_thread(beside.close)
 
     def _complain(self, error: EdgeError) -> None:
         if str(error) != self._problem:

@@ -10,7 +10,7 @@ from edge_runtime.egress.ledger import Ledger
 from edge_runtime.errors import PolicyError
 from edge_runtime.policy.check import key_of, problems
 from edge_runtime.policy.rules import LocalTierSpec, Policy, TaskClass
-from edge_runtime.prompts import TierRequest
+from edge_runtime.prompts import Messages, TierRequest
 from edge_runtime.routing.calibration import read_calibration, shipped
 from edge_runtime.routing.conductor import Conductor
 from edge_runtime.routing.judge import Judge
@@ -61,13 +61,16 @@ class Regime:
         calibration = shipped(*model_names) if rules.calibration is None else read_calibration(Path(rules.calibration))
         self.judge = Judge(Stages(policy.stages), calibration, rules)
 
-    def prepared(self, request: TierRequest, already: Mapping[LocalModel, TierRequest]) -> dict[str, TierRequest]:
-        """For every local tier the request as token ids. TemplateError, InvalidRequest."""
+    def prepared(
+        self, request: TierRequest, already: Mapping[LocalModel, TierRequest], task: TaskClass
+    ) -> dict[str, TierRequest]:
+        """For every local tier of the class the request as token ids. TemplateError, InvalidRequest."""
         known = dict(already)
-        for model in self.local.values():
+        local = {spec.name: self.local[spec.name] for spec in self.policy.tiers_of(task) if spec.name in self.local}
+        for model in local.values():
             if model not in known:
                 known[model] = model.prepare(request)
-        return {name: known[model] for name, model in self.local.items()}
+        return {name: known[model] for name, model in local.items()}
 
     def candidates(
         self, request: TierRequest, prepared: Mapping[str, TierRequest], tokens: int, task: TaskClass
@@ -81,9 +84,7 @@ class Regime:
                 found.append(Candidate(spec, tier.fit(tokens), tier.refusal, tier.unsupported(request), *took))
             else:
                 fit = self.local[spec.name].fit(prepared[spec.name])
-                wishes = ", ".join(sorted(request.about.extras))
-                unsupported = f"{wishes} is not supported by models here: leave it out" if wishes else None
-                found.append(Candidate(spec, fit, None, unsupported, *took))
+                found.append(Candidate(spec, fit, None, _unsupported(request), *took))
         return found
 
     def states(self) -> dict[str, dict[str, str]]:
@@ -96,6 +97,14 @@ class Regime:
                 state = "off"
             told[name] = {"kind": "remote", "state": state} | ({} if refusal is None else {"reason": refusal})
         return {tier.name: told[tier.name] for tier in self.policy.tiers}
+
+
+def _unsupported(request: TierRequest) -> str | None:
+    """Why no model here can take it."""
+    wishes = sorted(request.about.extras)
+    if isinstance(request.prompt, Messages) and request.prompt.of_tools:
+        wishes.append("tool_calls")
+    return f"{', '.join(wishes)} is not supported by models here: leave it out" if wishes else None
 
 
 def _breaker(name: str, spec: object, before: Regime | None) -> Breaker | None:

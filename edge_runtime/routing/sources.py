@@ -68,10 +68,8 @@ class Source:
         """TimeoutError where it does not come in time; it is not lost then."""
         if self._reading is None:
             self._reading = asyncio.ensure_future(self._read())
-        if timeout is None:
-            chunk = await self._reading
-        else:
-            chunk = await asyncio.wait_for(asyncio.shield(self._reading), timeout)
+        async with asyncio.timeout(timeout):  # wait_for may swallow a cancellation before Python 3.12
+            chunk = await asyncio.shield(self._reading)
         self._reading = None
         return chunk
 

@@ -24,6 +24,8 @@ MAX_STOPS = 64
 """OpenAI takes 4."""
 MAX_PROMPTS = 128
 ROLES = ("system", "user", "assistant")
+TOOL = "tool"
+"""The role of a tool's answer, which models here do not know."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,14 +54,22 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tool_call_id: Any = None
     function_call: Any = None
 
+    @property
+    def of_tools(self) -> str | None:
+        """The field by which it calls tools or is a tool's answer."""
+        if self.role == TOOL:
+            return "role"
+        return None if self.tool_calls in (None, []) else "tool_calls"
+
     def plain(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """As chat templates take it, and with what calls tools."""
         content = (
             self.content
             if isinstance(self.content, str)
             else [{"type": "text", "text": part.text} for part in self.content or ()]
         )
-        return {"role": self.role, "content": content} | ({} if self.name is None else {"name": self.name})
+        more = {name: value for name in ("name", "tool_calls", "tool_call_id") if (value := getattr(self, name))}
+        return {"role": self.role, "content": content if self.content is not None else None} | more
 
 
 class _Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -136,8 +146,12 @@ class ChatRequest(_Sampling, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def about(self, headers: Mapping[str, str], takes_extras: bool) -> About:
         """What routing may go by. InvalidRequest for wishes that would have to be passed on and cannot be."""
         extras = {name: value for name in _PASSED_ON if not _asks_nothing(name, value := getattr(self, name))}
-        if extras and not takes_extras:
-            raise _unsupported(next(iter(extras)))
+        if not takes_extras:
+            for index, message in enumerate(self.messages):
+                if message.of_tools is not None:
+                    raise _of_tools(message, f"messages[{index}]")
+            if extras:
+                raise _unsupported(next(iter(extras)))
         return self._about(headers, extras)
 
     def params(self) -> SamplingParams:
@@ -298,13 +312,16 @@ def _check_common(request: _Sampling) -> None:
 
 
 def _check_message(message: Message, where: str) -> None:
-    if message.role not in ROLES:
-        hint = "; use system" if message.role == "developer" else ""
-        raise InvalidRequest(
-            f"{where}.role must be one of {', '.join(ROLES)}, not {message.role!r}{hint}", f"{where}.role"
-        )
-    _refuse_unsupported(message, f"{where}.")
+    if message.role not in (*ROLES, TOOL):
+        raise _wrong_role(message, where)
+    if message.role == TOOL and not isinstance(message.tool_call_id, str):
+        raise InvalidRequest(f"{where}.tool_call_id is missing", f"{where}.tool_call_id")
+    for name in ("refusal", "annotations", "audio", "function_call", *(() if message.of_tools else ("tool_call_id",))):
+        if not _asks_nothing(name, getattr(message, name)):
+            raise _unsupported(f"{where}.{name}")
     if message.content is None:
+        if message.of_tools == "tool_calls":
+            return
         raise InvalidRequest(f"{where}.content is missing", f"{where}.content")
     if isinstance(message.content, str):
         return
@@ -314,6 +331,18 @@ def _check_message(message: Message, where: str) -> None:
             raise InvalidRequest(f"{place} is a part of type {part.type!r}: only text is supported", f"{place}.type")
         if not isinstance(part.text, str):
             raise InvalidRequest(f"{place}.text is missing", f"{place}.text")
+
+
+def _wrong_role(message: Message, where: str) -> InvalidRequest:
+    hint = "; use system" if message.role == "developer" else ""
+    return InvalidRequest(
+        f"{where}.role must be one of {', '.join(ROLES)}, not {message.role!r}{hint}", f"{where}.role"
+    )
+
+
+def _of_tools(message: Message, where: str) -> InvalidRequest:
+    """For a model that knows nothing of tools."""
+    return _wrong_role(message, where) if message.role == TOOL else _unsupported(f"{where}.tool_calls")
 
 
 def _token_ids(ids: list[int], where: str) -> list[int]:

@@ -23,25 +23,25 @@ class NetworkThread:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self._last: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="edge-glm tiers", daemon=True)
         self._thread.start()
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
         """Cancel all that runs, wait for it, run ``last`` and end. Idempotent."""
-        if self.loop.is_closed():
-            return
-        self._last = last
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        if not self._closing:
+            self._closing, self._last = True, last
+            self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_forever()
-            running = asyncio.all_tasks(self.loop)
-            for task in running:
-                task.cancel()
-            self.loop.run_until_complete(asyncio.gather(*running, return_exceptions=True))
+            while running := asyncio.all_tasks(self.loop):
+                for task in running:
+                    task.cancel()
+                self.loop.run_until_complete(asyncio.wait(running, timeout=1.0))
             if self._last is not None:
                 self.loop.run_until_complete(self._last())
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())

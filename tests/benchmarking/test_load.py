@@ -69,9 +69,9 @@ def test_the_same_seed_asks_the_same(url: str, model: FakeModel, monkeypatch: py
     asked: list[str] = []
     start = model.start_completion
 
-    def record(prompt: Any, params: Any) -> Any:
+    def record(prompt: Any, params: Any, about: Any) -> Any:
         asked.append(prompt)
-        return start(prompt, params)
+        return start(prompt, params, about)
 
     monkeypatch.setattr(model, "start_completion", record)
     for seed in (1, 1, 2):

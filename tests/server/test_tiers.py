@@ -180,6 +180,25 @@ def test_tools_go_to_the_tier_that_knows_them(streaming: bool, tmp_path: Path) -
         assert arguments == '{"city": "Bern"}'
 
 
+def test_what_tools_have_answered_goes_there_too(tmp_path: Path) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+    talk = [
+        {"role": "user", "content": "how is the weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+    ]
+    with (
+        upstream(answers("it rains")) as server,
+        served(tmp_path, LOCAL + cloud(server.url) + task()) as (_, url),
+    ):
+        response = httpx.post(f"{url}/v1/chat/completions", json=CHAT | {"messages": talk})
+        assert response.json()["choices"][0]["message"]["content"] == "it rains"
+        assert server.asked[0].body["messages"] == talk
+        del talk[2]["tool_call_id"]
+        response = httpx.post(f"{url}/v1/chat/completions", json=CHAT | {"messages": talk})
+        assert error_of(response)["param"] == "messages[2].tool_call_id"
+
+
 def test_tools_are_refused_where_no_tier_knows_them(url: str, tmp_path: Path) -> None:
     response = httpx.post(f"{url}/v1/chat/completions", json=CHAT | {"tools": TOOLS})
     assert response.status_code == 400

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from edge_runtime.errors import PolicyError
+from edge_runtime.facts import Facts
+from edge_runtime.policy import language
 from edge_runtime.policy.check import problems
 from edge_runtime.policy.rules import read_policy
-from edge_runtime.prompts import About
-from tests.tiers.house import LOCAL, QUESTION, cloud, house, task
+from edge_runtime.prompts import About, Messages, TierRequest
+from edge_runtime.routing import dispatcher
+from edge_runtime.routing.matching import Matcher
+from tests.server.served import wait_until
+from tests.tiers.house import GREEDY, LOCAL, QUESTION, cloud, house, task
 from tests.tiers.upstream import answers, upstream
 
 CLOUD = cloud("https://api.example.com/v1")
+
+
+needs_cld2 = pytest.mark.skipif(find_spec("pycld2") is None, reason="languages need pycld2 (the language extra)")
 
 
 def wrong(tmp_path: Path, policy: str) -> str:
@@ -32,10 +40,10 @@ def refused(tmp_path: Path, policy: str) -> str:
     return str(error.value)
 
 
-def test_a_full_policy_can_be_used(tmp_path: Path) -> None:
+def test_a_full_policy_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """README's."""
     policy = (Path(__file__).parents[2] / "samples" / "policy.toml").read_text(encoding="utf-8")
-    os.environ.setdefault("CLOUD_KEY", "key-of-a-test")
+    monkeypatch.setenv("CLOUD_KEY", "key-of-a-test")
     assert wrong(tmp_path, policy) == ""
 
 
@@ -93,7 +101,6 @@ def test_what_there_is_not_is_named(policy: str, said: str, tmp_path: Path) -> N
         ),
         (LOCAL + task(match={"tokens": {"min": 9, "max": 2}}), "no prompt has 9 to 2 tokens"),
         (LOCAL + task(match={"keywords": []}), "keywords must hold words"),
-        (LOCAL + task(match={"languages": ["klingon"]}), "'klingon' is no language code"),
         (LOCAL + task(match={"field": {"password": "x"}}), "match.field knows"),
         (LOCAL + task(match={"header": {"a b": "x"}}), "no name of a header"),
         (LOCAL + task(match={"regex": "(unclosed"}), "is no pattern"),
@@ -113,6 +120,19 @@ def test_what_there_is_not_is_named(policy: str, said: str, tmp_path: Path) -> N
 )
 def test_contradictions_are_named(policy: str, said: str, tmp_path: Path) -> None:
     assert said in wrong(tmp_path, policy)
+
+
+@needs_cld2
+def test_languages_are_known(tmp_path: Path) -> None:
+    assert "'klingon' is no language code" in wrong(tmp_path, LOCAL + task(match={"languages": ["klingon"]}))
+    assert "languages is empty" in wrong(tmp_path, LOCAL + task(match={"languages": []}))
+    assert wrong(tmp_path, LOCAL + task(match={"languages": ["de", "en"]})) == ""
+
+
+def test_without_cld2_languages_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "_cld2", lambda: None)
+    assert "pip install 'edge-glm[language]'" in wrong(tmp_path, LOCAL + task(match={"languages": ["de"]}))
+    assert language.language_of("Warum ist der Himmel heute so blau?") is None
 
 
 def test_classes_that_can_be_reached_pass(tmp_path: Path) -> None:
@@ -189,6 +209,22 @@ def test_another_local_model_beside_the_first(tmp_path: Path) -> None:
         assert len(here.beside) == 1  # it was open already
 
 
+def test_what_an_old_policy_had_open_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "GRACE_S", 0.05)
+    other = '[[tiers]]\nname = "large"\nkind = "local"\nmodel = "some/model"\n'
+    with upstream(answers("from afar")) as server:
+        policy = cloud(server.url) + LOCAL + other + task(prefer="remote", tiers=["cloud", "large"])
+        with house(tmp_path, policy) as here:
+            assert here.ask().tiers == ["cloud"]
+            (large,) = here.beside
+            with here.start() as running:
+                next(running)
+                here.write(LOCAL)
+                assert here.ask().tiers == ["local"]
+            wait_until(lambda: not large.fake.engine.alive)
+            assert here.ask().tiers == ["local"]
+
+
 # --- classes ----------------------------------------------------------------------------------------------------------
 
 
@@ -204,8 +240,12 @@ def test_another_local_model_beside_the_first(tmp_path: Path) -> None:
         ({"header": {"X-Task": "note"}}, "x", About(headers={"x-task": "note"}), True),
         ({"metadata": {"task": "note"}}, "x", About(metadata={"task": "other"}), False),
         ({"field": {"user": "anna"}}, "x", About(fields={"user": "anna"}), True),
-        ({"languages": ["de"]}, "Warum ist der Himmel heute so blau und schön?", About(), True),
-        ({"languages": ["de"]}, "Why is the sky so blue and beautiful today?", About(), False),
+        pytest.param(
+            {"languages": ["de"]}, "Warum ist der Himmel heute so blau und schön?", About(), True, marks=needs_cld2
+        ),
+        pytest.param(
+            {"languages": ["de"]}, "Why is the sky so blue and beautiful today?", About(), False, marks=needs_cld2
+        ),
         ({"schema": True}, "x", About(extras={"response_format": {"type": "json_object"}}), True),
         ({"schema": False}, "x", About(), True),
         ({"keywords": ["x"], "header": {"a": "b"}}, "x", About(), False),
@@ -216,9 +256,6 @@ def test_a_class_takes_what_it_says(
 ) -> None:
     policy = LOCAL + cloud("http://localhost:9/v1") + task(name="wanted", match=match) + task(name="rest")
     with house(tmp_path, policy) as here:
-        from edge_runtime.prompts import Messages, TierRequest
-        from tests.tiers.house import GREEDY
-
         decision = here.dispatcher.decide(TierRequest(Messages([{"role": "user", "content": question}]), GREEDY, about))
         assert decision.task.name == ("wanted" if holds else "rest")
         assert decision.route.because
@@ -235,12 +272,6 @@ def test_what_no_class_takes_stays_here(tmp_path: Path) -> None:
 def test_a_pattern_takes_no_longer_than_the_text(tmp_path: Path) -> None:
     policy = LOCAL + task(match={"regex": r"(a|aa|a?)+$"}, privacy="local-only")
     with house(tmp_path, policy) as here:
-        from edge_runtime.facts import Facts
-        from edge_runtime.policy.rules import read_policy
-        from edge_runtime.prompts import Messages, TierRequest
-        from edge_runtime.routing.matching import Matcher
-        from tests.tiers.house import GREEDY
-
         matcher = Matcher(read_policy(here.path).classes)
         text = "a" * 100_000 + "!"
         started = time.monotonic()

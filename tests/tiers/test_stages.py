@@ -22,6 +22,7 @@ from edge_runtime.stages.plain_checks import broken_json, refusal, repetition, w
 from edge_runtime.stages.prompt_signals import PromptSignals
 from edge_runtime.stages.registry import DEFAULT, Stages, installed
 from tests.tiers.house import LOCAL, cloud, house, task
+from tests.tiers.test_policy import needs_cld2
 from tests.tiers.upstream import answers, upstream
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -246,6 +247,10 @@ def test_plain_checks() -> None:
     assert broken_json('{"a": [1, 2', False) is None
     assert "broken" in (broken_json('{"a": [1, 2', True) or "")
     assert broken_json('```json\n{"a": 1}\n```', True) is None
+
+
+@needs_cld2
+def test_wrong_language() -> None:
     german = "Der Himmel ist blau, weil das Licht der Sonne in der Luft gestreut wird."
     assert "it is in de" in (wrong_language(german, "Why is the sky blue today?", "en") or "")
     assert wrong_language(german, "Translate into German: the sky is blue because", "en") is None
@@ -258,9 +263,13 @@ def test_signals_tell_questions_apart() -> None:
     assert signals(facts("Sort these words"))["order"] == 1
     assert signals(facts("def f(x): return x"))["code"] == 1
     assert signals(facts("The pump is blue. What colour has the pump?"))["looks up"] == pytest.approx(1 / 3)
-    assert signals(facts("Was ist eine Wärmepumpe und wie funktioniert sie?"))["foreign"] == 1
     assert signals(facts("x", max_tokens=99))["answer"] > 4
     assert set(signals(facts(""))) == set(signals(facts("x" * 100_000)))
+
+
+@needs_cld2
+def test_a_foreign_question_is_a_signal() -> None:
+    assert PromptSignals().signals(facts("Was ist eine Wärmepumpe und wie funktioniert sie?"))["foreign"] == 1
 
 
 def test_signals_are_bounded_in_time() -> None:
