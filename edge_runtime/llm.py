@@ -44,6 +44,7 @@ from edge_runtime.tuning.records import Options
 from edge_runtime.variants import Variants
 
 if TYPE_CHECKING:
+    from edge_runtime.deferred.deferrals import Ticket
     from edge_runtime.routing.dispatcher import Dispatcher
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
@@ -192,6 +193,18 @@ class EdgeLLM:
         """
         return self._stream(prompt, params or SamplingParams())
 
+    def defer(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
+        """Have it answered later, by the tier that its class prefers; returns an id for :meth:`deferred`, once it
+        is on the disk. Whatever process has a policy open answers it, also after this one has ended.
+
+        ConfigError without a policy; QueueFull, InvalidRequest, StorageError.
+        """
+        return self._with_tiers().deferrals.add(TierRequest(self._kind_of(prompt), params or SamplingParams()))
+
+    def deferred(self, id: str) -> Ticket | None:
+        """How things stand with a deferred request, and its answer; None: there is none of this id."""
+        return self._with_tiers().deferrals.get(id)
+
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """(vocab,) float32, after the last of ``ids``."""
         return self._failover.logits(ids)
@@ -292,6 +305,11 @@ class EdgeLLM:
         self.close()
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _with_tiers(self) -> Dispatcher:
+        if self._tiers is None:
+            raise ConfigError("there is no policy, so nothing is deferred: open the model with one")
+        return self._tiers
 
     def _stream(self, prompt: Prompt, params: SamplingParams) -> ChunkStream:
         return ChunkStream(self._start(TierRequest(self._kind_of(prompt), params)))

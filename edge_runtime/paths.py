@@ -58,6 +58,12 @@ class Home:
         return self.cache / "prefixes"
 
 
+def private_file(path: Path) -> None:
+    """Make it, if it is not there, readable by its user only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+
+
 def home() -> Home:
     """By EDGE_GLM_HOME if it is set, else the platform's folders. ConfigError if it is not an absolute path."""
     given = os.environ.get("EDGE_GLM_HOME")

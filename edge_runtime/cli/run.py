@@ -11,6 +11,8 @@ from edge_runtime.cli.progress import Bars
 from edge_runtime.errors import InvalidRequest, RequestError
 from edge_runtime.llm import EdgeLLM, Prompt
 from edge_runtime.measurements import Workload
+from edge_runtime.request import LOCAL
+from edge_runtime.route import Route
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.settings import Settings, load_settings
 
@@ -86,6 +88,17 @@ def _answer(llm: EdgeLLM, prompt: Prompt, params: SamplingParams) -> None:
                 _write(chunk.text)
         finally:
             _write("" if text.endswith("\n") else "\n")
+            _say_who(chunks.route)
+
+
+def _say_who(route: Route) -> None:
+    """Where a policy had another tier answer, or wanted to."""
+    if route.continued is not None:
+        print(f"edge-glm: {route.tier} answered, {route.continued}", file=sys.stderr)
+    elif route.degraded is not None:
+        print(f"edge-glm: {route.tier} answered in place of another: {route.degraded}", file=sys.stderr)
+    elif route.tier not in ("", LOCAL):
+        print(f"edge-glm: {route.tier} answered: {route.reason}", file=sys.stderr)
 
 
 def _write(text: str) -> None:
@@ -142,6 +155,7 @@ def _turn(llm: EdgeLLM, messages: list[Message], line: str, params: SamplingPara
         print(f"edge-glm: {error}", file=sys.stderr)
         return messages
     _write("\n")
+    _say_who(chunks.route)
     return [*asked, _message("assistant", text)]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_runtime.errors import QueueFull, StorageError
+from edge_runtime.paths import private_file
 from edge_runtime.policy.rules import Deferred
 
 State = Literal["queued", "running", "done", "failed"]
@@ -64,7 +65,7 @@ class Queue:
         self._clock = clock
         self._lock = threading.Lock()
         with self._translated():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            private_file(path)
             self._connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
             self._connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
 

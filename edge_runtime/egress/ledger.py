@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge_runtime.errors import LedgerError
+from edge_runtime.paths import private_file
 
 BILLION = 10**9
 Period = Literal["day", "month"]
@@ -118,7 +119,7 @@ class Ledger:
         self._clock = clock
         self._lock = threading.Lock()
         with _translated(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            private_file(path)
             self._connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
             self._connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
 

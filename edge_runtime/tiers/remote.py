@@ -214,12 +214,16 @@ class RemoteTier:
             said: Any = msgspec.json.decode(body)
         except msgspec.DecodeError:
             said = body[:200].decode(errors="replace")
-        text = f"{self.name} answers {status}: {message_of(said) or 'nothing more'}"
+        text = f"{self.name} answers {status}: {self._without_key(message_of(said)) or 'nothing more'}"
         if status in _TRY_AGAIN:
             return TierFailed(text, self.name, _retry_after(response))
         if status in _NO_ENTRY or status >= 500 or status < 400:
             return _Final(text, self.name)
         return TierRefused(text, self.name, status)
+
+    def _without_key(self, text: str) -> str:
+        """Some servers repeat it."""
+        return text if self._key is None else text.replace(self._key, "[the key]")
 
     def _translated(self, error: BaseException, deadline: float, begun: bool) -> TierError | LedgerError | None:
         """What went wrong, in our terms; None: it was cancelled, or is a bug."""

@@ -21,6 +21,7 @@ from edge_runtime.cli.run import _chat
 from edge_runtime.errors import ConfigError
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.request import Chunk
+from edge_runtime.route import only_local
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.settings import load_settings
 
@@ -259,9 +260,17 @@ def test_chat(home: Path) -> None:
 def test_chat_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[list[str]] = []
 
-    def stream(messages: list[dict[str, str]], params: SamplingParams) -> Iterator[Chunk]:
+    class Yes:
+        route = only_local()
+
+        def __iter__(self) -> Iterator[Chunk]:
+            return iter([Chunk("yes")])
+
+        def close(self) -> None: ...
+
+    def stream(messages: list[dict[str, str]], params: SamplingParams) -> Yes:
         asked.append([message["content"] for message in messages])
-        yield Chunk("yes")
+        return Yes()
 
     llm = SimpleNamespace(model_id="m", device="d", reason="it was asked for", stream=stream)
     lines = iter(["a", " ", "b", "/help", "/clear", "c", "/bye", "never read"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 
 from edge_runtime import EdgeLLM, SamplingParams
 from edge_runtime.cli.main import main
-from edge_runtime.errors import PolicyError
+from edge_runtime.errors import ConfigError, InvalidRequest, PolicyError
 from edge_runtime.server.app import create_app
-from tests.server.served import running
+from tests.server.served import running, wait_until
 from tests.tiers.house import LOCAL, cloud, task
 from tests.tiers.upstream import answers, upstream
 
@@ -89,9 +90,29 @@ def test_a_second_model_is_a_tier_of_its_own(home: Path, policy: Path) -> None:
         assert answer.tier == "second"
 
 
-def test_a_policy_that_cannot_be_used_leaves_nothing_open(home: Path, policy: Path) -> None:
-    import threading
+def test_later_from_python(home: Path, policy: Path) -> None:
+    with opened(policy, LOCAL) as llm:
+        name = llm.defer("hello there", GREEDY)
 
+        def over() -> bool:
+            ticket = llm.deferred(name)
+            return ticket is not None and ticket.state == "done"
+
+        wait_until(over)
+        ticket = llm.deferred(name)
+        assert ticket is not None
+        assert ticket.answer is not None
+        assert ticket.answer.choices[0].text == llm.generate("hello there", GREEDY).text
+        assert llm.deferred("nothing") is None
+        with pytest.raises(InvalidRequest, match="only chats"):
+            llm.defer([1, 2, 3])
+    assert (home / "deferred.sqlite").stat().st_mode & 0o077 == 0
+    assert (home / "ledger.sqlite").stat().st_mode & 0o077 == 0
+    with EdgeLLM(TINY, **OPTIONS) as plain, pytest.raises(ConfigError, match="there is no policy"):  # type: ignore[arg-type]
+        plain.defer("hello")
+
+
+def test_a_policy_that_cannot_be_used_leaves_nothing_open(home: Path, policy: Path) -> None:
     before = threading.active_count()
     with pytest.raises(PolicyError, match="there is no tier cloudy"):
         opened(policy, LOCAL + task(tiers=["cloudy"]))
@@ -103,6 +124,21 @@ def test_a_policy_that_cannot_be_used_leaves_nothing_open(home: Path, policy: Pa
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_run_says_who_answered(home: Path, policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [TINY, "hello", "--device", "onnxruntime:cpu", "--max-tokens", "4", "--policy", str(policy)]
+    with upstream(answers("from afar")) as server:
+        policy.write_text(cloud(server.url) + LOCAL + task(prefer="remote"))
+        assert main(["run", *common]) == 0
+        out, err = capsys.readouterr()
+        assert out == "from afar\n"
+        assert "edge-glm: cloud answered: first choice of class all" in err
+        assert main(["run", *common, "--offline"]) == 0
+        assert "local answered in place of another: cloud: offline mode is on" in capsys.readouterr().err
+        policy.write_text(LOCAL)
+        assert main(["run", *common]) == 0
+        assert "answered" not in capsys.readouterr().err
 
 
 def test_route_explains(home: Path, policy: Path, capsys: pytest.CaptureFixture[str]) -> None:

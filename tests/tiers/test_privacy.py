@@ -15,7 +15,7 @@ import pytest
 from edge_runtime.errors import EdgeError, EngineError, Overloaded, PromptTooLong
 from edge_runtime.prompts import About
 from tests.tiers.house import LOCAL, cloud, house, task
-from tests.tiers.upstream import answers, upstream
+from tests.tiers.upstream import answers, status, upstream
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {
@@ -133,7 +133,7 @@ def test_a_key_is_in_the_header_and_nowhere_else(
     monkeypatch.setenv("SOME_KEY", "sk-very-secret-key")
     caplog.set_level("DEBUG")
     with (
-        upstream(answers("hi")) as server,
+        upstream(answers("hi"), status(401, {"error": {"message": "no such key: sk-very-secret-key"}})) as server,
         house(
             tmp_path,
             "[privacy]\nledger_content = true\n"
@@ -144,8 +144,17 @@ def test_a_key_is_in_the_header_and_nowhere_else(
     ):
         answer = here.ask()
         assert server.asked[0].headers["authorization"] == "Bearer sk-very-secret-key"
+        second = here.ask()
+        assert "no such key: [the key]" in (second.route.degraded or "")
         here.dispatcher.close()
-        told = [caplog.text, str(here.ledger), str(answer.route), str(here.dispatcher.health()), repr(vars(here))]
+        told = [
+            str(second.route),
+            caplog.text,
+            str(here.ledger),
+            str(answer.route),
+            str(here.dispatcher.health()),
+            repr(vars(here)),
+        ]
         assert not any("very-secret" in each for each in told)
         for file in tmp_path.iterdir():
             assert b"very-secret" not in file.read_bytes()
