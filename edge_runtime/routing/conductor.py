@@ -116,6 +116,8 @@ class Conductor:
                         source = await self._open(job, name, waiting)
                 except _NotEnough as doubt:
                     job.call.route.reasons[doubt.source.tier] = doubt.verdict.reason
+                    if spare is not None:
+                        await spare.source.close()
                     spare = doubt
                 except PASSED_ON as error:
                     failures[name] = error
@@ -154,11 +156,11 @@ class Conductor:
         Barroso, The Tail at Scale, 2013: the second is asked ``hedge_ms`` after the first."""
         delay = (job.task.hedge_ms or 0) / 1e3
         tasks = {asyncio.create_task(self._open(job, first, [second, *after])): first}
-        done, _ = await _wait(tasks, delay)
-        if not any(task.exception() is None for task in done):
-            tasks[asyncio.create_task(self._open(job, second, [first, *after]))] = second
         doubt: _NotEnough | None = None
         try:
+            done, _ = await _wait(tasks, delay)
+            if not any(task.exception() is None for task in done):
+                tasks[asyncio.create_task(self._open(job, second, [first, *after]))] = second
             while tasks:
                 done, _ = await _wait(tasks, None)
                 for task in done:

@@ -38,9 +38,11 @@ class Call:
             self.decided.set_result(self.route)
 
     def put(self, chunk: Chunk, usage: Usage | None) -> None:
-        """Pass a chunk on; ``usage``: so far."""
+        """Pass a chunk on; ``usage``: so far. None: nobody counts, and a piece is taken for a token."""
         if usage is not None:
             self.outlet.set_usage(usage)
+        elif chunk.text:
+            self.outlet.completion_tokens += 1
         if self._filters:
             chunk = self._filtered(chunk)
         if chunk.finish_reason is not None:

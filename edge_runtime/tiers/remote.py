@@ -23,10 +23,12 @@ from edge_runtime.egress.redaction import ChunkRestorer
 from edge_runtime.errors import LedgerError, TierError, TierFailed, TierRefused, TierUnavailable
 from edge_runtime.policy.rules import RemoteTierSpec, TaskClass
 from edge_runtime.prompts import Fit, TierRequest
-from edge_runtime.request import Chunk, Usage
+from edge_runtime.request import Chunk
 from edge_runtime.tiers.breaker import Breaker
 from edge_runtime.tiers.openai_events import Broken, EventParser, Nonsense, message_of
 
+AFTERWARDS_S = 2.0
+"""So long a whole answer waits for its usage and ``[DONE]``."""
 MAX_ERROR = 64 * 1024
 """Bytes of an error body that are read."""
 ANSWERED = "answered"
@@ -135,7 +137,11 @@ class RemoteTier:
             if began:
                 raise
             raise _Attempt(error, getattr(error, "again", True)) from error.__cause__
-        except (TierRefused, TierUnavailable) as error:
+        except TierRefused as error:
+            told = True
+            self.breaker.succeeded()  # it is well enough to say no
+            raise _Attempt(error, False) from error.__cause__
+        except TierUnavailable as error:
             raise _Attempt(error, False) from error.__cause__
         finally:
             if not told:
@@ -180,8 +186,13 @@ class RemoteTier:
         due = first
         events = aiter(httpx2.EventSource(response))
         while not parser.done:
-            async with asyncio.timeout_at(min(due, deadline)):
-                event = await anext(events, None)
+            try:
+                async with asyncio.timeout_at(min(due, deadline)):
+                    event = await anext(events, None)
+            except (TimeoutError, httpx2.HTTPError):
+                if not parser.complete:
+                    raise
+                break  # the answer is whole; only its usage or [DONE] is missing
             if event is None:
                 break
             for chunk in parser.add(event.data):
@@ -189,7 +200,7 @@ class RemoteTier:
                     if last is not None:
                         yield last
                     last = restored
-                    due = _now() + times.read
+                    due = _now() + (min(times.read, AFTERWARDS_S) if parser.complete else times.read)
                     if restored.finish_reason is None:
                         yield restored
                         last = None
@@ -197,7 +208,7 @@ class RemoteTier:
             raise Broken("the stream ended before the answer did")
         assert last is not None
         delivery.usage, delivery.outcome = parser.usage, ANSWERED
-        yield replace(last, usage=parser.usage or Usage(0, 0))
+        yield replace(last, usage=parser.usage)
 
     async def _refused(self, delivery: Delivery) -> TierError:
         """An answer that is none."""

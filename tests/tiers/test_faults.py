@@ -18,6 +18,7 @@ from tests.tiers.house import GREEDY, LOCAL, QUESTION, Answered, cloud, house, t
 from tests.tiers.upstream import (
     DONE,
     USAGE,
+    Script,
     answers,
     delta,
     resets,
@@ -275,6 +276,20 @@ def test_many_at_once_each_get_their_own(tmp_path: Path) -> None:
     assert all(each.tiers == ["cloud"] for each in answered.values())
 
 
+@pytest.mark.parametrize("end", [stalls, resets, says])
+def test_a_whole_answer_needs_no_done(end: Callable[[bytes], Script], tmp_path: Path) -> None:
+    whole = stream(delta("so far "), delta("so good"), delta(finish="stop"))
+    with (
+        upstream(end(whole)) as server,
+        house(tmp_path, cloud(server.url, timeouts=QUICK) + LOCAL + task(prefer="remote")) as here,
+    ):
+        answer = here.ask()
+        assert answer.text == "so far so good"
+        assert answer.chunks[-1].finish_reason == "stop"
+        here.dispatcher.close()
+        assert [row["outcome"] for row in here.ledger if row["event"] == "settled"] == ["answered"]
+
+
 def test_usage_comes_from_the_server(tmp_path: Path) -> None:
     with (
         upstream(says(stream(delta("hi"), delta(finish="length"), USAGE, DONE))) as server,
@@ -284,3 +299,14 @@ def test_usage_comes_from_the_server(tmp_path: Path) -> None:
         assert answer.chunks[-1].usage == answer.usage
         assert answer.usage.completion_tokens == 3
         assert answer.chunks[-1].finish_reason == "length"
+
+
+def test_where_the_server_does_not_count_pieces_are_counted(tmp_path: Path) -> None:
+    with (
+        upstream(says(stream(delta("one "), delta("two "), delta("three"), delta(finish="stop"), DONE))) as server,
+        house(tmp_path, cloud(server.url) + LOCAL + task(prefer="remote")) as here,
+    ):
+        answer = here.ask()
+        assert answer.usage.completion_tokens == 3
+        assert answer.usage.prompt_tokens > 10  # by the tokenizer here
+        assert answer.chunks[-1].usage == answer.usage

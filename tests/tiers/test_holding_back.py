@@ -216,6 +216,17 @@ def test_if_the_first_fails_the_second_is_asked_at_once(tmp_path: Path) -> None:
         assert time.monotonic() - started < 10
 
 
+def test_leaving_while_the_second_waits_ends_the_first(tmp_path: Path) -> None:
+    with (
+        upstream(stalls()) as server,
+        house(tmp_path, cloud(server.url) + LOCAL + task(prefer="remote", hedge_ms=20000)) as here,
+    ):
+        with here.start():
+            wait_until(lambda: server.asked)
+        assert server.left.acquire(timeout=5)
+        assert not here.local.started
+
+
 def test_if_both_fail_both_are_told(tmp_path: Path) -> None:
     with (
         upstream(status(500)) as server,
