@@ -41,16 +41,17 @@ def report(fitted: Fitted) -> str:
         tile("Quality kept", f"{measured.quality:.1%}"),
     ]
     curves = [
-        (f"ROC, {kind}", plots.line(roc(scores, fitted.good), "share of bad answers kept", "", f"ROC, {kind}"))
+        (f"ROC, {kind}", "share of bad answers kept", "share of good answers kept", roc(scores, fitted.good))
         for kind, scores in fitted.scores.items()
     ]
     cost = [(point.remote_share, point.quality) for point in fitted.points]
-    curves.append(("Quality for a remote share", plots.line(cost, "share of requests to the remote", "", "quality")))
+    curves.append(("What quality costs", "share of requests to the remote tier", "share of its quality kept", cost))
+    plotted = (card(name, f"{plots.line(points, across, '', name)}<p>{up}</p>") for name, across, up, points in curves)
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{measured.tasks} requests held out, {measured.good:.1%} of the local answers good</p>",
         f'<div class="tiles">{"".join(tiles)}</div>',
-        f'<div class="plots">{"".join(card(name, plot) for name, plot in curves)}</div>',
+        f'<div class="plots">{"".join(plotted)}</div>',
         card("Signals", _weights(fitted), "wide"),
     ]
     return page(title, "".join(body))
