@@ -115,6 +115,11 @@ class Outlet:
             return False, None
         return True, self._checked(self._chunks.get())
 
+    def end(self) -> None:
+        """Writer: what is still to come, comes another way."""
+        self._chunks.put(None)
+        self._call_listener()
+
     def drop(self) -> None:
         """Reader: wants nothing more."""
         self._dropped = True

@@ -280,7 +280,8 @@ class Dispatcher:
     def _conduct(self, decision: Decision) -> Generation:
         canceller = Canceller(self._network.loop)
         call, job = self._job(decision)
-        canceller.start(decision.regime.conductor.answer(job))
+        leaves = decision.facts.params.n == 1 and decision.task.latency.total is None  # which is measured at its end
+        canceller.start(decision.regime.conductor.answer(replace_field(job, leaves=leaves)))
         return RoutedGeneration(call, canceller)
 
     def _job(self, decision: Decision) -> tuple[Call, Job]:

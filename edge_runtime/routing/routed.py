@@ -10,7 +10,7 @@ from contextlib import suppress
 from msgspec.structs import replace
 
 from edge_runtime.errors import EdgeError, EngineStopped
-from edge_runtime.generation import EngineGeneration, Outlet
+from edge_runtime.generation import EngineGeneration, Generation, Outlet
 from edge_runtime.request import Chunk, Usage
 from edge_runtime.route import Route
 from edge_runtime.stages.protocols import TextFilter
@@ -29,7 +29,21 @@ class Call:
         self.outlet = Outlet(prompt_tokens, n)
         self.decided: Future[Route] = Future()
         """Set before the first chunk is passed on."""
+        self.rest: Generation | None = None
+        """What goes on where the outlet ends: a model's own answer, which then takes no further step through here."""
         self._open = set(range(n))
+
+    @property
+    def plain(self) -> bool:
+        """Chunks are passed on as they are."""
+        return not self._filters
+
+    def hand_over(self, rest: Generation) -> None:
+        """Whoever asked reads the rest there."""
+        self.rest = rest
+        if self.outlet.cancelled:  # just now, by somebody who did not know of it yet
+            rest.close()
+        self.outlet.end()
 
     def decide(self, tier: str, reason: str) -> None:
         """Its answer is passed on from now on. Once only."""
@@ -84,13 +98,46 @@ class RoutedGeneration(EngineGeneration):
         self.route = call.route
         self._call = call
         self._canceller = canceller
+        self._handed_over = False
+
+    @property
+    def usage(self) -> Usage:
+        rest = self._call.rest
+        return super().usage if rest is None else rest.usage
 
     async def opened(self) -> None:
         await asyncio.shield(asyncio.wrap_future(self._call.decided))
 
+    def __next__(self) -> Chunk:
+        if not self._handed_over:
+            try:
+                return super().__next__()
+            except StopIteration:
+                self._handed_over = True
+        if self._call.rest is None:
+            raise StopIteration
+        return stamped(next(self._call.rest), self.route.tier)
+
+    async def __anext__(self) -> Chunk:
+        if not self._handed_over:
+            try:
+                return await super().__anext__()
+            except StopAsyncIteration:
+                self._handed_over = True
+        if self._call.rest is None:
+            raise StopAsyncIteration
+        return stamped(await anext(self._call.rest), self.route.tier)
+
     def cancel(self) -> None:
         super().cancel()
         self._canceller.cancel()
+        if self._call.rest is not None:
+            self._call.rest.cancel()
+
+    def close(self) -> None:
+        super().close()
+        if self._call.rest is not None:
+            self._call.rest.close()
 
     def __del__(self) -> None:
         super().__del__()

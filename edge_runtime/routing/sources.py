@@ -94,14 +94,28 @@ class LocalSource(Source):
     def __init__(self, tier: str, generation: Generation) -> None:
         super().__init__(tier, aiter(generation))
         self.generation = generation
+        self._released = False
 
     @property
     def usage(self) -> Usage:
         return self.generation.usage
 
+    async def release(self) -> Generation:
+        """Leave the generation to somebody else: nothing of it is being read any more, and what was is held."""
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            if not reading.done():
+                reading.cancel()  # it waits, and has taken nothing yet
+            with suppress(asyncio.CancelledError):
+                chunk = await reading
+                self.held += [] if chunk is None else [chunk]
+        self._released = True
+        return self.generation
+
     async def close(self) -> None:
-        self.generation.close()
-        await super().close()
+        if not self._released:
+            self.generation.close()
+            await super().close()
 
 
 class Speeds:

@@ -2,8 +2,10 @@
 
 ``python -m tests.bench.routing PACKAGE [--count 480] [--seed 1] [--device edge:cpu] [--consistency]``
 
-Prints how many answers are right with the local model alone and under the policy, how many requests went to the oracle
-(which is always right), and what deciding costs: the time for class, signals and plan, nothing of which runs the model.
+Prints what being judged costs a local answer (times of 128 tokens in 12 interleaved rounds, with a policy that keeps
+every answer here after judging it, over those without a policy), then how many answers are right with the local model
+alone and under the policy, how many requests went to the oracle (which is always right), and what deciding costs: the
+time for class, signals and plan, nothing of which runs the model.
 The tasks are of the families that the shipped calibration has not been fitted on, drawn anew by ``--seed``.
 """
 
@@ -48,8 +50,34 @@ def main() -> None:
         policy = Path(folder) / "policy.toml"
         rule = task(consistency=given.consistency, hold={"tokens": 16, "ms": 20000})
         policy.write_text(LOCAL + cloud(server.url, context=8000, max_output=1000) + rule, encoding="utf-8")
+        keep = Path(folder) / "keep.toml"
+        keep.write_text("[routing]\nthreshold = 0\n" + policy.read_text(encoding="utf-8"), encoding="utf-8")
+        found = {"judged": _judged(given.package, given.device, keep)}
         with EdgeLLM(given.package, given.device, policy=policy, prefix_store_bytes=0) as llm:
-            print(json.dumps(_measure(llm, asked), indent=2))
+            print(json.dumps(found | _measure(llm, asked), indent=2))
+
+
+def _judged(package: str, device: str, policy: Path) -> dict[str, float]:
+    """Medians: of the ratio of whole answers, and of the times to the first text."""
+    prompt = [{"role": "user", "content": "Write a long story about a meeting room, a clock and a train."}]
+    params = SamplingParams(temperature=0, max_tokens=128)
+
+    def timed(llm: EdgeLLM) -> tuple[float, float]:
+        started = time.perf_counter()
+        chunks = llm.stream(prompt, params)
+        next(chunk for chunk in chunks if chunk.text)
+        first = time.perf_counter() - started
+        for _ in chunks:
+            pass
+        return first, time.perf_counter() - started
+
+    with EdgeLLM(package, device) as plain, EdgeLLM(package, device, policy=policy) as judged:
+        rounds = [(timed(plain), timed(judged)) for _ in range(13)][1:]
+    return {
+        "whole answers, ratio": float(np.median([after[1] / before[1] for before, after in rounds])),
+        "first text, ms": float(np.median([1e3 * after[0] for _, after in rounds])),
+        "first text without a policy, ms": float(np.median([1e3 * before[0] for before, _ in rounds])),
+    }
 
 
 def _measure(llm: EdgeLLM, asked: list[Task]) -> dict[str, object]:

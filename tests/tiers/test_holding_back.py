@@ -64,6 +64,32 @@ def test_a_good_local_answer_stays(tmp_path: Path) -> None:
         assert not server.asked
 
 
+@pytest.mark.parametrize("read", [0, 1, 3])
+def test_whoever_leaves_a_good_local_answer_ends_it(read: int, tmp_path: Path) -> None:
+    policy = calibrated(tmp_path, during=0.9) + LOCAL + cloud(NOWHERE) + task(hold={"tokens": 2, "ms": 20000})
+    with house(tmp_path, policy) as here:
+        with here.start(params=SamplingParams(temperature=0, max_tokens=400, stop_token_ids=())) as generation:
+            for _ in range(read):
+                assert next(generation).tier == "local"
+            here.local.gate.clear()
+        here.local.gate.set()
+        wait_until(lambda: here.local.fake.engine.idle)
+        assert here.local.fake.engine.stats.generated_tokens < 400
+
+
+def test_a_failure_in_a_good_local_answer_is_told(tmp_path: Path) -> None:
+    policy = calibrated(tmp_path, during=0.9) + LOCAL + cloud(NOWHERE) + task(hold={"tokens": 2, "ms": 20000})
+    with (
+        house(tmp_path, policy) as here,
+        here.start(params=SamplingParams(temperature=0, max_tokens=400)) as generation,
+    ):
+        assert next(generation).error is None
+        here.local.fake.engine.close()
+        last = list(generation)[-1]
+        assert last.finish_reason in ("error", "stop", "length")
+        assert (last.error is None) == (last.finish_reason != "error")
+
+
 def test_one_that_is_probably_bad_is_made_elsewhere_whole(tmp_path: Path) -> None:
     with (
         upstream(answers(*AFAR)) as server,
