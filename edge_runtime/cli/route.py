@@ -106,7 +106,7 @@ def _text(shown: dict[str, Any]) -> str:
     if shown["good"] is not None:
         lines.append(f"P(local answer good enough) = {shown['good']:.3f}")
     lines.append("signals")
-    lines += [f"  {name:<26}{value:8.3f}" for name, value in sorted(shown["signals"].items()) if value]
+    lines += [f"  {name:<26}{value:8.3f}" for name, value in sorted(shown["signals"].items())]
     if "answer" in shown:
         lines.append(f"answered by {shown['answered by']}: {shown['answer']}")
     return "\n".join(lines)
