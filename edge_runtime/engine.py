@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -20,6 +19,7 @@ from devices.base import Decoder, DecoderLimits, Step
 from devices.stopwatch import Stopwatch
 from edge_runtime.completion import Completion, Request
 from edge_runtime.detokenizer import Decoding, TokenDecoder
+from edge_runtime.engine_stats import EngineStats
 from edge_runtime.errors import (
     DeviceError,
     EdgeError,
@@ -38,27 +38,6 @@ from edge_runtime.watch import Watch
 
 IDLE_S = 0.25
 """After so long without work prefixes are stored, a segment at a time."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A glance at the engine, for operators."""
-
-    running: int
-    waiting: int
-    cached_sequences: int
-    cached_tokens: int
-    generated_tokens: int
-    prompt_tokens: int
-    """Prompt tokens computed, not counting cached ones."""
-    preemptions: int
-    drafted_tokens: int
-    accepted_tokens: int
-    """Of the drafted ones, those that held."""
-    forward_seconds: float
-    """Time the decoder has taken so far, failed steps included."""
-    inference_seconds: float
-    """Of it, time inside the inference engine's own calls."""
 
 
 Successor = Callable[[EngineError], "Callable[[], Engine] | None"]

@@ -95,6 +95,13 @@ class TierRequest:
     decoding: Decoding | None = None
     """How a model here turns tokens into text; None: the tokenizer's own way."""
 
+    @property
+    def ids(self) -> Sequence[int]:
+        """The prompt's token ids, once it is prepared; ValueError before."""
+        if not isinstance(self.prompt, TokenIds):
+            raise ValueError("the prompt is not tokenized yet")
+        return self.prompt.ids
+
 
 @dataclass(frozen=True)
 class Fit:

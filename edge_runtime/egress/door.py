@@ -18,7 +18,7 @@ import httpx2
 import msgspec
 
 from edge_runtime.egress.detectors import Detector, detectors
-from edge_runtime.egress.ledger import BILLION, Cap, Ledger, OverCap, Sending, Settlement, most_of
+from edge_runtime.egress.ledger import BILLION, Cap, Ledger, OverCap, Period, Sending, Settlement, most_of
 from edge_runtime.egress.openai_body import answer_limit, body_of
 from edge_runtime.egress.redaction import Redaction
 from edge_runtime.errors import TierUnavailable
@@ -182,8 +182,8 @@ def caps_of(policy: Policy, task: TaskClass) -> list[Cap]:
 
 
 def _caps(cap: CostCap, task_class: str | None) -> list[Cap]:
-    limits = (("day", cap.day), ("month", cap.month))
-    return [Cap(period, round(limit * BILLION), task_class) for period, limit in limits if limit is not None]  # type: ignore[arg-type]
+    limits: dict[Period, float | None] = {"day": cap.day, "month": cap.month}
+    return [Cap(period, round(limit * BILLION), task_class) for period, limit in limits.items() if limit is not None]
 
 
 def _headers(parcel: Parcel) -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.facts import Facts
 from edge_runtime.policy.rules import Hold, Routing
-from edge_runtime.prompts import Messages, TierRequest, TokenIds
+from edge_runtime.prompts import Messages, TierRequest
 from edge_runtime.routing.answer_signals import agreement, confidence_signals, surprise_signals, text_signals
 from edge_runtime.routing.calibration import SCHEMA, Calibration, Measured, Point, curve, threshold_for
 from edge_runtime.routing.consistency import fork_params
@@ -95,8 +95,7 @@ def observe(
         messages = row.messages or [{"role": "user", "content": row.prompt}]
         params = SamplingParams(temperature=0, max_tokens=row.max_tokens)
         prepared = model.prepare(TierRequest(Messages(messages), params))
-        assert isinstance(prepared.prompt, TokenIds)
-        facts = Facts(TierRequest(Messages(messages), SamplingParams()), len(prepared.prompt.ids))
+        facts = Facts(TierRequest(Messages(messages), SamplingParams()), len(prepared.ids))
         watch = Watch(tokens=Hold().tokens)
         tokens, text = _answer(model, replace(prepared, watch=watch))
         rules = Routing()

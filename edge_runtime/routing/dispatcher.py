@@ -143,8 +143,8 @@ class Dispatcher:
         shorter = None if decision.plan.order else self._shortened(regime, decision)
         if shorter is None:
             return decision
+        left_out = len(decision.facts.messages) - len(shorter)
         decision = self._decide(regime, replace_field(request, prompt=Messages(shorter)))
-        left_out = len(request.prompt.messages) - len(shorter)  # type: ignore[union-attr]
         decision.route.reasons["context"] = f"{left_out} messages were left out, as the policy's stages allow"
         return decision
 
@@ -160,7 +160,7 @@ class Dispatcher:
 
     def weigh(self, regime: Regime, request: TierRequest, prepared: TierRequest) -> Decision:
         """Class, signals and plan of a request; ``prepared``: the same as token ids."""
-        facts = Facts(request, len(prepared.prompt.ids))  # type: ignore[union-attr]
+        facts = Facts(request, len(prepared.ids))
         matched = regime.matcher(facts)
         prepared_for = regime.prepared(request, {self._model: prepared}, matched.task)
         candidates = regime.candidates(request, prepared_for, facts.tokens, matched.task)
@@ -183,8 +183,7 @@ class Dispatcher:
             return None
 
         def count(messages: Conversation) -> int:
-            prepared = self._model.prepare(replace_field(request, prompt=Messages(messages)))
-            return len(prepared.prompt.ids)  # type: ignore[union-attr]
+            return len(self._model.prepare(replace_field(request, prompt=Messages(messages))).ids)
 
         return regime.judge.stages.shorten(request.prompt.messages, count, room)
 

@@ -47,12 +47,11 @@ class LocalModel:
 
     def go_on(self, prepared: TierRequest, text: str) -> TierRequest:
         """The request to go on from ``text``, with which its answer has begun. EdgeError where there is no room."""
-        tier, prompt = self._failover.loaded[0].tier, prepared.prompt
-        assert isinstance(prompt, TokenIds)
+        tier = self._failover.loaded[0].tier
         begun = tier.encode_text(text)
         params = prepared.params
         if params.max_tokens is not None:
             if len(begun) >= params.max_tokens:
                 raise EdgeError(f"{params.max_tokens} tokens were asked for, and as many have come")
             params = replace(params, max_tokens=params.max_tokens - len(begun))
-        return replace(prepared, prompt=TokenIds([*prompt.ids, *begun]), params=params)
+        return replace(prepared, prompt=TokenIds([*prepared.ids, *begun]), params=params)
