@@ -141,7 +141,9 @@ class Conductor:
         reason = route.reasons.get(source.tier, "") if spare is None else spare.verdict.reason
         if failures:
             reason = told(failures)
-            _log.warning("%s answers, %s does not: %s", source.tier, ", ".join(failures), reason)
+            _log.info(
+                "%s answers in place of %s: %s", source.tier, ", ".join(failures), reason
+            )  # who asked is told, too
             if source.tier in self._local and any(name in self._remote for name in failures):
                 route.degraded = reason
         elif job.plan.missing and source.tier in self._local:
@@ -288,7 +290,7 @@ class Conductor:
         except EdgeError as error:
             raise failure from error
         route.continued = f"{name} went on after {len(text)} characters: {failure}"
-        _log.warning("%s", route.continued)
+        _log.info("%s", route.continued)
         source = LocalSource(name, generation)
         try:
             async with aclosing(source.rest()) as chunks:
