@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_runtime.errors import EdgeError
+    from edge_runtime.grammar import Grammar
     from edge_runtime.llm import Completion, EdgeLLM
     from edge_runtime.request import Chunk
     from edge_runtime.sampling import SamplingParams
 
     __version__: str
 
-__all__ = ["Chunk", "Completion", "EdgeError", "EdgeLLM", "SamplingParams", "__version__"]
+__all__ = ["Chunk", "Completion", "EdgeError", "EdgeLLM", "Grammar", "SamplingParams", "__version__"]
 
 _WHERE = {
     "Chunk": "edge_runtime.request",
     "Completion": "edge_runtime.llm",
     "EdgeError": "edge_runtime.errors",
     "EdgeLLM": "edge_runtime.llm",
+    "Grammar": "edge_runtime.grammar",
     "SamplingParams": "edge_runtime.sampling",
 }
 

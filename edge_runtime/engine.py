@@ -15,9 +15,10 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.base import Decoder, DecoderLimits, Step
+from devices.base import Decoder, DecoderLimits
 from devices.stopwatch import Stopwatch
 from edge_runtime.completion import Completion, Request
+from edge_runtime.constraints import Grammars
 from edge_runtime.detokenizer import Decoding, TokenDecoder
 from edge_runtime.engine_stats import EngineStats
 from edge_runtime.errors import (
@@ -62,7 +63,8 @@ class Engine:
     request. ``max_queue``: requests that may wait for a place. ``prefix_cache_bytes``: KV cache that finished
     sequences may go on holding; None: whatever running requests do not need; 0: none. ``prefix_store``: where prefixes
     outlive the engine. ``prompt_lookup``: draft tokens from what prompt and answer have said before.
-    ``batch_invariant``: see :class:`edge_runtime.scheduler.Scheduler`, ``in_pairs``; the decoder's option is its half.
+    ``grammars``: of its tokenizer; None: an answer can be held to none. ``batch_invariant``: see
+    :class:`edge_runtime.scheduler.Scheduler`, ``in_pairs``; the decoder's option is its half.
 
     When the device fails (EngineError), the requests of that step end with the error. With a ``successor`` all requests
     of which something was sent do, and the others are answered by the engine that it opens.
@@ -78,20 +80,14 @@ class Engine:
         prefix_cache_bytes: int | None = None,
         prefix_store: PrefixStore | None = None,
         prompt_lookup: bool = False,
+        grammars: Grammars | None = None,
         batch_invariant: bool = False,
         successor: Successor = lambda error: None,
     ) -> None:
         self._decoder = decoder
         self._successor = successor
         limits = decoder.limits
-        self._terms = Terms(
-            tokenizer,
-            {},
-            _learn_vocab_size(decoder) if vocab_size is None else vocab_size,
-            limits.longest,
-            min(limits.max_prompt, limits.longest),
-            prompt_lookup,
-        )
+        self._terms = Terms.of(decoder, tokenizer, vocab_size, prompt_lookup, grammars)
         if prefix_cache_bytes is None:
             prefix_cache_bytes = limits.kv_tokens * limits.kv_bytes_per_token
         self._cache = PrefixCache(prefix_cache_bytes, kv_block=limits.kv_block, store=prefix_store)
@@ -123,6 +119,11 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         return self._terms.vocab_size
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """What answers can be held to; None: to nothing."""
+        return self._terms.grammars
 
     @property
     def alive(self) -> bool:
@@ -351,7 +352,7 @@ class Engine:
         before = len(request.tokens)
         try:
             request.take(logits, draft)
-        except EngineError as error:
+        except EdgeError as error:  # of the numbers, or of a grammar that has become too complex
             self._fail(request, error)
             return
         new = len(request.tokens) - before
@@ -385,15 +386,6 @@ class Engine:
 
 def _token_list(ids: Sequence[int]) -> list[int]:
     return [int(token) for token in ids]
-
-
-def _learn_vocab_size(decoder: Decoder) -> int:
-    sequence = decoder.new_sequence()
-    try:
-        (logits,) = decoder.forward([Step(sequence, np.zeros(1, np.int64), 1)])
-        return int(logits.shape[1])
-    finally:
-        sequence.close()
 
 
 __all__ = ["Engine", "EngineStats", "Generation"]

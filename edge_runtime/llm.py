@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from devices.base import DecoderOptions
 from devices.kv_types import KVWish
 from edge_runtime.budgets import put_aside
+from edge_runtime.constraints import Grammars
 from edge_runtime.errors import ConfigError, InvalidRequest
 from edge_runtime.failover import Failover
 from edge_runtime.generation import Generation
@@ -156,11 +157,12 @@ class EdgeLLM:
         self._created = int(time.time())
         self.tokenizer = tokenizer = _tokenizer(first.package)
         template = ChatTemplate(first.package.chat_template, first.package.manifest.special_tokens)
+        grammars = Grammars(tokenizer)
         self._chats = template.source is not None
         self._failover = Failover(
             place=place_on,
             load=lambda placement, successor, sharing: load(
-                store, placement, loading, tokenizer, template, successor, sharing
+                store, placement, loading, tokenizer, template, grammars, successor, sharing
             ),
             first=first,
         )

@@ -10,6 +10,7 @@ from devices.base import DecoderOptions
 from devices.kv_types import KVWish
 from devices.registry import open_decoder
 from edge_runtime.budgets import share_out
+from edge_runtime.constraints import Grammars
 from edge_runtime.engine import Engine, Successor
 from edge_runtime.heap import return_free_heap
 from edge_runtime.measurements import Workload
@@ -69,6 +70,7 @@ def load(
     loading: Loading,
     tokenizer: Tokenizer,
     template: ChatTemplate,
+    grammars: Grammars,
     successor: Successor,
     sharing: int = 1,
 ) -> Loaded:
@@ -113,6 +115,7 @@ def load(
             prefix_cache_bytes=loading.prefix_cache_bytes,
             prefix_store=prefixes,
             prompt_lookup=loading.prompt_lookup,
+            grammars=grammars,
             batch_invariant=loading.batch_invariant,
             successor=successor,
         )

@@ -61,8 +61,7 @@ class About:
     fields: Mapping[str, str] = field(default_factory=dict)
     """Other fields of the request that hold text: ``user``, ``service_tier``, …"""
     extras: Mapping[str, Any] = field(default_factory=dict)
-    """Wishes that the models here do not know, such as ``tools`` and ``response_format``: a server that does gets them
-    as they are."""
+    """Wishes that the models here do not know, such as ``tools``: a server that does gets them as they are."""
 
     @property
     def deferred(self) -> bool:
@@ -72,12 +71,6 @@ class About:
     @property
     def tools(self) -> bool:
         return bool(self.extras.get("tools") or self.extras.get("functions"))
-
-    @property
-    def schema(self) -> bool:
-        """The answer is to be JSON."""
-        wish = self.extras.get("response_format")
-        return isinstance(wish, Mapping) and wish.get("type") in ("json_schema", "json_object")
 
 
 NOTHING = About()
@@ -94,6 +87,11 @@ class TierRequest:
     """Who wants to know what a model here thinks of prompt and answer."""
     decoding: Decoding | None = None
     """How a model here turns tokens into text; None: the tokenizer's own way."""
+
+    @property
+    def wants_json(self) -> bool:
+        grammar = self.params.grammar
+        return grammar is not None and grammar.json
 
     @property
     def ids(self) -> Sequence[int]:

@@ -1,6 +1,6 @@
 """From logits to a token: the request's options, and a sampler built from them once.
 
-Order, as in Transformers' logits processors: logit bias → repetition, presence and frequency penalties →
+Order, as in Transformers' logits processors: logit bias → repetition, presence and frequency penalties → grammar →
 temperature → top-k → top-p → min-p → draw.
 """
 
@@ -20,7 +20,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.constraints import Constraint
 from edge_runtime.errors import EngineError, InvalidRequest
+from edge_runtime.grammar import Grammar
 from edge_runtime.penalties import Logits, make_adjuster
 
 GROUP = 64
@@ -89,6 +91,8 @@ class SamplingParams:
     """Completions of the same prompt."""
     logprobs: int | None = None
     """Number of alternatives to report with each token, 0 … 20; 0: only the chosen one; None: no logprobs."""
+    grammar: Grammar | None = None
+    """The form that the answer must have."""
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, math.inf)
@@ -116,6 +120,8 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0)
             _number("logit_bias", bias, -100.0, 100.0)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InvalidRequest(f"grammar must be a Grammar, not {self.grammar!r}", "grammar")
 
     def resolved(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
         """Fill every ``None`` that has a default: first from ``defaults`` (generation_config.json), then globally.
@@ -138,8 +144,11 @@ _GLOBAL_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 
 
-def make_sampler(params: SamplingParams, vocab_size: int, index: int = 0) -> Sampler:
-    """Build the sampler of completion ``index``; options that are off cost nothing per token.
+def make_sampler(
+    params: SamplingParams, vocab_size: int, index: int = 0, constraint: Constraint | None = None
+) -> Sampler:
+    """Build the sampler of completion ``index``; options that are off cost nothing per token. ``constraint`` holds it
+    to the grammar, if there is one.
 
     InvalidRequest if ``logit_bias`` or ``stop_token_ids`` names a token outside the vocabulary. The sampler
     raises EngineError when the logits hold no number to choose by.
@@ -150,16 +159,19 @@ def make_sampler(params: SamplingParams, vocab_size: int, index: int = 0) -> Sam
         if outside:
             raise InvalidRequest(f"{name}: token {outside[0]} is outside the vocabulary of {vocab_size} tokens", name)
     adjust = make_adjuster(params, vocab_size)
-    choose = _chooser(params, index)
+    choose_any = _chooser(params, index)
     describe = _describer(params.logprobs)
+
+    def choose(logits: Logits, tokens: Sequence[int], prompt_length: int) -> int:
+        return choose_any(logits if constraint is None else constraint.only(logits, tokens, prompt_length))
 
     def sample(logits: Logits, tokens: Sequence[int], prompt_length: int) -> Sampled:
         if adjust is None:
-            token = choose(logits)
+            token = choose(logits, tokens, prompt_length)
         else:
             try:
                 adjust.apply(logits, tokens, prompt_length)
-                token = choose(logits)
+                token = choose(logits, tokens, prompt_length)
             finally:
                 adjust.restore(logits)
         return Sampled(token, None if describe is None else describe(logits, token))
@@ -216,7 +228,8 @@ def _largest(logits: Logits) -> float:
 def _uncut(temperature: float, draw: Callable[[], float]) -> Choose:
     def choose(logits: Logits) -> int:
         mass = _weights(logits, _largest(logits), temperature).cumsum(dtype=np.float64)
-        return min(int(mass.searchsorted(draw() * mass[-1], side="right")), len(logits) - 1)
+        last = int(mass.searchsorted(mass[-1]))  # of those that have any
+        return min(int(mass.searchsorted(draw() * mass[-1], side="right")), last)
 
     return choose
 
@@ -232,6 +245,8 @@ def _cut(candidates: Candidates, top_p: float, min_p: float, draw: Callable[[], 
             count = min(count, bisect_left(mass, top_p * (mass[-1] if total is None else total)) + 1)
         if min_p > 0:
             count = min(count, bisect_right(weights, -min_p, key=neg))
+        elif not weights[count - 1]:  # ruled out, or hopeless
+            count = bisect_left(weights, 0.0, key=neg)
         return ids[min(bisect_right(mass, draw() * mass[count - 1], 0, count), count - 1)]
 
     return choose

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from devices.base import Decoder, Step
 from edge_runtime.completion import Completion, Reading, Request
+from edge_runtime.constraints import Constraint, Grammars
 from edge_runtime.detokenizer import Decoding, StopStrings, StreamDecoder, TokenDecoder, TokenText
 from edge_runtime.errors import EdgeError, InvalidRequest, PromptTooLong
 from edge_runtime.generation import Outlet
@@ -33,6 +35,31 @@ class Terms:
     """Tokens that prompt and answer may have together."""
     max_prompt: int
     prompt_lookup: bool
+    grammars: Grammars | None
+    """None: answers cannot be held to any."""
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Decoder,
+        tokenizer: TokenDecoder,
+        vocab_size: int | None,
+        prompt_lookup: bool,
+        grammars: Grammars | None,
+    ) -> Terms:
+        """``vocab_size`` None: learned by running one token."""
+        limits = decoder.limits
+        size = _learn_vocab_size(decoder) if vocab_size is None else vocab_size
+        return cls(tokenizer, {}, size, limits.longest, min(limits.max_prompt, limits.longest), prompt_lookup, grammars)
+
+
+def _learn_vocab_size(decoder: Decoder) -> int:
+    sequence = decoder.new_sequence()
+    try:
+        (logits,) = decoder.forward([Step(sequence, np.zeros(1, np.int64), 1)])
+        return int(logits.shape[1])
+    finally:
+        sequence.close()
 
 
 @dataclass(eq=False)
@@ -81,7 +108,7 @@ class Submission(ABC):
 
     @abstractmethod
     def requests(self, ids: Iterator[int], terms: Terms) -> Sequence[Request]:
-        """Anew, from the prompt on. The first is to be queued, and brings the others."""
+        """Anew, from the prompt on. The first is to be queued, and brings the others. InvalidRequest."""
 
     @abstractmethod
     def fail(self, error: EdgeError) -> None:
@@ -119,7 +146,7 @@ class Completing(Submission):
     def requests(self, ids: Iterator[int], terms: Terms) -> Sequence[Completion]:
         params, prompt = self.params, self.prompt
         new = terms.capacity - len(prompt) if params.max_tokens is None else params.max_tokens
-        ends = frozenset() if params.ignore_eos else frozenset(self.eos_ids)
+        ends = frozenset() if params.ignore_eos and params.grammar is None else frozenset(self.eos_ids)
         self.outlet.completion_tokens = 0
         if self.watch is not None:
             self.watch.restart()
@@ -128,7 +155,7 @@ class Completing(Submission):
                 next(ids),
                 list(prompt),
                 outlet=self.outlet,
-                sampler=make_sampler(params, terms.vocab_size, index),
+                sampler=make_sampler(params, terms.vocab_size, index, self._constraint(terms)),
                 decoder=self._decoder(terms),
                 stops=StopStrings(params.stop),
                 end_tokens=frozenset(params.stop_token_ids) | ends,
@@ -141,6 +168,14 @@ class Completing(Submission):
         ]
         completions[0].siblings = completions[1:]
         return completions
+
+    def _constraint(self, terms: Terms) -> Constraint | None:
+        grammar = self.params.grammar
+        if grammar is None:
+            return None
+        if terms.grammars is None:
+            raise InvalidRequest("answers of this engine cannot be held to a grammar", "grammar")
+        return terms.grammars.constraint(grammar)
 
     def _decoder(self, terms: Terms) -> TokenText:
         plain = StreamDecoder(terms.tokenizer, terms.additions)

@@ -92,6 +92,12 @@ class Tokenizer:
             raise InvalidRequest("token ids must be from 0 to 4294967295") from error
         return text
 
+    @property
+    def json(self) -> str:
+        """``tokenizer.json``."""
+        text: str = self._inner.to_str()
+        return text
+
     def id_to_token(self, token_id: int) -> str | None:
         """The vocabulary's own string, e.g. ``"Ġthe"``, ``"▁the"`` or ``"<0x0A>"``; None: no such token."""
         token: str | None = self._inner.id_to_token(token_id)

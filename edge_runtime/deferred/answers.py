@@ -19,6 +19,7 @@ from edge_runtime.errors import (
     TierError,
     TierRefused,
 )
+from edge_runtime.grammar import Grammar
 from edge_runtime.prompts import About, Messages, TierRequest
 from edge_runtime.request import Chunk, Usage
 from edge_runtime.sampling import SamplingParams
@@ -77,6 +78,8 @@ def pack(request: TierRequest) -> bytes:
 def unpack(body: bytes) -> TierRequest:
     kept = msgspec.json.decode(body, type=_Kept)
     given = kept.params
+    if given.get("grammar") is not None:
+        given["grammar"] = Grammar(**given["grammar"])
     given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
     about = About(kept.headers, kept.metadata, kept.fields, kept.extras)
     return TierRequest(Messages(kept.messages), SamplingParams(**given), about)

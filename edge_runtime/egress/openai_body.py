@@ -26,6 +26,10 @@ def unsupported(spec: RemoteTierSpec, request: TierRequest) -> str | None:
         return "logit_bias, stop_token_ids and ignore_eos speak of the local model's tokens"
     if params.logprobs is not None:
         return "logprobs are given for the local model's tokens only"
+    if params.grammar is not None and not params.grammar.json:
+        return f"it cannot be held to a grammar of kind {params.grammar.kind}"
+    if params.grammar is not None and isinstance(request.prompt, Text):
+        return "plain text there has no response_format"
     extra = [name for name in _EXTRA if getattr(params, name) is not None]
     if extra and not spec.extra_sampling:
         return f"it does not know {', '.join(extra)}"
@@ -50,6 +54,8 @@ def body_of(spec: RemoteTierSpec, request: TierRequest) -> tuple[str, dict[str, 
     body |= {name: value for name in ("presence_penalty", "frequency_penalty") if (value := getattr(params, name))}
     if params.n > 1:
         body["n"] = params.n
+    if params.grammar is not None:
+        body["response_format"] = params.grammar.response_format
     return path, {**body, **request.about.extras, "stream": True, "stream_options": {"include_usage": True}}
 
 

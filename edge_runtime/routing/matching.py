@@ -40,7 +40,7 @@ def _conditions(task: TaskClass) -> Iterator[tuple[str, Condition]]:
     if (tools := match.tools) is not None:
         yield f"tools {_asked(tools)}", lambda facts: facts.about.tools is tools
     if (schema := match.schema) is not None:
-        yield f"schema {_asked(schema)}", lambda facts: facts.about.schema is schema
+        yield f"schema {_asked(schema)}", lambda facts: facts.request.wants_json is schema
     for kind, wanted in (("field", match.field), ("metadata", match.metadata), ("header", match.header)):
         for name, value in wanted.items():
             yield f"{kind} {name} = {value}", _equals(kind, name, value)

@@ -10,7 +10,7 @@ from edge_runtime.egress.ledger import Ledger
 from edge_runtime.errors import PolicyError
 from edge_runtime.policy.check import key_of, problems
 from edge_runtime.policy.rules import LocalTierSpec, Policy, TaskClass
-from edge_runtime.prompts import Messages, TierRequest
+from edge_runtime.prompts import TierRequest
 from edge_runtime.routing.calibration import read_calibration, shipped
 from edge_runtime.routing.conductor import Conductor
 from edge_runtime.routing.judge import Judge
@@ -83,8 +83,8 @@ class Regime:
                 tier = self.remote[spec.name]
                 found.append(Candidate(spec, tier.fit(tokens), tier.refusal, tier.unsupported(request), *took))
             else:
-                fit = self.local[spec.name].fit(prepared[spec.name])
-                found.append(Candidate(spec, fit, None, _unsupported(request), *took))
+                model = self.local[spec.name]
+                found.append(Candidate(spec, model.fit(prepared[spec.name]), None, model.unsupported(request), *took))
         return found
 
     def states(self) -> dict[str, dict[str, str]]:
@@ -97,14 +97,6 @@ class Regime:
                 state = "off"
             told[name] = {"kind": "remote", "state": state} | ({} if refusal is None else {"reason": refusal})
         return {tier.name: told[tier.name] for tier in self.policy.tiers}
-
-
-def _unsupported(request: TierRequest) -> str | None:
-    """Why no model here can take it."""
-    wishes = sorted(request.about.extras)
-    if isinstance(request.prompt, Messages) and request.prompt.of_tools:
-        wishes.append("tool_calls")
-    return f"{', '.join(wishes)} is not supported by models here: leave it out" if wishes else None
 
 
 def _breaker(name: str, spec: object, before: Regime | None) -> Breaker | None:

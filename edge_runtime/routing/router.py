@@ -41,6 +41,13 @@ class Estimate:
     remote_below: float
     """Below it the local model is not even asked."""
 
+    @property
+    def too_hard(self) -> bool:
+        return self.good < self.remote_below
+
+    def __str__(self) -> str:
+        return f"probably too hard for the local model ({self.good:.2f} < {self.remote_below:.2f})"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -53,7 +60,7 @@ class Plan:
     judge: bool
     """Whether a local answer is to be judged by its first words, because a remote tier could do better."""
     missing: Mapping[str, str]
-    """Tiers that the class prefers to the first of ``order`` and that cannot be asked just now, each with why."""
+    """Tiers that would have been asked before the first of ``order`` and cannot be just now, each with why."""
 
 
 class Router:
@@ -72,10 +79,11 @@ class Router:
         verdicts = {each.name: _gate(params, task, each) for each in candidates}
         reasons = {name: reason for name, (_, reason, _) in verdicts.items()}
         open_to = [each for each in candidates if verdicts[each.name][0]]
-        escalates = task.escalate and params.n == 1 and any(each.spec.remote for each in open_to)
-        if estimate is not None and escalates and task.prefer == "local" and estimate.good < estimate.remote_below:
-            hard = f"probably too hard for the local model ({estimate.good:.2f} < {estimate.remote_below:.2f})"
-            reasons |= {each.name: hard for each in open_to if each.spec.remote}
+        may_escalate = task.escalate and params.n == 1
+        escalates = may_escalate and any(each.spec.remote for each in open_to)
+        hard = may_escalate and task.prefer == "local" and estimate is not None and estimate.too_hard
+        if hard and escalates and estimate is not None:
+            reasons |= {each.name: str(estimate) for each in open_to if each.spec.remote}
             open_to.sort(key=lambda each: not each.spec.remote)
         slow = {each.name: why for each in open_to if (why := _slow(task, each)) is not None}
         reasons |= slow
@@ -83,10 +91,15 @@ class Router:
         order = tuple(each.name for each in open_to)
         if order and order[0] == candidates[0].name:
             reasons[order[0]] = f"first choice of class {task.name}; {reasons[order[0]]}"
-        judged = escalates and bool(open_to) and not open_to[0].spec.remote
-        before = itertools.takewhile(lambda each: each.name not in order[:1], candidates)
-        missing = {each.name: each.refusal for each in before if each.refusal is not None and verdicts[each.name][2]}
-        return Plan(order, reasons, judged, missing)
+        locally = bool(open_to) and not open_to[0].spec.remote
+        later = {each.name: each.refusal for each in candidates if each.refusal is not None and verdicts[each.name][2]}
+        before = {each.name for each in itertools.takewhile(lambda each: each.name not in order[:1], candidates)}
+        if locally and may_escalate and later and not escalates:
+            reasons[order[0]] += "; it is not judged, since no remote tier can be asked"
+            if hard:  # one would have been asked
+                before |= set(later)
+        missing = {name: refusal for name, refusal in later.items() if name in before}
+        return Plan(order, reasons, locally and escalates, missing)
 
     @staticmethod
     def refusal(params: SamplingParams, task: TaskClass, candidates: Sequence[Candidate], plan: Plan) -> EdgeError:

@@ -16,9 +16,11 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from edge_runtime.errors import InvalidRequest
+from edge_runtime.grammar import Grammar
 from edge_runtime.policy.check import FIELDS
 from edge_runtime.prompts import About
 from edge_runtime.sampling import SamplingParams
+from edge_runtime.server.response_format import ResponseFormat
 
 MAX_STOPS = 64
 """OpenAI takes 4."""
@@ -123,7 +125,7 @@ class ChatRequest(_Sampling, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -154,6 +156,10 @@ class ChatRequest(_Sampling, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 raise _unsupported(next(iter(extras)))
         return self._about(headers, extras)
 
+    @property
+    def grammar(self) -> Grammar | None:
+        return None if self.response_format is None else self.response_format.grammar()
+
     def params(self) -> SamplingParams:
         alternatives = None
         if self.logprobs:
@@ -162,7 +168,7 @@ class ChatRequest(_Sampling, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         renamed = {"logprobs": "top_logprobs"}
         if self.max_tokens is None:
             renamed["max_tokens"] = "max_completion_tokens"
-        return _params(self, limit, alternatives, renamed)
+        return _params(self, limit, alternatives, renamed, self.grammar)
 
 
 class CompletionRequest(_Sampling, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -262,7 +268,6 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -280,7 +285,7 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 """Field → the values that ask for nothing."""
 
 
-_PASSED_ON = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format")
+_PASSED_ON = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call")
 """Of them, those that a server elsewhere may know."""
 _SECRET = ("authorization", "cookie", "proxy-authorization")
 
@@ -355,7 +360,11 @@ def _token_ids(ids: list[int], where: str) -> list[int]:
 
 
 def _params(
-    request: _Sampling, max_tokens: int | None, logprobs: int | None, renamed: Mapping[str, str] | None = None
+    request: _Sampling,
+    max_tokens: int | None,
+    logprobs: int | None,
+    renamed: Mapping[str, str] | None = None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """``renamed``: what a field of SamplingParams is called in this request."""
     stop = request.stop
@@ -379,6 +388,7 @@ def _params(
             ignore_eos=bool(request.ignore_eos),
             n=1 if request.n is None else request.n,
             logprobs=logprobs,
+            grammar=grammar,
         )
     except InvalidRequest as error:
         name = (renamed or {}).get(error.param or "")

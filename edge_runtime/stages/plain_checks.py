@@ -31,7 +31,7 @@ class PlainChecks:
 
     def problem(self, text: str, tokens: Sequence[int], ended: bool, facts: Facts) -> str | None:
         found = repetition(tokens) or refusal(text) or wrong_language(text, facts.question, facts.language)
-        if found is None and facts.about.schema:
+        if found is None and facts.request.wants_json:
             found = broken_json(text, ended)
         return found
 
@@ -62,7 +62,8 @@ def wrong_language(text: str, question: str, asked_in: str | None) -> str | None
 
 
 def broken_json(text: str, ended: bool) -> str | None:
-    """No JSON, where JSON was asked for; cut off, if it has ended."""
+    """No JSON, where JSON was asked for; cut off, if it has ended. More cannot be wrong with the form: the sampler holds
+    a model to a schema (:mod:`edge_runtime.constraints`), and what cannot be held to is never begun here."""
     begun = text.lstrip().removeprefix("```json").lstrip("`\n ")
     if begun and begun[0] not in "{[":
         return "it is no JSON"

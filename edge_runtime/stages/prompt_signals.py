@@ -96,7 +96,7 @@ class PromptSignals:
             "looks up": _known(asks, there),
             "repeats": 1 - len(there) / len(words) if words else 0.0,
             "foreign": float(language is not None and language != "en"),
-            "schema": float(facts.about.schema),
+            "schema": float(facts.request.wants_json),
             "answer": 0.0 if facts.params.max_tokens is None else math.log1p(facts.params.max_tokens),
         }
 

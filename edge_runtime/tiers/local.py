@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from edge_runtime.constraints import Grammars
 from edge_runtime.engine import Engine
 from edge_runtime.generation import Generation
 from edge_runtime.prompts import Fit, Messages, Text, TierRequest, TokenIds
@@ -38,6 +39,10 @@ class LocalTier:
     def fit(self, request: TierRequest) -> Fit:
         return Fit(len(self.encode(request)), self._max_prompt, self._max_context)
 
+    def unsupported(self, request: TierRequest) -> str | None:
+        """Why no model here can take it, on whatever device; None: it can."""
+        return unsupported(request, self._engine.grammars)
+
     def prepare(self, request: TierRequest) -> TierRequest:
         """The same request with the prompt as token ids, so that it is rendered and tokenized once."""
         return replace(request, prompt=TokenIds(self.encode(request)))
@@ -61,3 +66,14 @@ class LocalTier:
         ids = self.encode(request)
         params = request.params.resolved(self._defaults)
         return self._engine.submit(ids, params, self._tokenizer.eos_ids, request.watch, request.decoding)
+
+
+def unsupported(request: TierRequest, grammars: Grammars | None) -> str | None:
+    """Why a model with these ``grammars`` cannot take it; None: it can."""
+    wishes = sorted(request.about.extras)
+    if isinstance(request.prompt, Messages) and request.prompt.of_tools:
+        wishes.append("tool_calls")
+    if wishes:
+        return f"{', '.join(wishes)} is not supported by models here: leave it out"
+    grammar = request.params.grammar
+    return None if grammar is None or grammars is None else grammars.refusal(grammar)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from edge_runtime.errors import EdgeError
@@ -30,6 +31,10 @@ class LocalModel:
         """The same request as token ids: the prompt is the same on every device. TemplateError, InvalidRequest."""
         return self._failover.loaded[0].tier.prepare(request)
 
+    def unsupported(self, request: TierRequest) -> str | None:
+        """Why no answer to it can be given here, whenever; None: one can."""
+        return self._failover.loaded[0].tier.unsupported(request)
+
     def fit(self, prepared: TierRequest) -> Fit:
         """On the roomiest device."""
         fits = [each.tier.fit(prepared) for each in self._failover.loaded]
@@ -47,11 +52,16 @@ class LocalModel:
 
     def go_on(self, prepared: TierRequest, text: str) -> TierRequest:
         """The request to go on from ``text``, with which its answer has begun. EdgeError where there is no room."""
-        tier = self._failover.loaded[0].tier
-        begun = tier.encode_text(text)
-        params = prepared.params
-        if params.max_tokens is not None:
-            if len(begun) >= params.max_tokens:
-                raise EdgeError(f"{params.max_tokens} tokens were asked for, and as many have come")
-            params = replace(params, max_tokens=params.max_tokens - len(begun))
-        return replace(prepared, prompt=TokenIds([*prepared.ids, *begun]), params=params)
+        return continued(prepared, text, self._failover.loaded[0].tier.encode_text(text))
+
+
+def continued(prepared: TierRequest, text: str, ids: Sequence[int]) -> TierRequest:
+    """``prepared`` once its answer has begun with ``text``, which is ``ids``. EdgeError where there is no room."""
+    params = prepared.params
+    if params.max_tokens is not None:
+        if len(ids) >= params.max_tokens:
+            raise EdgeError(f"{params.max_tokens} tokens were asked for, and as many have come")
+        params = replace(params, max_tokens=params.max_tokens - len(ids))
+    if params.grammar is not None:
+        params = replace(params, grammar=replace(params.grammar, begun=params.grammar.begun + text))
+    return replace(prepared, prompt=TokenIds([*prepared.ids, *ids]), params=params)

@@ -181,7 +181,7 @@ class RemoteTier:
             async with asyncio.timeout_at(first):
                 raise await self._refused(delivery)
         parser = EventParser(self.name, request.content.params.n)
-        restorer = ChunkRestorer(delivery.originals, as_json=request.content.about.schema)
+        restorer = ChunkRestorer(delivery.originals, as_json=request.content.wants_json)
         last: Chunk | None = None
         due = first
         events = aiter(httpx2.EventSource(response))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 import edge_runtime
-from edge_runtime import Chunk, Completion, EdgeLLM, SamplingParams
+from edge_runtime import Chunk, Completion, EdgeLLM, Grammar, SamplingParams
 from edge_runtime.errors import (
     BudgetError,
     ConfigError,
@@ -104,6 +105,14 @@ def test_what_the_server_uses(llm: EdgeLLM) -> None:
     with llm.start_completion("hello", GREEDY) as generation:
         plain = [token for chunk in generation for token in chunk.token_ids]
     assert tuple(plain) == llm.generate(llm.tokenizer.encode("hello"), GREEDY).token_ids
+
+
+def test_an_answer_has_the_form_that_is_asked_for(llm: EdgeLLM) -> None:
+    grammar = Grammar.json_schema({"type": "array", "items": {"enum": ["é", 1, True]}, "minItems": 2, "maxItems": 4})
+    for seed in range(3):
+        answer = llm.generate("hello", SamplingParams(temperature=1, seed=seed, max_tokens=200, grammar=grammar))
+        assert answer.finish_reason == "stop"
+        assert 2 <= len(json.loads(answer.text)) <= 4
 
 
 def test_generation_defaults_of_the_model(llm: EdgeLLM) -> None:

@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from tokenizers import decoders, models, pre_tokenizers
 
 from devices.base import Step
+from edge_runtime.constraints import Grammars
 from edge_runtime.engine import Engine, Generation
 from edge_runtime.prompts import NOTHING, About
 from edge_runtime.sampling import SamplingParams
@@ -46,6 +47,11 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(inner.to_str(), eos_ids=[257])
 
 
+def schema_format(schema: dict[str, Any], name: str = "answer") -> dict[str, Any]:
+    """As ``response_format``."""
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
+
+
 class FakeModel:
     """Speaks in the letters of SPEECH, each answer a function of its prompt."""
 
@@ -67,7 +73,8 @@ class FakeModel:
         )
         silent = [t for t in range(258) if t not in {*self.tokenizer.encode(SPEECH), *self.eos_ids}]
         self.decoder.table[:, silent] -= 100
-        self.engine = Engine(self.decoder, self.tokenizer, vocab_size=258, **engine_options)
+        options = {"grammars": Grammars(self.tokenizer), **engine_options}
+        self.engine = Engine(self.decoder, self.tokenizer, vocab_size=258, **options)
 
     @property
     def ready(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.served import CHAT, TEXT, FakeModel, error_of, wait_until
+from tests.server.served import CHAT, TEXT, FakeModel, error_of, schema_format, wait_until
 
 MALFORMED: list[tuple[bytes, str]] = [
     (b"", "empty"),
@@ -58,7 +58,15 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"max_completion_tokens": 5}, "max_tokens"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_object", "json_schema": {"name": "x"}}}, "response_format"),
+    ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+    ({"response_format": schema_format({}, "two words")}, "response_format.json_schema.name"),
+    ({"response_format": schema_format({"type": "strin"})}, "response_format"),
+    ({"response_format": schema_format({"not": {"type": "string"}})}, "response_format"),
+    ({"response_format": schema_format({"$ref": "#/$defs/none"})}, "response_format"),
+    ({"response_format": schema_format({"type": "integer", "minimum": 2, "maximum": 1})}, "response_format"),
     ({"modalities": ["audio"]}, "modalities"),
     ({"reasoning_effort": "high"}, "reasoning_effort"),
     ({"prompt": "Hi"}, "prompt"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from edge_runtime.sampling import SamplingParams
@@ -262,6 +264,27 @@ def test_harmless_fields_pass(client: openai.OpenAI) -> None:
         service_tier="auto",
     )
     assert answer.choices[0].finish_reason in ("length", "stop")
+
+
+def test_the_answer_has_the_form_that_is_asked_for(client: openai.OpenAI) -> None:
+    class Reading(pydantic.BaseModel):
+        kind: Literal["pump", "valve"]
+        on: bool
+        level: Annotated[int, pydantic.Field(ge=0, le=9)]
+
+    parsed = client.chat.completions.parse(model="fake", messages=HELLO, response_format=Reading, max_tokens=200)
+    assert parsed.choices[0].finish_reason == "stop"
+    assert isinstance(parsed.choices[0].message.parsed, Reading)
+    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3}
+    stream = client.chat.completions.create(
+        model="fake",
+        messages=HELLO,
+        max_tokens=200,
+        stream=True,
+        response_format={"type": "json_schema", "json_schema": {"name": "bits", "schema": schema}},  # type: ignore[dict-item]
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert 2 <= len(json.loads(text)) <= 3
 
 
 def test_an_answer_can_be_sent_back(client: openai.OpenAI) -> None:

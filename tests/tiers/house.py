@@ -21,7 +21,8 @@ from edge_runtime.request import Chunk
 from edge_runtime.route import Route
 from edge_runtime.routing.dispatcher import Dispatcher
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.tiers.model import LocalModel
+from edge_runtime.tiers.local import unsupported
+from edge_runtime.tiers.model import LocalModel, continued
 from tests.server.served import FakeModel
 
 QUESTION: Sequence[Mapping[str, Any]] = [{"role": "user", "content": "what is it?"}]
@@ -54,6 +55,9 @@ class FakeLocal(LocalModel):
             ids = list(prompt.ids) if isinstance(prompt, TokenIds) else self.fake.tokenizer.encode(prompt.text)
         return replace(request, prompt=TokenIds(ids))
 
+    def unsupported(self, request: TierRequest) -> str | None:
+        return unsupported(request, self.fake.engine.grammars)
+
     def fit(self, prepared: TierRequest) -> Fit:
         assert isinstance(prepared.prompt, TokenIds)
         return Fit(len(prepared.prompt.ids), self.max_prompt, 512)
@@ -68,8 +72,7 @@ class FakeLocal(LocalModel):
         return generation
 
     def go_on(self, prepared: TierRequest, text: str) -> TierRequest:
-        assert isinstance(prepared.prompt, TokenIds)
-        return replace(prepared, prompt=TokenIds([*prepared.prompt.ids, *self.fake.tokenizer.encode(text)]))
+        return continued(prepared, text, self.fake.tokenizer.encode(text))
 
     def text(self, params: SamplingParams = GREEDY, messages: Sequence[Mapping[str, Any]] = QUESTION) -> str:
         """What it answers."""

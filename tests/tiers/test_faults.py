@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,12 +163,13 @@ def test_the_local_model_goes_on_where_the_policy_says_so(fault: str, tmp_path: 
         upstream(script()) as server,
         house(tmp_path, cloud(server.url, timeouts=QUICK) + policy) as here,
     ):
-        answer = here.ask()
+        begun = "so far so good"
+        answer = here.ask(params=replace(GREEDY, max_tokens=12 + len(begun)))  # a token is a byte here
         fake = here.local.fake
         ids = fake.tokenizer.encode(fake.template.render(QUESTION), parse_special=True)
-        with fake.start_completion([*ids, *fake.tokenizer.encode("so far so good")], GREEDY) as generation:
+        with fake.start_completion([*ids, *fake.tokenizer.encode(begun)], GREEDY) as generation:
             rest = "".join(chunk.text for chunk in generation)
-        assert answer.text == "so far so good" + rest
+        assert answer.text == begun + rest
         assert answer.tiers == ["cloud", "local"]
         assert why in (answer.route.continued or "")
 

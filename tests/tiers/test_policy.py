@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from edge_runtime.errors import PolicyError
 from edge_runtime.facts import Facts
+from edge_runtime.grammar import Grammar
 from edge_runtime.policy import language
 from edge_runtime.policy.check import problems
 from edge_runtime.policy.rules import read_policy
@@ -246,7 +248,7 @@ def test_what_an_old_policy_had_open_is_closed(tmp_path: Path, monkeypatch: pyte
         pytest.param(
             {"languages": ["de"]}, "Why is the sky so blue and beautiful today?", About(), False, marks=needs_cld2
         ),
-        ({"schema": True}, "x", About(extras={"response_format": {"type": "json_object"}}), True),
+        ({"schema": True}, "x", About(), False),
         ({"schema": False}, "x", About(), True),
         ({"keywords": ["x"], "header": {"a": "b"}}, "x", About(), False),
     ],
@@ -259,6 +261,14 @@ def test_a_class_takes_what_it_says(
         decision = here.dispatcher.decide(TierRequest(Messages([{"role": "user", "content": question}]), GREEDY, about))
         assert decision.task.name == ("wanted" if holds else "rest")
         assert decision.route.because
+
+
+def test_a_class_may_take_what_asks_for_json(tmp_path: Path) -> None:
+    policy = LOCAL + task(name="wanted", match={"schema": True}) + task(name="rest")
+    with house(tmp_path, policy) as here:
+        for grammar, name in ((Grammar.json_object(), "wanted"), (Grammar.regex("yes|no"), "rest"), (None, "rest")):
+            params = replace(GREEDY, grammar=grammar)
+            assert here.dispatcher.decide(TierRequest(Messages(QUESTION), params)).task.name == name
 
 
 def test_what_no_class_takes_stays_here(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from edge_runtime.egress.detectors import detectors, find
 from edge_runtime.egress.redaction import ChunkRestorer, Redaction, Restorer
+from edge_runtime.grammar import Grammar
 from edge_runtime.prompts import About
 from edge_runtime.request import Chunk
+from edge_runtime.sampling import SamplingParams
 from tests.tiers.house import LOCAL, cloud, house, task
 from tests.tiers.upstream import DONE, Connection, answers, delta, stream, upstream
 
@@ -184,12 +186,12 @@ def test_an_answer_in_json_stays_json(tmp_path: Path) -> None:
         assert placeholder
         client.send(stream(delta(f'{{"key": "{placeholder[0]}"}}'), delta(finish="stop"), DONE))
 
-    about = About(extras={"response_format": {"type": "json_object"}})
+    params = SamplingParams(grammar=Grammar.json_object())
     with (
         upstream(reply) as server,
         house(tmp_path, cloud(server.url) + LOCAL + task(prefer="remote", privacy="redact")) as here,
     ):
-        answer = here.ask([{"role": "user", "content": f"the key is {key}"}], about=about)
+        answer = here.ask([{"role": "user", "content": f"the key is {key}"}], params)
         assert json.loads(answer.text) == {"key": key}
 
 

@@ -64,6 +64,23 @@ def test_what_cannot_be_asked_now_is_missing_only_if_it_was_preferred() -> None:
     assert not never.missing
 
 
+def test_where_no_remote_tier_can_be_asked_it_says_what_was_not_done() -> None:
+    """A local answer that would have been judged, or not even begun."""
+    off = [local(), remote(refusal="offline")]
+    unjudged = Router.choose(PARAMS, ANY, off, Estimate(0.5, 0.1))
+    assert "not judged" in unjudged.reasons["local"]
+    assert not unjudged.missing
+    assert not unjudged.judge
+    hard = Router.choose(PARAMS, ANY, off, Estimate(0.05, 0.1))
+    assert hard.order == ("local",)
+    assert hard.missing == {"cloud": "offline"}
+    for candidates in ([local()], [local(), remote()], [local(), remote(refusal="offline", unsupported="no tools")]):
+        assert "not judged" not in Router.choose(PARAMS, ANY, candidates).reasons["local"]
+    private = Router.choose(PARAMS, TaskClass(name="mine"), off, Estimate(0.05, 0.1))
+    assert "not judged" not in private.reasons["local"]
+    assert not private.missing
+
+
 def test_what_is_too_hard_goes_elsewhere_first() -> None:
     both = [local(), remote()]
     assert Router.choose(PARAMS, ANY, both, Estimate(0.05, 0.1)).order == ("cloud", "local")

@@ -1,0 +1,50 @@
+"""``response_format``: the form that the answer to a chat must have."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from edge_runtime.errors import InvalidRequest
+from edge_runtime.grammar import Grammar
+
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+
+class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``strict`` makes no difference here: an answer always has the form."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: str
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> Grammar | None:
+        """None: text, of any form. InvalidRequest, with the field's path."""
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise InvalidRequest(f"a response_format of type {self.type} has no json_schema", "response_format")
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return Grammar.json_object()
+        if self.type != "json_schema":
+            raise InvalidRequest(
+                f"response_format.type must be text, json_object or json_schema, not {self.type!r}",
+                "response_format.type",
+            )
+        wish = self.json_schema
+        if wish is None:
+            raise InvalidRequest("response_format.json_schema is missing", "response_format.json_schema")
+        if not _NAME.fullmatch(wish.name):
+            raise InvalidRequest(
+                "response_format.json_schema.name must have 1 to 64 letters, digits, _ or -",
+                "response_format.json_schema.name",
+            )
+        return Grammar.json_schema(wish.schema or {}, wish.name, wish.description, wish.strict)
