@@ -62,8 +62,8 @@ def wrong_language(text: str, question: str, asked_in: str | None) -> str | None
 
 
 def broken_json(text: str, ended: bool) -> str | None:
-    """No JSON, where JSON was asked for; cut off, if it has ended. More cannot be wrong with the form: the sampler holds
-    a model to a schema (:mod:`edge_runtime.constraints`), and what cannot be held to is never begun here."""
+    """No JSON, where JSON was asked for; cut off, if it has ended. More cannot be wrong with its form: the sampler
+    holds it to the schema (:mod:`edge_runtime.constraints`), and what it cannot be held to is not begun here."""
     begun = text.lstrip().removeprefix("```json").lstrip("`\n ")
     if begun and begun[0] not in "{[":
         return "it is no JSON"
