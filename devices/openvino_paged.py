@@ -78,8 +78,11 @@ class OpenVinoDecoder(PagedDecoder):
         ov, core = new_core()
         model = read_model(core, spec.model)
         self._ov = ov
-        self._unpacked: Any = model
-        """Keeps the weights mapped until the first inference has packed them all."""
+        self._mapped: Any = model
+        """Keeps the weights mapped: they are packed by inferences."""
+        self._packed_for: set[int] = set()
+        """Numbers of tokens, in powers of two, for which they have been. With VNNI the first inference packs for all;
+        without, OpenVINO takes another product for one token, for some tens and for more, and each packs anew."""
         self._folder = spec.model.parent
         long_offset = rope_offset(model, spec)
         defaults = precision_defaults(model)
@@ -162,10 +165,10 @@ class OpenVinoDecoder(PagedDecoder):
         with engine_errors("running a batch"):
             for name, values in inputs.items():
                 self._request.set_tensor(name, self._ov.Tensor(values))
-            packing = nullcontext() if self._unpacked is None else releasing_file_pages(self._folder)
-            with packing, self._stopwatch:
+            packed = tokens.bit_length() in self._packed_for
+            with nullcontext() if packed else releasing_file_pages(self._folder), self._stopwatch:
                 self._request.infer()
-            self._unpacked = None
+            self._packed_for.add(tokens.bit_length())
             logits = self._request.get_output_tensor(0).data
         bounds = np.cumsum([part.rows for part in asked])
         logits = logits.reshape(-1, self._vocab_size)
@@ -174,7 +177,7 @@ class OpenVinoDecoder(PagedDecoder):
     # ---- the end
 
     def _release(self) -> None:
-        self._request = self._unpacked = None
+        self._request = self._mapped = None
         self.caches.clear()
         release_model(self._compiled)
         self._compiled = None
