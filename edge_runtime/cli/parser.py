@@ -1,0 +1,238 @@
+"""What can be said on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from edge_runtime.cli.arguments import (
+    REFERENCE_HELP,
+    WEIGHTS,
+    add_device,
+    add_engine,
+    add_fallback,
+    add_kv_type,
+    add_loading,
+    add_max_prompt,
+    add_memory_budget,
+    add_policy,
+    add_prefix_store,
+    add_prefixes,
+    add_weights,
+    add_workload,
+)
+
+
+class _Version(argparse.Action):
+    """Looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
+        from edge_runtime.version import version
+
+        print(f"edge-glm {version()}")
+        parser.exit()
+
+
+class _Intermixed(argparse.ArgumentParser):
+    """Takes ``run REF --max-tokens 9 PROMPT`` too: argparse ends the positional arguments at the first flag."""
+
+    _inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._inside:  # parse_known_intermixed_args comes back here
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+
+def make_parser() -> argparse.ArgumentParser:
+    common = _Intermixed(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+    parser = argparse.ArgumentParser(
+        prog="edge-glm", description="Run language models on this machine.", parents=[common]
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Intermixed)
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", parents=[common])
+
+    pull = add("pull", "get a model and prepare it for this machine")
+    pull.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
+    add_device(pull)
+    add_engine(pull, default=None, help="prepare it for this engine (default: the one that --device picks)")
+    add_weights(pull)
+
+    export = add("export", "make a model package in a folder of your choice")
+    export.add_argument("source", metavar="SRC", help=REFERENCE_HELP)
+    export.add_argument("-o", "--output", required=True, metavar="DIR", help="the package; variants are added to one")
+    add_engine(export, default="all", help="default: all")
+    add_weights(export)
+
+    run = add("run", "answer a prompt, or chat")
+    run.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
+    run.add_argument("prompt", metavar="PROMPT", nargs="?", help="- or none: standard input; on a terminal: a chat")
+    add_device(run)
+    add_fallback(run)
+    add_weights(run, auto=True)
+    add_loading(run)
+    add_max_prompt(run)
+    add_prefixes(run)
+    add_workload(run, "one")
+    add_policy(run)
+    run.add_argument("--system", metavar="TEXT", help="system message")
+    run.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: to the end of the context)")
+    run.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    run.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
+
+    serve = add("serve", "serve the OpenAI-compatible HTTP API")
+    serve.add_argument("ref", metavar="REF", nargs="?", help=f"{REFERENCE_HELP} (default: the only model here)")
+    add_device(serve)
+    add_fallback(serve)
+    add_weights(serve, auto=True)
+    add_loading(serve)
+    add_max_prompt(serve)
+    add_prefixes(serve)
+    add_workload(serve, "many")
+    add_policy(serve)
+    serve.add_argument("--host", metavar="ADDRESS", help="default: 127.0.0.1")
+    serve.add_argument("--port", type=int, metavar="N", help="default: 8000")
+    serve.add_argument("--api-key", metavar="KEY", help="ask clients for this key; better set EDGE_GLM_API_KEY")
+
+    listing = add("list", "list the models on this machine")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+
+    show = add("show", "show what a model is")
+    show.add_argument("ref", metavar="REF", help="a name from `edge-glm list`, or a reference")
+    show.add_argument("--verify", action="store_true", help="check the hash of every file")
+    show.add_argument("--json", action="store_true", help="print the manifest")
+
+    remove = add("rm", "remove a model from this machine")
+    remove.add_argument("ref", metavar="REF", help="a name from `edge-glm list`, or a reference")
+
+    devices = add("devices", "list devices, and why one cannot be used")
+    devices.add_argument("--json", action="store_true", help="print JSON")
+
+    plan = add("plan", "show what memory a model takes on each device, and what fits a budget")
+    plan.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
+    add_device(plan)
+    add_weights(plan, auto=True)
+    add_memory_budget(plan)
+    add_kv_type(plan)
+    add_prefix_store(plan)
+    add_workload(plan, "one")
+    plan.add_argument("--context", type=int, metavar="N", help="tokens of each sequence (default: what fits)")
+    plan.add_argument("--sequences", type=int, metavar="N", help="sequences of so many tokens at once (default: 1)")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+    bench = add("bench", "measure a model here, or a server")
+    _add_bench(bench)
+
+    route = add("route", "say which tier a prompt goes to and why; check a policy; calibrate for a model")
+    _add_route(route)
+
+    ledger = add("ledger", "show, verify or export what has left this device")
+    ledger.add_argument("action", choices=("show", "verify", "export"))
+    ledger.add_argument("--last", type=int, metavar="N", help="the newest N rows only (show: 20)")
+    ledger.add_argument("--head", metavar="HASH", help="verify: a hash that was the last once, and must be there")
+    ledger.add_argument("--output", metavar="FILE", help="export: JSON lines (default: standard output)")
+
+    deferred = add("deferred", "list requests that are answered later, show or remove one")
+    deferred.add_argument("id", metavar="ID", nargs="?", help="show this one")
+    deferred.add_argument("--remove", action="store_true", help="remove it")
+    deferred.add_argument("--json", action="store_true", help="print JSON")
+
+    evaluate = add("eval", "measure how faithful a model is to another, on texts")
+    evaluate.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
+    evaluate.add_argument("--reference", metavar="REF2", help="the model that it should be like, as a wider export")
+    evaluate.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 texts (default: three that come along)")
+    add_device(evaluate)
+    add_weights(evaluate)
+    evaluate.add_argument("--reference-device", metavar="DEVICE", help="default: as --device")
+    evaluate.add_argument("--reference-weights", choices=WEIGHTS, help="the reference's format, where it has several")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    tune = add("tune", "find out how a model runs fastest here, and remember it")
+    _add_tune(tune)
+    return parser
+
+
+def _add_route(route: argparse.ArgumentParser) -> None:
+    words = "a prompt (- for standard input); `tasks -o FILE`: write tasks with known answers; `calibrate FILE`"
+    route.add_argument("words", metavar="PROMPT", nargs="*", help=words)
+    route.add_argument("--check", action="store_true", help="only check the policy (PROMPT is its file, or --policy)")
+    route.add_argument("--model", metavar="REF", help="the model that answers here (default: the only one)")
+    add_device(route)
+    add_memory_budget(route)
+    add_policy(route)
+    route.add_argument("--answer", action="store_true", help="have it answered too, and show what was decided then")
+    route.add_argument("--header", action="append", metavar="NAME=VALUE", help="as if the request had it")
+    route.add_argument("--metadata", action="append", metavar="NAME=VALUE", help="likewise")
+    route.add_argument("--field", action="append", metavar="NAME=VALUE", help="likewise")
+    route.add_argument("--max-tokens", type=int, metavar="N", help="likewise")
+    route.add_argument("--json", action="store_true", help="print JSON")
+    route.add_argument("--count", type=int, metavar="N", default=720, help="tasks: of each half (default: 720)")
+    route.add_argument("--seed", type=int, metavar="N", default=0, help="tasks: others with another seed")
+    route.add_argument("-o", "--output", metavar="FILE", help="of tasks; calibrate: default calibration.json")
+    wanted = route.add_mutually_exclusive_group()
+    wanted.add_argument("--remote-share", type=float, metavar="S", help="calibrate: at most so much may go elsewhere")
+    wanted.add_argument("--quality", type=float, metavar="Q", help="calibrate: keep so much of the remote's quality")
+    route.add_argument("--html", metavar="FILE", help="calibrate: write a report with plots")
+
+
+def _add_tune(tune: argparse.ArgumentParser) -> None:
+    tune.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
+    add_device(tune)
+    add_weights(tune)
+    add_workload(tune, "one", "tune for one stream, many, or long prompts")
+    tune.add_argument("--prompt-tokens", type=int, metavar="N", help="default: 512; four times as many for long")
+    tune.add_argument("--new-tokens", type=int, metavar="N", help="default: 64; 32 for long")
+    tune.add_argument("--time-limit", type=float, metavar="S", default=300.0, help="seconds (default: 300)")
+    add_memory_budget(tune)
+    tune.add_argument(
+        "--allow-int8-kv",
+        action="store_true",
+        help="also try a KV cache of 8 bits, which is smaller and may be faster, but changes some answers",
+    )
+    tune.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("ref", metavar="REF", nargs="?", help=f"{REFERENCE_HELP}; none with --url")
+    bench.add_argument("--prompt-tokens", type=int, metavar="N", help="default: 512")
+    bench.add_argument("--new-tokens", type=int, metavar="N", help="default: 64")
+    bench.add_argument("--concurrency", type=int, metavar="N", help="streams at once (default: 1)")
+    bench.add_argument("--seed", type=int, metavar="N", help="of prompts and arrivals (default: 0)")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.add_argument("--output", metavar="FILE", help="write the JSON to a file too")
+    bench.add_argument("--html", metavar="FILE", help="write a report with plots")
+    bench.add_argument("--compare", metavar="FILE", help="ratios to an earlier measurement's JSON")
+    here = bench.add_argument_group("a model here")
+    for add in (add_device, add_weights, add_loading):
+        add(here)
+    here.add_argument(
+        "--every-device",
+        action="store_true",
+        default=None,
+        help="measure all devices that auto may choose, with one stream, many and long prompts; auto then goes by it",
+    )
+    here.add_argument("--repeats", type=int, metavar="N", help="measured rounds, after one to warm up (default: 5)")
+    here.add_argument("--shared-prefix", type=int, metavar="N", help="also: first token after N tokens known already")
+    here.add_argument(
+        "--copy", action="store_true", default=None, help="also: answers that repeat their prompt, with prompt lookup"
+    )
+    here.add_argument("--no-nll", dest="nll", action="store_false", default=None, help="do not score the bundled text")
+    server = bench.add_argument_group("a server")
+    server.add_argument("--url", help="any OpenAI-compatible server, as http://127.0.0.1:8000")
+    server.add_argument("--model", metavar="NAME", help="default: the only one it has")
+    server.add_argument(
+        "--chat", action="store_true", default=None, help="ask /v1/chat/completions, not /v1/completions"
+    )
+    server.add_argument("--api-key", metavar="KEY", help="the server's")
+    server.add_argument("--requests", type=int, metavar="N", help="default: 20, or 5 for each of --concurrency")
+    server.add_argument("--rate", type=float, metavar="R", help="Poisson arrivals, R requests a second on average")
+    server.add_argument("--goodput", nargs="+", metavar="LIMIT", help="count requests within ttft:MS and tpot:MS")

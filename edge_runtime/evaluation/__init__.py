@@ -1,0 +1,1 @@
+"""How faithful one model is to another."""

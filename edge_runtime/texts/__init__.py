@@ -1,0 +1,1 @@
+"""Texts in the public domain: see README.md."""
