@@ -25,6 +25,7 @@ import msgspec
 
 from devices.base import DecoderSpec, Engine
 from edge_runtime.errors import CorruptModel, ModelNotFound, StorageError, UnsupportedModel
+from edge_runtime.recipe import Compression
 
 MANIFEST = "edge_glm.json"
 SCHEMA_VERSION = 1
@@ -48,7 +49,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The model for one engine at one weight format."""
 
     name: str
@@ -57,6 +58,8 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     """Path of the graph file."""
     files: tuple[FileEntry, ...]
+    compression: Compression | None = None
+    """How it was made smaller; None: as the weight format says."""
 
     @property
     def bytes(self) -> int:

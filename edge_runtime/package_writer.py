@@ -38,6 +38,7 @@ from edge_runtime.package import (
     is_package,
     storage_errors,
 )
+from edge_runtime.recipe import Compression
 from edge_runtime.version import version
 
 
@@ -76,11 +77,13 @@ class PackageWriter:
         path.mkdir()
         return path
 
-    def add_variant(self, name: str, engine: Engine, weights: Weights, model: str) -> None:
+    def add_variant(
+        self, name: str, engine: Engine, weights: Weights, model: str, compression: Compression | None = None
+    ) -> None:
         """Record the files of ``variant_folder(name)``, which are complete; ``model`` is the graph's file name."""
         root = self.folder / name
         files = tuple(file_entry(self.folder, path) for path in sorted(root.rglob("*")) if path.is_file())
-        self._variants.append(Variant(name, engine, weights, f"{name}/{model}", files))
+        self._variants.append(Variant(name, engine, weights, f"{name}/{model}", files, compression))
 
     def commit(self, contents: PackageContents) -> None:
         """Put the package, or the added variants, in place. Last call of the block."""

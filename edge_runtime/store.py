@@ -22,6 +22,7 @@ from edge_runtime.locks import file_lock
 from edge_runtime.package import WEIGHTS, ArchitectureSummary, Package, Variant, Weights, is_package, storage_errors
 from edge_runtime.package_writer import write_package
 from edge_runtime.paths import Home
+from edge_runtime.recipe import Recipe
 from edge_runtime.references import (
     CatalogueReference,
     HubReference,
@@ -198,9 +199,18 @@ class Store:
 
 
 def export_package(
-    source: str, folder: Path, engines: list[Engine], weights: Weights, progress: Progress | None = None
+    source: str,
+    folder: Path,
+    engines: list[Engine],
+    weights: Weights,
+    progress: Progress | None = None,
+    *,
+    recipe: Recipe | None = None,
+    calibration: Path | None = None,
 ) -> Package:
-    """Make a package in ``folder`` from any reference but a package. See :func:`exporters.export.export`."""
+    """Make a package in ``folder`` from any reference but a package. See :func:`exporters.export.export`.
+
+    ``calibration``: a text for a recipe that takes one; None: the one that comes along."""
     reference = parse_reference(source)
     if isinstance(reference, PackageReference):
         raise UnknownReference(f"{source} is a package already; export needs the model it was made from")
@@ -208,7 +218,7 @@ def export_package(
         fetched = _fetch(reference, Path(workdir), progress)
         if isinstance(fetched.path, Path) and is_package(fetched.path):
             raise UnknownReference(f"{source} is a package already; use edge-glm pull")
-        _export(fetched, folder, engines, weights, progress, name=folder.absolute().name)
+        _export(fetched, folder, engines, weights, progress, folder.absolute().name, recipe, calibration)
     return Package.open(folder)
 
 
@@ -266,13 +276,44 @@ def _outline(fetched: Fetched, weights: Weights) -> Outline:
 
 
 def _export(
-    fetched: Fetched, folder: Path, engines: list[Engine], weights: Weights, progress: Progress | None, name: str
+    fetched: Fetched,
+    folder: Path,
+    engines: list[Engine],
+    weights: Weights,
+    progress: Progress | None,
+    name: str,
+    recipe: Recipe | None = None,
+    calibration: Path | None = None,
 ) -> None:
+    from edge_runtime.evaluation.metrics import Tally
+    from edge_runtime.evaluation.texts import calibration_text, evaluation_texts, read_text
+    from exporters.compression.compress import Shrinking, Text
     from exporters.export import export
     from exporters.formats import open_checkpoint
 
     chosen = [_EXPORT_NAMES[engine] for engine in engines]
-    export(open_checkpoint(fetched.path), folder, chosen, weights, progress, name=name, provenance=fetched.provenance)
+    shrinking = None
+    if recipe is not None:
+        text = None
+        if recipe.calibrated:
+            name, words = (
+                ("calibration.txt", calibration_text())
+                if calibration is None
+                else (calibration.name, read_text(calibration))
+            )
+            text = Text(name, words)
+        evaluation = [Text(each, words) for each, words in evaluation_texts().items()]
+        shrinking = Shrinking(recipe, text, evaluation, Tally)
+    export(
+        open_checkpoint(fetched.path),
+        folder,
+        chosen,
+        weights,
+        progress,
+        name=name,
+        provenance=fetched.provenance,
+        shrinking=shrinking,
+    )
 
 
 def _display_name(reference: Reference) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from edge_runtime.errors import CorruptModel, StorageError
-from edge_runtime.package import ArchitectureSummary, Weights
+from edge_runtime.errors import ConfigError, CorruptModel, StorageError
+from edge_runtime.package import ArchitectureSummary, Manifest, Weights, storage_errors
 from edge_runtime.package_writer import PackageContents, PackageWriter, write_package
+from edge_runtime.recipe import Compression, Recipe
 from exporters.architecture import Architecture
 from exporters.checkpoint import Checkpoint, TextFiles
+from exporters.compression.compress import Shrinking, shrink
 from exporters.graphs import Engine, write_graph
 from exporters.network import parameters
 from exporters.npu_weights import NpuCheckpoint
@@ -32,27 +36,36 @@ def export(
     *,
     name: str | None = None,
     provenance: Mapping[str, Any] | None = None,
+    shrinking: Shrinking | None = None,
 ) -> None:
     """Write ``source`` as the package ``folder``, or add the variants that are missing to the package there.
 
     ``name`` is the package's (default: the folder's); ``provenance`` is put over the checkpoint's own. About one layer
-    is in memory at a time. Raises StorageError, UnsupportedModel, CorruptModel; ``folder`` is then as it was.
+    is in memory at a time. ``shrinking``: by a recipe, in place of what ``weights`` means by itself. Raises
+    StorageError, UnsupportedModel, CorruptModel, ConfigError; ``folder`` is then as it was.
     """
+    if shrinking is not None and weights != "int4":
+        raise ConfigError(f"a recipe is for int4 weights, not {weights}")
     made_from = {**source.provenance, **(provenance or {})}
     with write_package(folder) as writer:
         if writer.existing is not None:
             _check_same(writer.existing.provenance, made_from, folder)
+            _check_recipe(writer.existing, weights, None if shrinking is None else shrinking.recipe, folder)
         names = {f"{engine}-{weights}": engine for engine in engines}
         missing = {variant: engine for variant, engine in names.items() if not writer.has_variant(variant)}
         if not missing:
             return
         _check_vocabulary(source)
-        for variant, engine in missing.items():
-            report = None if progress is None else _named(progress, variant)
-            checkpoint = (
-                NpuCheckpoint(source, weights) if engine == "openvino-npu" else QuantizedCheckpoint(source, weights)
-            )
-            _write_variant(writer, checkpoint, variant, engine, weights, report)
+        with ExitStack() as stack:
+            made, compression = source, None
+            if shrinking is not None:
+                made, compression = stack.enter_context(_shrunk(source, shrinking, writer.folder, progress))
+            for variant, engine in missing.items():
+                report = None if progress is None else _named(progress, variant)
+                quantized = (
+                    NpuCheckpoint(made, weights) if engine == "openvino-npu" else QuantizedCheckpoint(made, weights)
+                )
+                _write_variant(writer, quantized, variant, engine, weights, report, compression)
         writer.commit(_contents(source, name or folder.absolute().name, made_from))
 
 
@@ -67,6 +80,7 @@ def _write_variant(
     engine: Engine,
     weights: Weights,
     progress: Callable[[int, int], None] | None,
+    compression: Compression | None,
 ) -> None:
     target = writer.variant_folder(variant)
     # Weight files grow on the package's disk, which needs the room anyway; a temporary folder may be in memory.
@@ -76,7 +90,26 @@ def _write_variant(
         runs_on, file = write_graph(checkpoint, engine, weights, target, scratch, progress)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    writer.add_variant(variant, runs_on, weights, file)
+    writer.add_variant(variant, runs_on, weights, file, compression)
+
+
+@contextmanager
+def _shrunk(
+    source: Checkpoint, shrinking: Shrinking, folder: Path, progress: Progress | None
+) -> Iterator[tuple[Checkpoint, Compression]]:
+    """``folder``: on whose disk the tensors lie meanwhile."""
+    with storage_errors(f"cannot keep tensors in {folder}"), tempfile.TemporaryDirectory(dir=folder) as tensors:
+        yield shrink(source, shrinking, Path(tensors), progress)
+
+
+def _check_recipe(existing: Manifest, weights: Weights, recipe: Recipe | None, folder: Path) -> None:
+    """Variants of one format are made alike, or nobody could tell which one is meant."""
+    for variant in existing.variants:
+        made = None if variant.compression is None else variant.compression.recipe
+        if variant.weights == weights and made != recipe:
+            raise StorageError(
+                f"{folder} has {variant.name}, which was made by another recipe; choose another folder, or remove it"
+            )
 
 
 def _check_same(existing: Mapping[str, Any], fresh: Mapping[str, Any], folder: Path) -> None:

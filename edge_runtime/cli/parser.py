@@ -72,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("-o", "--output", required=True, metavar="DIR", help="the package; variants are added to one")
     add_engine(export, default="all", help="default: all")
     add_weights(export)
+    _add_recipe(export)
 
     run = add("run", "answer a prompt, or chat")
     run.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
@@ -159,6 +160,24 @@ def make_parser() -> argparse.ArgumentParser:
     tune = add("tune", "find out how a model runs fastest here, and remember it")
     _add_tune(tune)
     return parser
+
+
+def _add_recipe(export: argparse.ArgumentParser) -> None:
+    recipe = export.add_argument_group(
+        "int4 by a recipe", "what a 4-bit source has is rounded anew where it has not that form already"
+    )
+    recipe.add_argument(
+        "--method",
+        choices=("nearest", "gptq", "awq", "awq+gptq"),
+        help="round each weight by itself, make errors good by later ones, scale up inputs that matter, or both",
+    )
+    recipe.add_argument("--group", type=int, metavar="N", help="columns that share a scale: 16 to 128 (default: 32)")
+    recipe.add_argument("--symmetric", action="store_true", default=None, help="no zero points")
+    recipe.add_argument("--embedding-bits", type=int, choices=(4, 8), help="of embedding and head (default: 8)")
+    recipe.add_argument(
+        "--bits", type=float, metavar="B", help="bits a weight on average: what suffers most has 8, as many as fit"
+    )
+    recipe.add_argument("--calibrate", metavar="FILE", help="a text to learn from (default: one that comes along)")
 
 
 def _add_route(route: argparse.ArgumentParser) -> None:

@@ -91,6 +91,11 @@ class Tally:
             whole.answer_tokens = max(whole.answer_tokens, each.answer_tokens)
         return whole
 
+    def summary(self) -> dict[str, float]:
+        """What a reference is needed for."""
+        figures = msgspec.to_builtins(self.figures())
+        return {name: value for name, value in figures.items() if isinstance(value, float)}
+
     def figures(self) -> Figures:
         nll = np.concatenate(self.nll).astype(np.float64)
         figures = Figures(len(nll), float(nll.mean()), math.exp(nll.mean()))
