@@ -20,7 +20,7 @@ from exporters.checkpoint import Checkpoint, TextFiles
 from exporters.compression.compress import Shrinking, shrink
 from exporters.graphs import Engine, write_graph
 from exporters.network import parameters
-from exporters.npu_weights import NpuCheckpoint
+from exporters.npu_weights import GROUP, NpuCheckpoint
 from exporters.quantize import QuantizedCheckpoint
 
 Progress = Callable[[str, int, int], None]
@@ -44,8 +44,8 @@ def export(
     is in memory at a time. ``shrinking``: by a recipe, in place of what ``weights`` means by itself. Raises
     StorageError, UnsupportedModel, CorruptModel, ConfigError; ``folder`` is then as it was.
     """
-    if shrinking is not None and weights != "int4":
-        raise ConfigError(f"a recipe is for int4 weights, not {weights}")
+    if shrinking is not None:
+        _check_possible(shrinking.recipe, weights, engines)
     made_from = {**source.provenance, **(provenance or {})}
     with write_package(folder) as writer:
         if writer.existing is not None:
@@ -100,6 +100,16 @@ def _shrunk(
     """``folder``: on whose disk the tensors lie meanwhile."""
     with storage_errors(f"cannot keep tensors in {folder}"), tempfile.TemporaryDirectory(dir=folder) as tensors:
         yield shrink(source, shrinking, Path(tensors), progress)
+
+
+def _check_possible(recipe: Recipe, weights: Weights, engines: Sequence[Engine]) -> None:
+    if weights != "int4":
+        raise ConfigError(f"a recipe is for int4 weights, not {weights}")
+    if "openvino-npu" in engines and not (recipe.symmetric and recipe.group == GROUP and recipe.bits is None):
+        raise ConfigError(
+            f"NPUs take groups of {GROUP} without zero points, and no matrices of more bits in between: add "
+            f"--group {GROUP} --symmetric, and leave --bits out"
+        )
 
 
 def _check_recipe(existing: Manifest, weights: Weights, recipe: Recipe | None, folder: Path) -> None:

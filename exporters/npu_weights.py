@@ -46,10 +46,22 @@ class NpuCheckpoint(CheckpointView):
         value = self._base.tensor(name)
         if not isinstance(value, QuantizedTensor) and value.ndim == 1:
             return value
+        if self._grouped and is_npu_form(value):
+            return value
         cols = value.shape[1]
         if name in ("embed", "head") or (self._grouped and cols % GROUP):
             return symmetric(value, 8, cols)
         return symmetric(value, 4, GROUP if self._grouped else cols)
+
+
+def is_npu_form(tensor: Tensor) -> bool:
+    """A recipe has made it so: it is not rounded a second time."""
+    return (
+        isinstance(tensor, QuantizedTensor)
+        and tensor.bits == 4
+        and tensor.group == GROUP
+        and bool((tensor.zero == 8).all())
+    )
 
 
 def symmetric(tensor: Tensor, bits: int, group: int) -> QuantizedTensor:

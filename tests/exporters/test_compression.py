@@ -30,6 +30,7 @@ from exporters.compression.sensitivity import sensitivities
 from exporters.compression.tensor_folder import ReplacedCheckpoint, TensorFolder
 from exporters.export import export
 from exporters.network import build, tensor_names
+from exporters.npu_weights import NpuCheckpoint
 from exporters.quantize import quantize
 from exporters.safetensors_checkpoint import SafetensorsCheckpoint
 from exporters.synthetic import SyntheticCheckpoint
@@ -358,6 +359,21 @@ def test_a_package_made_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixtur
         export(source, folder, engines=["openvino-npu"], weights="int4")
     with pytest.raises(ConfigError, match="int4 weights"):
         export(source, folder, engines=["onnx"], weights="int8", shrinking=shrinking)
+
+
+def test_npus_have_a_form_of_their_own(tmp_path: Path) -> None:
+    wide = Spoken(replace(SHORT, vocab_size=512, hidden_size=128))
+    made, _ = compress(wide, Recipe(method="gptq", group=128, symmetric=True), TEXT, tmp_path)
+    there = NpuCheckpoint(made, "int4")
+    for name in ("layers.0.q", "layers.1.down", "layers.0.gate"):
+        ours, theirs = made.tensor(name), there.tensor(name)
+        assert isinstance(ours, QuantizedTensor)
+        assert isinstance(theirs, QuantizedTensor)
+        np.testing.assert_array_equal(ours.codes, theirs.codes)
+        np.testing.assert_array_equal(ours.scale, theirs.scale)
+    for recipe in (Recipe(method="gptq"), Recipe(group=128), Recipe(group=128, symmetric=True, bits=5)):
+        with pytest.raises(ConfigError, match="--group 128 --symmetric"):
+            export(wide, tmp_path / "npu", engines=["openvino-npu"], shrinking=Shrinking(recipe, TEXT))
 
 
 def test_a_run_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
