@@ -89,7 +89,7 @@ def _compression_lines(variant: Variant) -> Iterator[str]:
         parts.append(f"{len(made.wide)} matrices of 8")
     if made.calibration is not None:
         parts.append(f"by {made.calibration.tokens:,} tokens of {made.calibration.name}")
-    yield f"{'made by':12}  {', '.join(parts)}"
+    yield f"{'recipe':12}  {', '.join(parts)}"
     if made.quality:
         quality = made.quality
         yield (
