@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from devices.base import DecoderSpec, Engine
-from edge_runtime.errors import CorruptModel, ModelNotFound, StorageError, UnsupportedModel
+from edge_runtime.errors import ConfigError, CorruptModel, ModelNotFound, StorageError, UnsupportedModel
 from edge_runtime.recipe import Compression
 
 MANIFEST = "edge_glm.json"
@@ -235,7 +235,7 @@ def decode_manifest(data: bytes, origin: Path) -> Manifest:
                 "update edge-glm or export the model again"
             )
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # ValidationError is a DecodeError
+    except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:  # the last: a recipe that cannot be
         raise CorruptModel(f"{origin} is not a valid manifest: {error}") from error
     _check_paths(manifest, origin)
     return manifest
