@@ -295,13 +295,10 @@ def _export(
     shrinking = None
     if recipe is not None:
         text = None
-        if recipe.calibrated:
-            name, words = (
-                ("calibration.txt", calibration_text())
-                if calibration is None
-                else (calibration.name, read_text(calibration))
-            )
-            text = Text(name, words)
+        if recipe.calibrated and calibration is None:
+            text = Text("calibration.txt", calibration_text())
+        elif recipe.calibrated and calibration is not None:
+            text = Text(calibration.name, read_text(calibration))
         evaluation = [Text(each, words) for each, words in evaluation_texts().items()]
         shrinking = Shrinking(recipe, text, evaluation, Tally)
     export(

@@ -95,7 +95,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert "not 48" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
     assert main([*out, "--method", "gptq", "--group", "64", "--bits", "8", "--calibrate", str(text)]) == 0
-    assert "mine.txt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("made: ")
+    assert "mine.txt" in said
+    assert Package.open(tmp_path / "made").name == "made"
     assert main(["show", str(tmp_path / "made"), "--json"]) == 0
     (variant,) = json.loads(capsys.readouterr().out)["variants"]
     assert variant["compression"]["recipe"] == {"method": "gptq", "group": 64, "bits": 8.0}
