@@ -46,6 +46,14 @@ class DecoderSpec:
     rope_switch: int | None = None
     """Longrope (Phi-3): sequences expected to grow longer than this use the long rotary factors, chosen
     for the whole sequence. None: the model has one set of factors."""
+    kv_heads: tuple[int, ...] = ()
+    """Per layer; empty: ``num_kv_heads`` in all, which is the most otherwise."""
+
+    @property
+    def heads_of_caches(self) -> tuple[int, ...]:
+        """Of keys and values, layer by layer: (k0, v0, k1, v1, …)."""
+        heads = self.kv_heads or (self.num_kv_heads,) * self.num_layers
+        return tuple(count for count in heads for _ in range(2))
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class DenseDecoder(SequenceDecoder[DenseSequence[K]]):
             max_sequences=options.max_sequences,
             prefill_chunk=options.prefill_chunk,
             kv_tokens=kv_tokens,
-            kv_bytes_per_token=2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * np.dtype(dtype).itemsize,
+            kv_bytes_per_token=sum(spec.heads_of_caches) * spec.head_dim * np.dtype(dtype).itemsize,
             rope_switch=spec.rope_switch,
         )
         super().__init__(device, limits)
@@ -158,7 +158,7 @@ class DenseDecoder(SequenceDecoder[DenseSequence[K]]):
         return sequence.kv.read(start, stop)
 
     def _shapes(self, tokens: int) -> list[tuple[int, int, int]]:
-        return [(self._spec.num_kv_heads, tokens, self._spec.head_dim)] * (2 * self._spec.num_layers)
+        return [(heads, tokens, self._spec.head_dim) for heads in self._spec.heads_of_caches]
 
     def restore(self, sequence: DenseSequence[K], snapshot: Snapshot) -> None:
         """See :class:`devices.base.DecoderSequence`."""

@@ -18,11 +18,11 @@ class DeviceKV:
     """Implements :class:`devices.dense_decoder.DenseKV` by OrtValues (1, kv_heads, capacity, head_dim) float32. What is
     not yet used is zero."""
 
-    def __init__(self, memory: Any, layers: int, kv_heads: int, head_dim: int, most: int) -> None:
-        """``memory``: ONNX Runtime's name for the device's. ``most``: tokens that will ever be held."""
+    def __init__(self, memory: Any, heads: Sequence[int], head_dim: int, most: int) -> None:
+        """``memory``: ONNX Runtime's name for the device's. ``heads``: of each value. ``most``: tokens that will ever
+        be held."""
         self._memory = memory
-        self._layers = layers
-        self._heads = kv_heads
+        self._heads = heads
         self._head_dim = head_dim
         self._most = most
         self._capacity = 0
@@ -42,7 +42,7 @@ class DeviceKV:
         self.close()
         self._capacity = min(capacity, self._most)
         with engine_errors("reserving a KV cache"):
-            self.values = [self._empty() for _ in range(2 * self._layers)]
+            self.values = [self._empty(heads) for heads in self._heads]
         if before is not None:
             self.write(0, before)
 
@@ -56,7 +56,7 @@ class DeviceKV:
         self.close()
         self._capacity = other._capacity
         with engine_errors("copying the KV cache"):
-            self.values = [self._empty() for _ in other.values]
+            self.values = [self._empty(heads) for heads in self._heads]
             onnxruntime.copy_tensors(other.values, self.values)
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.generic], ...]:
@@ -78,8 +78,8 @@ class DeviceKV:
         self.binding = None
         self._capacity = 0
 
-    def _empty(self) -> Any:
+    def _empty(self, heads: int) -> Any:
         import onnxruntime
 
-        shape = (1, self._heads, self._capacity, self._head_dim)
+        shape = (1, heads, self._capacity, self._head_dim)
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, memory_info=self._memory)

@@ -6,6 +6,7 @@ first written, and gets it back when a sequence ends or is cut. So memory follow
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Sequence
 
@@ -21,19 +22,21 @@ _KEEP_TOKENS = 64
 class KVRows:
     """Memory of ``rows`` sequences. Rows know nothing of their length: the caller says how many tokens are in use."""
 
-    def __init__(self, rows: int, layers: int, kv_heads: int, tokens: int, head_dim: int) -> None:
-        """``tokens``: the most a row can hold; the capacity is that, rounded up to whole pages.
+    def __init__(self, rows: int, heads: Sequence[int], tokens: int, head_dim: int) -> None:
+        """``heads``: of each buffer, as :attr:`buffers` has them. ``tokens``: the most a row can hold; the capacity is
+        that, rounded up to whole pages.
 
         OSError or MemoryError if the address space cannot be had.
         """
         token_bytes = head_dim * np.dtype(np.float32).itemsize
         step = mmap.PAGESIZE // np.gcd(mmap.PAGESIZE, token_bytes)  # tokens of a head that are whole pages
         self.capacity = int(-(-tokens // step) * step)
-        self.shape = (rows, kv_heads, self.capacity, head_dim)
         self._token_bytes = token_bytes
-        size = int(np.prod(self.shape)) * 4
-        self._maps = [small_pages(size) for _ in range(2 * layers)]
-        self.buffers = [np.frombuffer(m, np.float32).reshape(self.shape) for m in self._maps]
+        shapes = [(rows, count, self.capacity, head_dim) for count in heads]
+        self._maps = [small_pages(math.prod(shape) * 4) for shape in shapes]
+        self.buffers = [
+            np.frombuffer(m, np.float32).reshape(shape) for m, shape in zip(self._maps, shapes, strict=True)
+        ]
         """Keys and values, layer by layer (k0, v0, k1, v1, …)."""
 
     def address(self, buffer: int, row: int) -> int:
@@ -69,13 +72,13 @@ class KVRows:
         """
         if (end - start < at_least and start > 0) or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        _, heads, capacity, _ = self.shape
-        head_bytes = capacity * self._token_bytes
+        head_bytes = self.capacity * self._token_bytes
         low = -(-start * self._token_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         high = min(-(-end * self._token_bytes // mmap.PAGESIZE) * mmap.PAGESIZE, head_bytes)
         if high <= low:
             return
-        for memory in self._maps:
+        for memory, buffer in zip(self._maps, self.buffers, strict=True):
+            heads = buffer.shape[1]
             for head in range(heads):
                 memory.madvise(mmap.MADV_DONTNEED, (row * heads + head) * head_bytes + low, high - low)
 

@@ -51,8 +51,8 @@ class RowsBinding:
         self._positions = positions
         self._shape: tuple[int, int] | None = None
         self.binding = session.io_binding()
-        shape = (count, *kv.shape[1:])
-        for buffer in range(len(kv.buffers)):
+        for buffer, rows in enumerate(kv.buffers):
+            shape = (count, *rows.shape[1:])
             layer, kind = buffer // 2, ("key", "value")[buffer % 2]
             address = kv.address(buffer, first)
             self.binding.bind_input(f"past_key_values.{layer}.{kind}", "cpu", 0, np.float32, shape, address)

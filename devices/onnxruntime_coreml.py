@@ -47,11 +47,14 @@ def coreml_options(cache_dir: Path | None) -> dict[str, str]:
 class HostKV:
     """Implements :class:`devices.dense_decoder.DenseKV` by arrays of fixed capacity."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[Any], count: int) -> None:
-        """``count`` caches of ``shape`` (kv_heads, capacity, head_dim); the system gives their memory when it is
-        written to."""
-        size = math.prod(shape) * dtype.itemsize
-        self.caches = [np.frombuffer(lazy_memory(size), dtype).reshape(shape) for _ in range(count)]
+    def __init__(self, heads: Sequence[int], capacity: int, head_dim: int, dtype: np.dtype[Any]) -> None:
+        """A cache (heads, capacity, head_dim) for each of ``heads``; the system gives their memory when it is written
+        to."""
+        shapes = [(each, capacity, head_dim) for each in heads]
+        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+        self.caches = [
+            np.frombuffer(lazy_memory(size), dtype).reshape(shape) for size, shape in zip(sizes, shapes, strict=True)
+        ]
         """Keys and values, layer by layer."""
 
     def crop(self, length: int, held: int) -> None:
@@ -98,7 +101,7 @@ class OnnxRuntimeCoreMLDecoder(DenseDecoder[HostKV]):
 
     def _new_kv(self) -> HostKV:
         spec = self._spec
-        return HostKV((spec.num_kv_heads, self._capacity, spec.head_dim), self._dtype, 2 * spec.num_layers)
+        return HostKV(spec.heads_of_caches, self._capacity, spec.head_dim, self._dtype)
 
     def _run(self, sequence: DenseSequence[HostKV], step: Step) -> NDArray[np.float32]:
         """What comes before the second row of logits is read as a prompt, then a token at a time."""

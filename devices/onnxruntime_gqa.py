@@ -75,7 +75,7 @@ class OnnxRuntimeDecoder(DenseDecoder[RowKV]):
         tokens = self._limits.max_context + _PADDED_STEP
         rows = options.max_sequences + options.batch_invariant
         try:
-            self._kv = KVRows(rows, spec.num_layers, spec.num_kv_heads, tokens, spec.head_dim)
+            self._kv = KVRows(rows, spec.heads_of_caches, tokens, spec.head_dim)
         except (OSError, MemoryError, ValueError) as error:
             raise EngineError(
                 f"no address space for the KV cache of {options.max_sequences} sequences of "

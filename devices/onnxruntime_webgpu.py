@@ -73,7 +73,7 @@ class OnnxRuntimeWebGpuDecoder(DenseDecoder[DeviceKV]):
 
     def _new_kv(self) -> DeviceKV:
         spec = self._spec
-        return DeviceKV(self._memory, spec.num_layers, spec.num_kv_heads, spec.head_dim, self._limits.max_context)
+        return DeviceKV(self._memory, spec.heads_of_caches, spec.head_dim, self._limits.max_context)
 
     def _run(self, sequence: DenseSequence[DeviceKV], step: Step) -> NDArray[np.float32]:
         count, longest = step.tokens.size, self._longest

@@ -75,7 +75,7 @@ class OpenVinoNpuDecoder(SequenceDecoder[NpuSequence]):
             max_sequences=1,
             prefill_chunk=options.prefill_chunk,
             kv_tokens=shapes.max_context,
-            kv_bytes_per_token=2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2,
+            kv_bytes_per_token=sum(spec.heads_of_caches) * spec.head_dim * 2,
         )
         super().__init__(device, limits)
         self._vocab_size = spec.vocab_size

@@ -168,7 +168,10 @@ def kv_bytes_per_token(model: Model, kv_type: KVWish | None) -> int:
         pair = dim * (_KV_BLOCK + 8) // _KV_BLOCK + dim + 8
     else:  # a scale for each token
         pair = 2 * (dim + 4)
-    return architecture.num_layers * architecture.num_kv_heads * pair
+    heads = architecture.total_kv_heads
+    if engine == "onnxruntime-edge":  # its cache is one tensor
+        heads = architecture.num_layers * architecture.num_kv_heads
+    return heads * pair
 
 
 def tokens_within(budget: int, model: Model, use: Use, resident: int = 0) -> int:

@@ -83,6 +83,13 @@ class ArchitectureSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     rope_switch: int | None = None
     tied_head: bool | None = None
     """The vocabulary projection is the embedding. None: not known."""
+    kv_heads: tuple[int, ...] = ()
+    """Per layer, where they are not all ``num_kv_heads``, which is then the most."""
+
+    @property
+    def total_kv_heads(self) -> int:
+        """Over all layers."""
+        return sum(self.kv_heads) or self.num_layers * self.num_kv_heads
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -192,6 +199,7 @@ class Package:
             max_context=arch.max_context,
             sliding_windows=arch.sliding_windows,
             rope_switch=arch.rope_switch,
+            kv_heads=arch.kv_heads,
         )
 
     @property

@@ -10,6 +10,46 @@ from edge_runtime.errors import ConfigError
 
 Method = Literal["nearest", "gptq", "awq", "awq+gptq"]
 GROUPS = (16, 32, 64, 128)
+Target = Literal["bytes", "latency", "loss"]
+
+
+class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What is cut out, before anything is rounded. ConfigError for what cannot be."""
+
+    heads: float = 0.0
+    """Share of all KV groups, each with its query heads; every layer keeps one."""
+    mlp: float = 0.0
+    """Share of all MLP neurons."""
+    layers: int = 0
+    """Whole layers."""
+    target: Target | None = None
+    """In place of ``heads`` and ``mlp``: cut both until it is reached."""
+    to: float = 0.0
+    """Of ``bytes`` and ``latency`` the share that is left, of ``loss`` nats a token."""
+    repair: bool = True
+    """What is left is refitted."""
+    vocabulary: str | None = None
+    """The SHA-256 of the text whose tokens are kept. None: all are."""
+
+    @property
+    def cuts(self) -> bool:
+        """More than the vocabulary."""
+        return bool(self.heads or self.mlp or self.layers or self.target)
+
+    def __post_init__(self) -> None:
+        for name, value in (("heads", self.heads), ("mlp", self.mlp)):
+            if not 0 <= value < 1:
+                raise ConfigError(f"{name} is the share that is cut, at least 0 and below 1, not {value:g}")
+        if self.layers < 0:
+            raise ConfigError(f"layers is how many are cut, not {self.layers}")
+        if self.target is not None:
+            if self.heads or self.mlp:
+                raise ConfigError(f"{self.target} decides how many heads and neurons are cut: leave heads and mlp out")
+            if self.to <= 0 or (self.target != "loss" and self.to >= 1):
+                what = "nats a token, above 0" if self.target == "loss" else "the share that is left, between 0 and 1"
+                raise ConfigError(f"{self.target} is {what}, not {self.to:g}")
+        elif not (self.cuts or self.vocabulary):
+            raise ConfigError("nothing is to be pruned: give heads, mlp, layers, vocab or a target")
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -27,6 +67,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     bits: float | None = None
     """A weight's bits on average, scales and zero points included: matrices whose rounding moves the output most have 8
     bits, as many as fit. None: all have 4."""
+    prune: Prune | None = None
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -39,7 +80,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     @property
     def calibrated(self) -> bool:
         """It takes a text."""
-        return self.method != "nearest" or self.bits is not None
+        return self.method != "nearest" or self.bits is not None or self.prune is not None
+
+    @property
+    def rounds(self) -> bool:
+        """It says more of rounding than that it is done."""
+        return msgspec.structs.replace(self, prune=None) != PLAIN
 
 
 PLAIN = Recipe()
@@ -51,6 +97,40 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     sha256: str
     tokens: int
+
+
+class Ranking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What parts of the whole network do, on a text; losses are mean KL divergences, nats a token, of the output
+    without that part alone."""
+
+    head_energy: tuple[tuple[float, ...], ...]
+    """(layers, query heads): mean square of what a head adds to the stream."""
+    head_fluctuation: tuple[tuple[float, ...], ...]
+    """The same without its mean."""
+    group_loss: tuple[tuple[float, ...], ...]
+    """(layers, KV groups)."""
+    neuron_loss: tuple[tuple[float, ...], ...]
+    """(layers, 3): without a quarter, a half and three quarters of the neurons, the least important ones."""
+    layer_loss: tuple[float, ...]
+    layer_change: tuple[float, ...]
+    """1 - the mean cosine of the stream before and after a layer (ShortGPT, arXiv 2403.03853)."""
+
+
+class Pruned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What was cut, by the numbers of the whole network."""
+
+    ranking: Ranking | None = None
+    layers: tuple[int, ...] = ()
+    """Cut as a whole."""
+    kv_heads: tuple[int, ...] = ()
+    """That each other layer keeps."""
+    neurons: tuple[int, ...] = ()
+    vocabulary: int | None = None
+    """Tokens that are left; None: all."""
+    before_repair: dict[str, float] = {}
+    """Beside the source, as ``Compression.quality``; nothing is rounded yet."""
+    quality: dict[str, float] = {}
+    """After repair."""
 
 
 class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -66,3 +146,4 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     """Beside the source in float32, on ``evaluated`` tokens of texts that come along: ``kl``, ``top1``, ``top5``, … as
     :class:`edge_runtime.evaluation.metrics.Figures` says; activations are not rounded there."""
     evaluated: int = 0
+    pruned: Pruned | None = None

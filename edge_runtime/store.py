@@ -207,10 +207,12 @@ def export_package(
     *,
     recipe: Recipe | None = None,
     calibration: Path | None = None,
+    vocabulary: Path | None = None,
 ) -> Package:
     """Make a package in ``folder`` from any reference but a package. See :func:`exporters.export.export`.
 
-    ``calibration``: a text for a recipe that takes one; None: the one that comes along."""
+    ``calibration``: a text for a recipe that takes one; None: the one that comes along. ``vocabulary``: the text whose
+    tokens are kept, for a recipe that trims the vocabulary."""
     reference = parse_reference(source)
     if isinstance(reference, PackageReference):
         raise UnknownReference(f"{source} is a package already; export needs the model it was made from")
@@ -218,7 +220,7 @@ def export_package(
         fetched = _fetch(reference, Path(workdir), progress)
         if isinstance(fetched.path, Path) and is_package(fetched.path):
             raise UnknownReference(f"{source} is a package already; use edge-glm pull")
-        _export(fetched, folder, engines, weights, progress, folder.absolute().name, recipe, calibration)
+        _export(fetched, folder, engines, weights, progress, folder.absolute().name, recipe, calibration, vocabulary)
     return Package.open(folder)
 
 
@@ -284,10 +286,13 @@ def _export(
     name: str,
     recipe: Recipe | None = None,
     calibration: Path | None = None,
+    vocabulary: Path | None = None,
 ) -> None:
     from edge_runtime.evaluation.metrics import Tally
     from edge_runtime.evaluation.texts import calibration_text, evaluation_texts, read_text
-    from exporters.compression.compress import Shrinking, Text
+    from exporters.compression.compress import Text
+    from exporters.compression.latency import MeasuredCosts
+    from exporters.compression.shrink import Shrinking
     from exporters.export import export
     from exporters.formats import open_checkpoint
 
@@ -300,7 +305,9 @@ def _export(
         elif recipe.calibrated and calibration is not None:
             text = Text(calibration.name, read_text(calibration))
         evaluation = [Text(each, words) for each, words in evaluation_texts().items()]
-        shrinking = Shrinking(recipe, text, evaluation, Tally)
+        kept = None if vocabulary is None else Text(vocabulary.name, read_text(vocabulary))
+        measure = partial(MeasuredCosts, engine=chosen[0], weights=weights)
+        shrinking = Shrinking(recipe, text, evaluation, Tally, kept, measure)
     export(
         open_checkpoint(fetched.path),
         folder,

@@ -41,6 +41,10 @@ class Layer:
     """None: this layer sees no positions (NoPE)."""
     sliding_window: int | None = None
     """A token attends to this many newest tokens, itself included. None: to all."""
+    num_kv_heads: int | None = None
+    """None: as many as ``Architecture.num_kv_heads`` says. A pruned layer has fewer, each with its query heads."""
+    intermediate_size: int | None = None
+    """None: as ``Architecture.intermediate_size`` says."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Architecture:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    """Of ``gate`` and ``up``."""
+    down_bias: bool = False
     qk_norm: bool = False
     """RMS norm of each query and key head before the rotation."""
     post_norms: bool = False
@@ -85,9 +91,18 @@ class Architecture:
         return len(self.layers)
 
     @property
-    def q_size(self) -> int:
-        return self.num_heads * self.head_dim
+    def heads_per_group(self) -> int:
+        """Query heads that share a head of keys and values."""
+        return self.num_heads // self.num_kv_heads
 
-    @property
-    def kv_size(self) -> int:
-        return self.num_kv_heads * self.head_dim
+    def kv_heads(self, layer: int) -> int:
+        found = self.layers[layer].num_kv_heads
+        return self.num_kv_heads if found is None else found
+
+    def heads(self, layer: int) -> int:
+        return self.kv_heads(layer) * self.heads_per_group
+
+    def inner(self, layer: int) -> int:
+        """Neurons of the layer's MLP."""
+        found = self.layers[layer].intermediate_size
+        return self.intermediate_size if found is None else found

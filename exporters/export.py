@@ -17,7 +17,7 @@ from edge_runtime.package_writer import PackageContents, PackageWriter, write_pa
 from edge_runtime.recipe import Compression, Recipe
 from exporters.architecture import Architecture
 from exporters.checkpoint import Checkpoint, TextFiles
-from exporters.compression.compress import Shrinking, shrink
+from exporters.compression.shrink import Shrinking, shrink
 from exporters.graphs import Engine, write_graph
 from exporters.network import parameters
 from exporters.npu_weights import GROUP, NpuCheckpoint
@@ -50,23 +50,24 @@ def export(
     with write_package(folder) as writer:
         if writer.existing is not None:
             _check_same(writer.existing.provenance, made_from, folder)
-            _check_recipe(writer.existing, weights, None if shrinking is None else shrinking.recipe, folder)
+            _check_recipe(writer.existing, weights, shrinking, folder)
         names = {f"{engine}-{weights}": engine for engine in engines}
         missing = {variant: engine for variant, engine in names.items() if not writer.has_variant(variant)}
         if not missing:
             return
         _check_vocabulary(source)
+        made, compression = source, None
         with ExitStack() as stack:
-            made, compression = source, None
             if shrinking is not None:
-                made, compression = stack.enter_context(_shrunk(source, shrinking, writer.folder, progress))
+                made, compression = stack.enter_context(_shrunk(source, shrinking, weights, writer.folder, progress))
+                _check_heads(made.architecture, engines)
             for variant, engine in missing.items():
                 report = None if progress is None else _named(progress, variant)
                 quantized = (
                     NpuCheckpoint(made, weights) if engine == "openvino-npu" else QuantizedCheckpoint(made, weights)
                 )
                 _write_variant(writer, quantized, variant, engine, weights, report, compression)
-        writer.commit(_contents(source, name or folder.absolute().name, made_from))
+        writer.commit(_contents(made, name or folder.absolute().name, made_from))
 
 
 def _named(progress: Progress, variant: str) -> Callable[[int, int], None]:
@@ -95,28 +96,40 @@ def _write_variant(
 
 @contextmanager
 def _shrunk(
-    source: Checkpoint, shrinking: Shrinking, folder: Path, progress: Progress | None
+    source: Checkpoint, shrinking: Shrinking, weights: Weights, folder: Path, progress: Progress | None
 ) -> Iterator[tuple[Checkpoint, Compression]]:
     """``folder``: on whose disk the tensors lie meanwhile."""
     with storage_errors(f"cannot keep tensors in {folder}"), tempfile.TemporaryDirectory(dir=folder) as tensors:
-        yield shrink(source, shrinking, Path(tensors), progress)
+        yield shrink(source, shrinking, weights, Path(tensors), progress)
 
 
 def _check_possible(recipe: Recipe, weights: Weights, engines: Sequence[Engine]) -> None:
-    if weights != "int4":
-        raise ConfigError(f"a recipe is for int4 weights, not {weights}")
-    if "openvino-npu" in engines and not (recipe.symmetric and recipe.group == GROUP and recipe.bits is None):
+    if recipe.rounds and weights != "int4":
+        raise ConfigError(f"how matrices are rounded is for int4 weights, not {weights}")
+    if (
+        recipe.rounds
+        and "openvino-npu" in engines
+        and not (recipe.symmetric and recipe.group == GROUP and recipe.bits is None)
+    ):
         raise ConfigError(
             f"NPUs take groups of {GROUP} without zero points, and no matrices of more bits in between: add "
             f"--group {GROUP} --symmetric, and leave --bits out"
         )
 
 
-def _check_recipe(existing: Manifest, weights: Weights, recipe: Recipe | None, folder: Path) -> None:
-    """Variants of one format are made alike, or nobody could tell which one is meant."""
+def _check_heads(arch: Architecture, engines: Sequence[Engine]) -> None:
+    if "onnx-cuda" in engines and len({arch.kv_heads(index) for index in range(arch.num_layers)}) > 1:
+        raise ConfigError("CUDA's KV cache has as many heads in every layer: prune neurons or layers, and no heads")
+
+
+def _check_recipe(existing: Manifest, weights: Weights, shrinking: Shrinking | None, folder: Path) -> None:
+    """Variants of one format are made alike, or nobody could tell which one is meant; all are of one network."""
+    recipe = None if shrinking is None else shrinking.recipe
+    prune = None if recipe is None else recipe.prune
     for variant in existing.variants:
         made = None if variant.compression is None else variant.compression.recipe
-        if variant.weights == weights and made != recipe:
+        pruned = None if made is None else made.prune
+        if pruned != prune or (variant.weights == weights and made != recipe):
             raise StorageError(
                 f"{folder} has {variant.name}, which was made by another recipe; choose another folder, or remove it"
             )
@@ -165,6 +178,7 @@ def _contents(source: Checkpoint, name: str, provenance: dict[str, Any]) -> Pack
 
 def summarize(arch: Architecture) -> ArchitectureSummary:
     windows = tuple(layer.sliding_window for layer in arch.layers)
+    kv_heads = tuple(arch.kv_heads(index) for index in range(arch.num_layers))
     return ArchitectureSummary(
         family=arch.family,
         parameters=parameters(arch),
@@ -176,6 +190,7 @@ def summarize(arch: Architecture) -> ArchitectureSummary:
         vocab_size=arch.vocab_size,
         max_context=arch.max_context,
         sliding_windows=windows if any(windows) else (),
+        kv_heads=() if len({arch.num_kv_heads, *kv_heads}) == 1 else kv_heads,
         rope_switch=arch.rope_switch,
         tied_head=arch.tied_head,
     )

@@ -152,6 +152,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         qkv_bias=_bias(fields, family.biases.qkv),
         o_bias=_bias(fields, family.biases.o),
         mlp_bias=_bias(fields, family.biases.mlp),
+        down_bias=_bias(fields, family.biases.mlp),
         qk_norm=family.qk_norm,
         post_norms=family.post_norms,
         embedding_scale=_multiplier(fields, family, "embedding_multiplier", hidden),

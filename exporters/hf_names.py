@@ -39,15 +39,17 @@ class Source:
 
 def tensor_shape(arch: Architecture, name: str) -> tuple[int, ...]:
     """Shape of a canonical tensor (see :class:`exporters.checkpoint.Checkpoint`). KeyError for an unknown name."""
-    leaf = name.split(".", 2)[-1] if name.startswith("layers.") else name
-    hidden, inner = arch.hidden_size, arch.intermediate_size
+    _, index, leaf = name.split(".", 2) if name.startswith("layers.") else ("", "0", name)
+    layer, hidden = int(index), arch.hidden_size
+    q_size, kv_size = arch.heads(layer) * arch.head_dim, arch.kv_heads(layer) * arch.head_dim
+    inner = arch.inner(layer)
     matrices = {
         "embed": (arch.vocab_size, hidden),
         "head": (arch.vocab_size, hidden),
-        "q": (arch.q_size, hidden),
-        "k": (arch.kv_size, hidden),
-        "v": (arch.kv_size, hidden),
-        "o": (hidden, arch.q_size),
+        "q": (q_size, hidden),
+        "k": (kv_size, hidden),
+        "v": (kv_size, hidden),
+        "o": (hidden, q_size),
         "gate": (inner, hidden),
         "up": (inner, hidden),
         "down": (hidden, inner),

@@ -57,8 +57,8 @@ def _attention(checkpoint: Checkpoint, builder: Builder[V], x: V, index: int) ->
     spec = AttentionSpec(
         index=index,
         layer=arch.layers[index],
-        num_heads=arch.num_heads,
-        num_kv_heads=arch.num_kv_heads,
+        num_heads=arch.heads(index),
+        num_kv_heads=arch.kv_heads(index),
         head_dim=arch.head_dim,
         scale=arch.attention_scale,
         softcap=arch.attention_softcap,
@@ -75,7 +75,7 @@ def _mlp(checkpoint: Checkpoint, builder: Builder[V], x: V, prefix: str) -> V:
     arch = checkpoint.architecture
     gate_up = [_linear(checkpoint, f"{prefix}.{name}", arch.mlp_bias) for name in ("gate", "up")]
     y = builder.glu(builder.linear(x, gate_up, f"{prefix}.gate_up"), arch.activation)
-    y = builder.linear(y, [_linear(checkpoint, f"{prefix}.down", arch.mlp_bias)], f"{prefix}.down")
+    y = builder.linear(y, [_linear(checkpoint, f"{prefix}.down", arch.down_bias)], f"{prefix}.down")
     return _block_output(checkpoint, builder, y, f"{prefix}.mlp_post_norm")
 
 
@@ -103,7 +103,7 @@ def tensor_names(arch: Architecture) -> list[str]:
     names = ["embed"]
     for index in range(arch.num_layers):
         blocks = [("q", arch.qkv_bias), ("k", arch.qkv_bias), ("v", arch.qkv_bias), ("o", arch.o_bias)]
-        mlp = [(name, arch.mlp_bias) for name in ("gate", "up", "down")]
+        mlp = [("gate", arch.mlp_bias), ("up", arch.mlp_bias), ("down", arch.down_bias)]
         own = ["attn_norm", *_with_bias(blocks), *(["q_norm", "k_norm"] if arch.qk_norm else [])]
         own += ["attn_post_norm"] if arch.post_norms else []
         own += ["mlp_norm", *_with_bias(mlp), *(["mlp_post_norm"] if arch.post_norms else [])]

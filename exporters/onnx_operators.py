@@ -155,8 +155,7 @@ class OnnxOperators(ABC, Generic[Matrix]):
         return graph.one("Mul", [gate, up])
 
     def _halves(self, gate_up: str) -> tuple[str, str]:
-        half = self._arch.intermediate_size
-        gate, up = self._graph.node("Split", [gate_up, self._graph.ints(half, half)], 2, axis=-1)
+        gate, up = self._graph.node("Split", [gate_up], 2, axis=-1, num_outputs=2)
         return gate, up
 
     def select_rows(self, x: str) -> str:

@@ -37,14 +37,15 @@ class PagedAttention {
     const int64_t width = (job.heads + 2 * job.kv_heads) * job.head_dim;
     const auto qkv = context.dims(0), cache = context.dims(1), table = context.dims(4);
     require(qkv.size() == 2 && qkv[1] == width, "qkv must be (tokens, (heads + 2 KV heads) · head size)");
-    require(cache.size() == 5 && layer_ < cache[1] && cache[2] == 2 && cache[3] == job.kv_heads,
+    require(cache.size() == 5 && layer_ < cache[1] && cache[2] == 2 && cache[3] >= job.kv_heads,
             "the KV cache has another shape");
     job.stored = stored(job, cache[4]);
     job.tokens = qkv[0];
     job.sequences = table.at(0);
     job.table_width = table.at(1);
     job.qkv = context.input<float>(0);
-    job.block_stride = cache[1] * 2 * job.kv_heads * cache[4];
+    job.cache_heads = cache[3];
+    job.block_stride = cache[1] * 2 * job.cache_heads * cache[4];
     // Written in place: the caller binds its own memory, and no other operator reads this layer's part of it.
     job.cache = const_cast<uint8_t*>(context.input<uint8_t>(1)) + layer_ * (job.block_stride / cache[1]);
     job.begins = context.input<int32_t>(2);

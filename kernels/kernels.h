@@ -94,6 +94,7 @@ struct Attention {
   const float *q_norm, *k_norm;  // (head_dim) or null
   uint8_t* cache;           // first block's keys of this layer
   int64_t block_stride;     // bytes from one block to the next
+  int64_t cache_heads;      // heads of keys that a block has room for: those of the widest layer
   Stored stored;
   float* query;             // scratch (tokens, heads·head_dim): rotated and scaled
   float* y;                 // (tokens, heads·head_dim)
@@ -111,7 +112,7 @@ struct Attention {
   }
   // Keys of one head in a block: (head_dim, kBlockTokens); values: (kBlockTokens, head_dim).
   uint8_t* keys(int64_t block, int64_t head) const { return cache + block * block_stride + head * head_bytes(); }
-  uint8_t* values(int64_t block, int64_t head) const { return keys(block, kv_heads + head); }
+  uint8_t* values(int64_t block, int64_t head) const { return keys(block, cache_heads + head); }
 };
 
 // `count` tokens from `token` on, all of `sequence`, in the query heads of one KV head: count · group() rows.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from devices.base import Engine
 from edge_runtime.cli.progress import Bars
+from edge_runtime.cli.recipes import compression_lines, parse_prune
 from edge_runtime.errors import ConfigError
 from edge_runtime.memory import format_bytes
-from edge_runtime.package import Package, Variant
+from edge_runtime.package import Package
 from edge_runtime.paths import home
 from edge_runtime.placement import Wish, place
 from edge_runtime.recipe import Recipe
@@ -49,6 +49,7 @@ def export(arguments: argparse.Namespace) -> int:
     engines = list(_ENGINES[arguments.engine])
     recipe = _recipe(arguments)
     calibration = None if arguments.calibrate is None else Path(arguments.calibrate)
+    vocabulary = None if arguments.prune is None else parse_prune(arguments.prune)[1]
     with Bars() as bars:
         package = export_package(
             arguments.source,
@@ -58,11 +59,12 @@ def export(arguments: argparse.Namespace) -> int:
             bars,
             recipe=recipe,
             calibration=calibration,
+            vocabulary=vocabulary,
         )
     print(f"{package.name}: {_variants(package)} in {package.folder}")
     if recipe is not None:
         variant = next(each for each in package.manifest.variants if each.compression is not None)
-        print("\n".join(_compression_lines(variant)))
+        print("\n".join(compression_lines(variant)))
     return 0
 
 
@@ -70,33 +72,16 @@ def _recipe(arguments: argparse.Namespace) -> Recipe | None:
     """None: none was asked for. ConfigError."""
     names = ("method", "group", "symmetric", "embedding_bits", "bits")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.prune is not None:
+        given["prune"] = parse_prune(arguments.prune)[0]
     if not given and arguments.calibrate is None:
         return None
     recipe = Recipe(**given)
     if arguments.calibrate is not None and not recipe.calibrated:
-        raise ConfigError("--calibrate is for a recipe that learns from a text: add --method gptq or awq, or --bits")
-    return recipe
-
-
-def _compression_lines(variant: Variant) -> Iterator[str]:
-    made = variant.compression
-    if made is None:
-        return
-    recipe = made.recipe
-    parts = [recipe.method, f"groups of {recipe.group}", *(["symmetric"] if recipe.symmetric else [])]
-    parts += [f"{made.bits:.2f} bits a weight", f"embedding {recipe.embedding_bits}"]
-    if made.wide:
-        parts.append(f"{len(made.wide)} matrices of 8")
-    if made.calibration is not None:
-        parts.append(f"by {made.calibration.tokens:,} tokens of {made.calibration.name}")
-    yield f"{'recipe':12}  {', '.join(parts)}"
-    if made.quality:
-        quality = made.quality
-        yield (
-            f"{'quality':12}  KL {quality['kl']:.5f}, top-1 {quality['top1']:.2%}, perplexity "
-            f"{quality['perplexity']:.3f} for {quality['reference_perplexity']:.3f} of the source, "
-            f"on {made.evaluated:,} tokens"
+        raise ConfigError(
+            "--calibrate is for a recipe that learns from a text: add --method gptq or awq, --bits or --prune"
         )
+    return recipe
 
 
 def list_models(arguments: argparse.Namespace) -> int:
@@ -151,7 +136,7 @@ def _print_package(package: Package) -> None:
         print(f"{key:12}  {value}")
     for variant in manifest.variants:
         print(f"{'variant':12}  {variant.name}: {variant.engine}, {variant.weights}, {format_bytes(variant.bytes)}")
-        for line in _compression_lines(variant):
+        for line in compression_lines(variant):
             print(line)
 
 

@@ -164,7 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_recipe(export: argparse.ArgumentParser) -> None:
     recipe = export.add_argument_group(
-        "int4 by a recipe", "what a 4-bit source has is rounded anew where it has not that form already"
+        "smaller by a recipe", "rounding is for int4: what a 4-bit source has is rounded anew where it has another form"
     )
     recipe.add_argument(
         "--method",
@@ -176,6 +176,12 @@ def _add_recipe(export: argparse.ArgumentParser) -> None:
     recipe.add_argument("--embedding-bits", type=int, choices=(4, 8), help="of embedding and head (default: 8)")
     recipe.add_argument(
         "--bits", type=float, metavar="B", help="bits a weight on average: what suffers most has 8, as many as fit"
+    )
+    recipe.add_argument(
+        "--prune",
+        metavar="WHAT",
+        help="cut out, and refit what is left: heads=SHARE, mlp=SHARE, layers=N, vocab=FILE (keep the tokens of a "
+        "text), or until bytes=SHARE or latency=SHARE are left or loss=NATS is reached; commas between; any weights",
     )
     recipe.add_argument("--calibrate", metavar="FILE", help="a text to learn from (default: one that comes along)")
 

@@ -1,13 +1,12 @@
-"""Follows a recipe: a checkpoint becomes one whose matrices are rounded."""
+"""Rounds by a recipe: a checkpoint becomes one whose matrices are rounded."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -17,7 +16,6 @@ from edge_runtime.recipe import Calibration, Compression, Recipe
 from exporters.checkpoint import Checkpoint
 from exporters.compression.budget import mean_bits, wide_tensors
 from exporters.compression.calibrated import round_along
-from exporters.compression.quality import Judge, compare
 from exporters.compression.rounding import Inputs, compensated, nearest
 from exporters.compression.scaling import ScaledCheckpoint, find_scales
 from exporters.compression.sensitivity import sensitivities
@@ -30,8 +28,6 @@ WINDOW = 512
 """Tokens of a text that are looked at together."""
 MOST_WINDOWS = 24
 LEAST_TOKENS = 256
-EVALUATED = 1024
-"""Tokens of each text that are looked at to tell what was lost."""
 SCAN_TOKENS = 256
 """Of which the sensitivity of each matrix is learned."""
 Progress = Callable[[str, int, int], None]
@@ -46,36 +42,6 @@ class Text:
     text: str
 
 
-@dataclass(frozen=True)
-class Shrinking:
-    """What is to be done to a model, and with what."""
-
-    recipe: Recipe
-    calibration: Text | None = None
-    """None where the recipe takes none."""
-    evaluation: Sequence[Text] = ()
-    """Texts by which it is measured what it has cost."""
-    make_judge: Callable[[], Judge] | None = None
-
-
-def shrink(
-    source: Checkpoint, shrinking: Shrinking, folder: Path, progress: Progress | None = None
-) -> tuple[Checkpoint, Compression]:
-    """As :func:`compress`, and measured."""
-    made, compression = compress(source, shrinking.recipe, shrinking.calibration, folder, progress)
-    if shrinking.make_judge is None:
-        return made, compression
-    judge, tokens = shrinking.make_judge(), 0
-    for done, text in enumerate(shrinking.evaluation):
-        ids = _encode(source, text)[: min(EVALUATED, source.architecture.max_context)]
-        if len(ids) > 1:
-            compare(made, source, ids, judge)
-            tokens += len(ids) - 1
-        if progress is not None:
-            progress("evaluation", done + 1, len(shrinking.evaluation))
-    return made, msgspec.structs.replace(compression, quality=dict(judge.summary()), evaluated=tokens)
-
-
 def compress(
     source: Checkpoint, recipe: Recipe, text: Text | None, folder: Path, progress: Progress | None = None
 ) -> tuple[Checkpoint, Compression]:
@@ -88,7 +54,7 @@ def compress(
         _round_each(source, recipe, tensors)
         return _finished(source, recipe, tensors)
     assert text is not None
-    ids, calibration = _windows(source, text)
+    ids, calibration = windows(source, text)
     if recipe.method in ("awq", "awq+gptq"):
         scales = find_scales(source, ids, recipe.group, recipe.symmetric, lambda *at: report("scaling", *at))
         source = ScaledCheckpoint(source, scales)
@@ -166,9 +132,9 @@ def _is_so_already(tensor: Tensor, recipe: Recipe) -> bool:
     return tensor.group == recipe.group and (not recipe.symmetric or bool((tensor.zero == 8).all()))
 
 
-def _windows(source: Checkpoint, text: Text) -> tuple[NDArray[np.int64], Calibration]:
+def windows(source: Checkpoint, text: Text) -> tuple[NDArray[np.int64], Calibration]:
     """(windows, tokens) of a text."""
-    ids = _encode(source, text)
+    ids = encode(source, text)
     if len(ids) < LEAST_TOKENS:
         raise ConfigError(
             f"the calibration text {text.name} has {len(ids)} tokens; it takes {LEAST_TOKENS} at least, and some "
@@ -180,7 +146,8 @@ def _windows(source: Checkpoint, text: Text) -> tuple[NDArray[np.int64], Calibra
     return ids[: count * size].reshape(count, size), Calibration(text.name, sha256, count * size)
 
 
-def _encode(source: Checkpoint, text: Text) -> NDArray[np.int64]:
+def encode(source: Checkpoint, text: Text) -> NDArray[np.int64]:
+    """Ids, without special tokens."""
     tokenizer = Tokenizer.from_str(source.text.tokenizer_json)
     tokenizer.no_truncation()
     return np.array(tokenizer.encode(text.text, add_special_tokens=False).ids, np.int64)

@@ -36,12 +36,24 @@ class _States(NumpyNetwork):
         return logits(self.states[part], self._table, self._scale, self._softcap)
 
 
-def compare(compressed: Checkpoint, source: Checkpoint, ids: NDArray[np.int64], judge: Judge) -> None:
-    """Tell ``judge`` of every token of ``ids`` but the last, each given those before it."""
-    ours, theirs = (_run(each, ids) for each in (compressed, source))
+def compare(
+    compressed: Checkpoint,
+    source: Checkpoint,
+    ids: NDArray[np.int64],
+    judge: Judge,
+    kept: NDArray[np.intp] | None = None,
+) -> None:
+    """Tell ``judge`` of every token of ``ids`` but the last, each given those before it.
+
+    ``kept``: of the compressed model's tokens, in order, what they are to the source, whose other tokens are left out.
+    """
+    ours, theirs = _run(compressed, ids), _run(source, ids if kept is None else kept[ids])
     for start in range(0, len(ids) - 1, _STEP):
         part = slice(start, min(start + _STEP, len(ids) - 1))
-        judge.add(ours.logits(part), ids[part.start + 1 : part.stop + 1], theirs.logits(part))
+        reference = theirs.logits(part)
+        judge.add(
+            ours.logits(part), ids[part.start + 1 : part.stop + 1], reference if kept is None else reference[:, kept]
+        )
 
 
 def _run(checkpoint: Checkpoint, ids: NDArray[np.int64]) -> _States:

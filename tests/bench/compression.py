@@ -18,7 +18,8 @@ import msgspec
 from edge_runtime.evaluation.metrics import Tally
 from edge_runtime.evaluation.texts import calibration_text, evaluation_texts
 from edge_runtime.recipe import Recipe
-from exporters.compression.compress import Shrinking, Text, shrink
+from exporters.compression.compress import Text
+from exporters.compression.shrink import Shrinking, shrink
 from exporters.formats import open_checkpoint
 
 RECIPES = (
@@ -47,7 +48,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             source = open_checkpoint(arguments.model)
-            _, made = shrink(source, Shrinking(recipe, calibration, evaluation, Tally), Path(folder))
+            _, made = shrink(source, Shrinking(recipe, calibration, evaluation, Tally), "int4", Path(folder))
             seconds = time.perf_counter() - started
         found = made.quality
         print(

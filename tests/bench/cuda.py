@@ -171,7 +171,7 @@ def read_bytes(checkpoint: Checkpoint, weights: WeightFormat) -> float:
         float(np.prod(tensor_shape(arch, name))) for name in tensor_names(arch) if name not in ("embed", "head")
     )
     head = arch.vocab_size * arch.hidden_size * (2.0 if weights == "fp16" else 1 + 2 / GROUP)
-    return layers * per_weight + head + 2 * arch.num_layers * arch.kv_size * 2 * CONTEXT
+    return layers * per_weight + head + 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * 2 * CONTEXT
 
 
 def prefill_operations(checkpoint: Checkpoint, length: int) -> float:
@@ -179,7 +179,7 @@ def prefill_operations(checkpoint: Checkpoint, length: int) -> float:
     matrices = sum(
         float(np.prod(tensor_shape(arch, name))) for name in tensor_names(arch) if name not in ("embed", "head")
     )
-    return 2 * matrices * length + 2 * arch.num_layers * arch.q_size * length**2
+    return 2 * matrices * length + 2 * arch.num_layers * arch.num_heads * arch.head_dim * length**2
 
 
 def measure_speed(

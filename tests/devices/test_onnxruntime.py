@@ -152,7 +152,7 @@ def test_memory_follows_the_tokens_held() -> None:
     def grown() -> float:
         return (process.memory_info().rss - before) / megabyte
 
-    rows = KVRows(rows=8, layers=2, kv_heads=4, tokens=65536, head_dim=16)
+    rows = KVRows(rows=8, heads=[4] * 4, tokens=65536, head_dim=16)
     assert grown() < 4
     rows.buffers[0][3, :, :32768] = 1.0  # 8 MiB
     rows.buffers[3][3, :, :32768] = 1.0

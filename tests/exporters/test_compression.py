@@ -17,12 +17,13 @@ from exporters.checkpoint import Checkpoint, TextFiles
 from exporters.compression import compress as module
 from exporters.compression.budget import bits_of_weight, mean_bits, wide_tensors
 from exporters.compression.calibrated import round_along
-from exporters.compression.compress import Shrinking, Text, compress, shrink
+from exporters.compression.compress import Text, compress
 from exporters.compression.grids import fit
 from exporters.compression.numpy_network import Array, NumpyNetwork, logits
 from exporters.compression.rounding import DAMPING, Inputs, compensated, error_of, nearest
 from exporters.compression.scaling import ScaledCheckpoint, best_scale, find_scales
 from exporters.compression.sensitivity import sensitivities
+from exporters.compression.shrink import Shrinking, shrink
 from exporters.compression.tensor_folder import ReplacedCheckpoint, TensorFolder
 from exporters.network import build, tensor_names
 from exporters.quantize import quantize
@@ -290,9 +291,9 @@ def test_blocks_of_a_source_are_carried_over(tmp_path: Path) -> None:
 def test_what_it_has_cost_is_measured(tmp_path: Path) -> None:
     source = Spoken(replace(SHORT, vocab_size=512))
     shrinking = Shrinking(Recipe(group=64), None, [TEXT, Text("b", "Another one.")], Tally)
-    made, compression = shrink(source, shrinking, tmp_path)
-    ids = module._encode(source, TEXT)[:512]
-    more = module._encode(source, Text("b", "Another one."))
+    made, compression = shrink(source, shrinking, "int4", tmp_path)
+    ids = module.encode(source, TEXT)[:512]
+    more = module.encode(source, Text("b", "Another one."))
     tally = Tally()
     for each in (ids, more):
         ours, theirs = (run(model, each)[:-1].astype(np.float32) for model in (made, source))

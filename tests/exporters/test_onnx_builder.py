@@ -57,14 +57,15 @@ class RandomCheckpoint:
         arch = self.architecture
         rng = np.random.default_rng(list(name.encode()))
         leaf = name.split(".")[-1]
-        sizes = {"q": arch.q_size, "k": arch.kv_size, "v": arch.kv_size}
+        q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        sizes = {"q": q_size, "k": kv_size, "v": kv_size}
         if leaf == "bias":
             return rng.normal(0, 0.3, sizes[name.split(".")[-2]]).astype(np.float32)
         if "norm" in leaf:
             return rng.normal(1, 0.2, arch.hidden_size).astype(np.float32)
         rows = {"o": arch.hidden_size, "down": arch.hidden_size, "embed": arch.vocab_size, "head": arch.vocab_size}
         rows |= {**sizes, "gate": arch.intermediate_size, "up": arch.intermediate_size}
-        columns = {"o": arch.q_size, "down": arch.intermediate_size}.get(leaf, arch.hidden_size)
+        columns = {"o": arch.num_heads * arch.head_dim, "down": arch.intermediate_size}.get(leaf, arch.hidden_size)
         return self._matrix(rng, rows[leaf], columns, self._head_bits if leaf in ("embed", "head") else 4)
 
     def _matrix(self, rng: np.random.Generator, rows: int, columns: int, bits: int) -> Tensor:

@@ -142,7 +142,7 @@ class TestWeights:
         saved(checkpoint, "int4", tmp_path)
         arch = checkpoint.architecture
         matrices = 2 * arch.vocab_size * arch.hidden_size + arch.hidden_size * (
-            arch.q_size * 2 + arch.kv_size * 2 + arch.intermediate_size * 3
+            (arch.num_heads + arch.num_kv_heads) * arch.head_dim * 2 + arch.intermediate_size * 3
         )
         assert (tmp_path / "openvino_model.bin").stat().st_size < matrices * 4.6 / 8 + 8192
 

@@ -16,7 +16,8 @@ from edge_runtime.errors import ConfigError, CorruptModel, StorageError
 from edge_runtime.evaluation.metrics import Tally
 from edge_runtime.package import Package
 from edge_runtime.recipe import Recipe
-from exporters.compression.compress import Shrinking, compress, shrink
+from exporters.compression.compress import compress
+from exporters.compression.shrink import Shrinking, shrink
 from exporters.compression.tensor_folder import TensorFolder
 from exporters.export import export
 from exporters.npu_weights import NpuCheckpoint
@@ -34,7 +35,7 @@ def test_a_package_made_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixtur
     folder, tensors = tmp_path / "made", tmp_path / "tensors"
     export(source, folder, engines=EXPORTS, weights="int4", shrinking=shrinking)
     tensors.mkdir()
-    made, compression = shrink(source, shrinking, tensors)
+    made, compression = shrink(source, shrinking, "int4", tensors)
     ids = np.arange(40, dtype=np.int64) + 60
     expected = run(made, ids)[-1]
     package = Package.open(folder)

@@ -272,7 +272,7 @@ def test_synthetic_models_have_text_and_shapes(name: str) -> None:
     assert tokenizer.get_vocab_size() == arch.vocab_size
     assert tokenizer.decode(tokenizer.encode("a é 😀\n").ids) == "a é 😀\n"
     assert all(tokenizer.id_to_token(index) for index in checkpoint.text.generation["eos_token_id"])
-    assert checkpoint.tensor("layers.1.k").shape == (arch.kv_size, arch.hidden_size)
+    assert checkpoint.tensor("layers.1.k").shape == (arch.kv_heads(1) * arch.head_dim, arch.hidden_size)
 
 
 def test_synthetic_weights_repeat_and_differ() -> None:

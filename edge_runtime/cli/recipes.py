@@ -1,0 +1,107 @@
+"""Recipes on the command line: how ``--prune`` is read, and how what was done is shown."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.evaluation.texts import read_text
+from edge_runtime.package import Variant
+from edge_runtime.recipe import Prune, Pruned, Recipe
+
+_TARGETS = ("bytes", "latency", "loss")
+_KNOWN = ("heads", "mlp", "layers", "vocab", *_TARGETS, "repair")
+
+
+def parse_prune(words: str) -> tuple[Prune, Path | None]:
+    """``heads=0.15,mlp=0.25,layers=2,vocab=FILE``, and the file whose words the vocabulary keeps. ConfigError."""
+    given: dict[str, Any] = {}
+    vocabulary: Path | None = None
+    for word in words.split(","):
+        name, equals, value = (part.strip() for part in word.partition("="))
+        if not equals or name not in _KNOWN:
+            raise ConfigError(f"--prune takes NAME=VALUE with a comma between; {word!r} is none of {', '.join(_KNOWN)}")
+        if name in given or (name in _TARGETS and "target" in given) or (name == "vocab" and vocabulary is not None):
+            raise ConfigError(f"--prune: {name} is one too many")
+        if name == "vocab":
+            vocabulary = Path(value)
+            given["vocabulary"] = hashlib.sha256(read_text(vocabulary).encode()).hexdigest()
+        elif name == "repair":
+            if value not in ("yes", "no"):
+                raise ConfigError(f"--prune: repair is yes or no, not {value!r}")
+            given["repair"] = value == "yes"
+        elif name in _TARGETS:
+            given |= {"target": name, "to": _number(name, value)}
+        else:
+            given[name] = int(_number(name, value, whole=True)) if name == "layers" else _number(name, value)
+    return Prune(**given), vocabulary
+
+
+def _number(name: str, value: str, whole: bool = False) -> float:
+    try:
+        return int(value) if whole else float(value)
+    except ValueError as error:
+        raise ConfigError(f"--prune: {name} is a {'whole ' if whole else ''}number, not {value!r}") from error
+
+
+def compression_lines(variant: Variant) -> Iterator[str]:
+    """What was done to a variant, and what it cost; nothing if nothing was."""
+    made = variant.compression
+    if made is None:
+        return
+    recipe = made.recipe
+    if recipe.prune is not None and made.pruned is not None:
+        yield _line("pruned", ", ".join(_pruned_parts(recipe.prune, made.pruned)))
+        if made.pruned.before_repair:
+            yield _line(
+                "repair", f"{_figures(made.pruned.before_repair)} before, {_figures(made.pruned.quality)} after"
+            )
+    parts = [*_rounding_parts(recipe), f"{made.bits:.2f} bits a weight"]
+    if made.wide:
+        parts.append(f"{len(made.wide)} matrices of 8")
+    if made.calibration is not None:
+        parts.append(f"by {made.calibration.tokens:,} tokens of {made.calibration.name}")
+    yield _line("recipe", ", ".join(parts))
+    if made.quality:
+        quality = made.quality
+        yield _line(
+            "quality",
+            f"{_figures(quality)}, perplexity {quality['perplexity']:.3f} for {quality['reference_perplexity']:.3f} of "
+            f"the source, on {made.evaluated:,} tokens",
+        )
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:12}  {text}"
+
+
+def _figures(quality: Mapping[str, float]) -> str:
+    return f"KL {quality['kl']:.5f}, top-1 {quality['top1']:.2%}"
+
+
+def _rounding_parts(recipe: Recipe) -> Iterator[str]:
+    if not recipe.rounds:
+        yield "rounded as the weights' format says"
+        return
+    yield recipe.method
+    yield f"groups of {recipe.group}"
+    if recipe.symmetric:
+        yield "symmetric"
+    yield f"embedding {recipe.embedding_bits}"
+
+
+def _pruned_parts(wish: Prune, pruned: Pruned) -> Iterator[str]:
+    if wish.target is not None:
+        yield f"to {wish.target} {wish.to:g}"
+    if pruned.layers:
+        yield f"without layers {', '.join(map(str, pruned.layers))}"
+    if pruned.ranking is not None:
+        kept = [index for index in range(len(pruned.ranking.group_loss)) if index not in pruned.layers]
+        groups = sum(len(pruned.ranking.group_loss[index]) for index in kept)
+        yield f"{sum(pruned.kv_heads)} of {groups} KV groups"
+        yield f"{min(pruned.neurons)} to {max(pruned.neurons)} neurons a layer"
+    if pruned.vocabulary is not None:
+        yield f"{pruned.vocabulary:,} tokens"

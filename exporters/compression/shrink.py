@@ -1,0 +1,128 @@
+"""Follows a recipe from end to end: prunes, rounds, and measures what it has cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from edge_runtime.package import Weights
+from edge_runtime.recipe import Calibration, Compression, Pruned, Recipe
+from exporters.checkpoint import Checkpoint
+from exporters.compression.budget import mean_bits
+from exporters.compression.compress import Text, compress, encode, windows
+from exporters.compression.prune import Costs, PrunedModel, WeightCosts, prune
+from exporters.compression.quality import Judge, compare
+from exporters.compression.vocabulary import TrimmedCheckpoint, tokens_to_keep
+from exporters.quantize import QuantizedCheckpoint
+
+EVALUATED = 1024
+"""Tokens of each text that are looked at to tell what was lost."""
+Progress = Callable[[str, int, int], None]
+"""``progress(what, done, total)`` in layers."""
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """What is to be done to a model, and with what."""
+
+    recipe: Recipe
+    calibration: Text | None = None
+    """None where the recipe takes none."""
+    evaluation: Sequence[Text] = ()
+    """Texts by which it is measured what it has cost."""
+    make_judge: Callable[[], Judge] | None = None
+    vocabulary: Text | None = None
+    """Whose tokens are kept, where the recipe trims the vocabulary."""
+    measure: Callable[[Checkpoint], Costs] | None = None
+    """What layers cost by their shapes on a device, where the recipe has a latency to reach."""
+
+
+def shrink(
+    source: Checkpoint, shrinking: Shrinking, weights: Weights, folder: Path, progress: Progress | None = None
+) -> tuple[Checkpoint, Compression]:
+    """The smaller model, whose tensors are kept in ``folder`` as long as it is read, and what became of it.
+
+    ConfigError for a text that is too short, and for a size or a cut that cannot be.
+    """
+    report = progress or (lambda what, done, total: None)
+    recipe = shrinking.recipe
+    made, pruned, calibration = source, None, None
+    judged = _Judged(source, shrinking)
+    if recipe.prune is not None:
+        made, pruned, calibration = _pruned(source, shrinking, judged, folder, report)
+    if recipe.rounds:
+        (folder / "rounded").mkdir()
+        made, compression = compress(made, recipe, shrinking.calibration, folder / "rounded", report)
+        compression = msgspec.structs.replace(compression, pruned=pruned)
+    else:
+        bits = mean_bits(QuantizedCheckpoint(made, weights))
+        compression = Compression(recipe=recipe, calibration=calibration, bits=bits, pruned=pruned)
+    quality, tokens = judged(QuantizedCheckpoint(made, weights), made, report)
+    return made, msgspec.structs.replace(compression, quality=quality, evaluated=tokens)
+
+
+class _Judged:
+    """Measures models beside ``source``."""
+
+    def __init__(self, source: Checkpoint, shrinking: Shrinking) -> None:
+        self._source = source
+        self._make_judge = shrinking.make_judge
+        self._texts = shrinking.evaluation
+        self.kept: np.ndarray | None = None
+        """The source's tokens that the models have; None: all."""
+
+    def __call__(self, model: Checkpoint, speaker: Checkpoint, report: Progress) -> tuple[dict[str, float], int]:
+        """Figures, and of how many tokens; ``speaker`` has the model's tokenizer."""
+        if self._make_judge is None:
+            return {}, 0
+        judge, tokens = self._make_judge(), 0
+        for done, text in enumerate(self._texts):
+            ids = encode(speaker, text)[: min(EVALUATED, speaker.architecture.max_context)]
+            if len(ids) > 1:
+                compare(model, self._source, ids, judge, self.kept)
+                tokens += len(ids) - 1
+            report("evaluation", done + 1, len(self._texts))
+        return dict(judge.summary()), tokens
+
+
+def _pruned(
+    source: Checkpoint, shrinking: Shrinking, judged: _Judged, folder: Path, report: Progress
+) -> tuple[Checkpoint, Pruned, Calibration | None]:
+    wish, text = shrinking.recipe.prune, shrinking.calibration
+    assert wish is not None
+    assert text is not None
+    made = source
+    if shrinking.vocabulary is not None:
+        kept = tokens_to_keep(source, [shrinking.vocabulary.text])
+        judged.kept, made = kept, TrimmedCheckpoint(source, kept)
+    vocabulary = made.architecture.vocab_size if made is not source else None
+    if not wish.cuts:
+        return made, Pruned(vocabulary=vocabulary), None
+    ids, calibration = windows(made, text)
+    measure = shrinking.measure if wish.target == "latency" else None
+    costs = WeightCosts(made.architecture) if measure is None else measure(made)
+    (folder / "fitted").mkdir()
+    result = prune(made, wish, ids, folder / "fitted", costs, report)
+    after = judged(result.checkpoint, result.checkpoint, report)[0]
+    before = judged(result.unrepaired, result.unrepaired, report)[0] if wish.repair else {}
+    return result.checkpoint, _record(result, vocabulary, before, after), calibration
+
+
+def _record(
+    result: PrunedModel, vocabulary: int | None, before: Mapping[str, float], after: Mapping[str, float]
+) -> Pruned:
+    arch = result.checkpoint.architecture
+    layers = range(arch.num_layers)
+    return Pruned(
+        ranking=result.ranking,
+        layers=tuple(sorted(result.cut.layers)),
+        kv_heads=tuple(arch.kv_heads(index) for index in layers),
+        neurons=tuple(arch.inner(index) for index in layers),
+        vocabulary=vocabulary,
+        before_repair=dict(before),
+        quality=dict(after),
+    )
