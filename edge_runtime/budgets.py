@@ -54,17 +54,19 @@ def share_out(
     chunk: int = DecoderOptions.prefill_chunk,
     store_bytes: int = 0,
     sharing: int = 1,
+    kept: int = 0,
 ) -> tuple[int | None, int]:
     """Tokens of KV cache for a model about to be opened in this process, and bytes of disk for its prefixes.
 
     A budget that was given is used to the full, for as many contexts as there may be sequences. Without one there is
     one context, if it fits (None: the device's default). Where memory is short the store goes first. ``sharing``: how
-    many devices have the budget together, each an equal part. BudgetError says what would do.
+    many devices have the budget together, each an equal part. ``kept``: bytes of it that something else will take.
+    BudgetError says what would do.
     """
     budget = resolve(size, device)
     if budget is None:
         return None, store_bytes
-    budget = budget._replace(nbytes=budget.nbytes // sharing)
+    budget = budget._replace(nbytes=budget.nbytes // sharing - kept)
     model = Model.of(package, variant)
     context = model.architecture.max_context
     use = Use(context * (max_sequences if budget.asked else 1), max_sequences, chunk, kv_type)

@@ -71,6 +71,11 @@ class Request(ABC):
         """At most ``limit`` tokens that may come after those there are, to be checked along with the next step."""
         return []
 
+    @property
+    def draftable(self) -> int:
+        """Tokens that it may have beyond the next one."""
+        return 0
+
     @abstractmethod
     def take(self, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
         """Use the logits (rows, vocab) of the step that has just been run, whose last tokens were ``draft``.
@@ -114,11 +119,13 @@ class Completion(Request):
             rows = min(count, self.watch.prompt_tokens + 1)
         return rows
 
+    @property
+    def draftable(self) -> int:
+        return 0 if self.siblings else max(self.max_length - len(self.tokens) - 1, 0)
+
     def draft(self, limit: int) -> list[int]:
-        if self.lookup is None or self.siblings:
-            return []
-        left = self.max_length - len(self.tokens) - 1  # the step brings one token without any draft
-        return self.lookup.draft(self.tokens, min(limit, left)) if min(limit, left) > 0 else []
+        limit = min(limit, self.draftable)
+        return self.lookup.draft(self.tokens, limit) if self.lookup is not None and limit > 0 else []
 
     def take(self, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
         """The last row: the next token. With a draft a row for each place: they count as far as the draft holds."""

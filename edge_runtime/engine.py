@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -20,6 +21,7 @@ from devices.stopwatch import Stopwatch
 from edge_runtime.completion import Completion, Request
 from edge_runtime.constraints import Grammars
 from edge_runtime.detokenizer import Decoding, TokenDecoder
+from edge_runtime.draft_model import DraftModel
 from edge_runtime.engine_stats import EngineStats
 from edge_runtime.errors import (
     DeviceError,
@@ -63,8 +65,9 @@ class Engine:
     request. ``max_queue``: requests that may wait for a place. ``prefix_cache_bytes``: KV cache that finished
     sequences may go on holding; None: whatever running requests do not need; 0: none. ``prefix_store``: where prefixes
     outlive the engine. ``prompt_lookup``: draft tokens from what prompt and answer have said before.
-    ``grammars``: of its tokenizer; None: an answer can be held to none. ``batch_invariant``: see
-    :class:`edge_runtime.scheduler.Scheduler`, ``in_pairs``; the decoder's option is its half.
+    ``draft``: a smaller model of the same tokens, the engine's, too, that drafts where that pays
+    (:mod:`edge_runtime.draft_model`). ``grammars``: of its tokenizer; None: an answer can be held to none.
+    ``batch_invariant``: see :class:`edge_runtime.scheduler.Scheduler`, ``in_pairs``; the decoder's option is its half.
 
     When the device fails (EngineError), the requests of that step end with the error. With a ``successor`` all requests
     of which something was sent do, and the others are answered by the engine that it opens.
@@ -80,6 +83,7 @@ class Engine:
         prefix_cache_bytes: int | None = None,
         prefix_store: PrefixStore | None = None,
         prompt_lookup: bool = False,
+        draft: DraftModel | None = None,
         grammars: Grammars | None = None,
         batch_invariant: bool = False,
         successor: Successor = lambda error: None,
@@ -91,7 +95,8 @@ class Engine:
         if prefix_cache_bytes is None:
             prefix_cache_bytes = limits.kv_tokens * limits.kv_bytes_per_token
         self._cache = PrefixCache(prefix_cache_bytes, kv_block=limits.kv_block, store=prefix_store)
-        self._scheduler = Scheduler(decoder, self._cache, in_pairs=batch_invariant)
+        self._drafter = draft
+        self._scheduler = Scheduler(decoder, self._cache, in_pairs=batch_invariant, drafter=self._drafter)
         self._ids = itertools.count()
         self._generated = 0
         self._drafted = 0
@@ -270,6 +275,8 @@ class Engine:
                 request.finish("error", error)
         self._forget_requests()
         self._cache.close()
+        if self._drafter is not None:
+            self._drafter.close()
         with suppress(EdgeError):  # it has failed already
             self._decoder.close()
         return unsent
@@ -325,7 +332,12 @@ class Engine:
         while batch:
             try:
                 with self._forwarding:
-                    return batch, self._decoder.forward([work.step for work in batch])
+                    started = time.perf_counter()
+                    results = self._decoder.forward([work.step for work in batch])
+                if self._drafter is not None and all(work.step.rows == len(work.step.tokens) for work in batch):
+                    tokens = sum(len(work.step.tokens) for work in batch)
+                    self._drafter.pace.step_took(tokens, time.perf_counter() - started)
+                return batch, results
             except OutOfKVCache as error:
                 batch = self._scheduler.make_room(batch, error)
             except DeviceError as error:  # the batch's sequences are undefined now, the others are sound
@@ -341,7 +353,10 @@ class Engine:
             request = work.request
             if work.start < request.prompt_length:
                 self._prefilled += min(len(work.step.tokens), request.prompt_length - work.start)
+            before = len(request.tokens)
             self._take(request, logits, work.draft)
+            if work.by_model and self._drafter is not None:
+                self._drafter.pace.fared(len(work.draft), max(len(request.tokens) - before - 1, 0))
             if isinstance(request, Completion) and request.siblings and len(logits):
                 siblings, request.siblings = request.siblings, []
                 for sibling in siblings:
@@ -375,6 +390,8 @@ class Engine:
         self._forget_requests()
         try:
             self._cache.close()
+            if self._drafter is not None:
+                self._drafter.close()
         finally:
             self._decoder.close()  # its sequences die with it
 

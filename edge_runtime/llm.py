@@ -86,6 +86,8 @@ class EdgeLLM:
     ``policy``: a file that says which requests other tiers may answer (:mod:`edge_runtime.policy`); it is read anew
     when it changes. ``offline``: tiers on other machines are off.
     ``prompt_lookup``: answers that repeat what was said before come faster (:mod:`edge_runtime.prompt_lookup`).
+    ``draft``: a smaller model of the same vocabulary, as a pruned one of this; it drafts where that is faster, which is
+    measured while it runs, and answers stay this model's (:mod:`edge_runtime.draft_model`).
     ``prefix_cache_bytes``: KV cache that finished requests may go on holding (None: what running ones do not need).
     ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of prompts that were used twice, or are long when the model
     is closed; 0: none are written or read (:mod:`edge_runtime.prefix_store`).
@@ -114,6 +116,7 @@ class EdgeLLM:
         max_prompt: int | None = None,
         batch_invariant: bool = False,
         prompt_lookup: bool = False,
+        draft: str | None = None,
         prefix_cache_bytes: int | None = None,
         prefix_store_bytes: str | int = DEFAULT_SIZE,
         workload: Workload = "one",
@@ -136,6 +139,7 @@ class EdgeLLM:
             max_prompt=max_prompt,
             batch_invariant=batch_invariant,
             prompt_lookup=prompt_lookup,
+            draft=draft,
             prefix_cache_bytes=prefix_cache_bytes,
             prefix_store_bytes=0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes),
             workload=workload,

@@ -11,6 +11,8 @@ from devices.kv_types import KVWish
 from devices.registry import open_decoder
 from edge_runtime.budgets import share_out
 from edge_runtime.constraints import Grammars
+from edge_runtime.draft_model import DraftModel
+from edge_runtime.drafting import draft_bytes, open_draft, place_draft
 from edge_runtime.engine import Engine, Successor
 from edge_runtime.heap import return_free_heap
 from edge_runtime.measurements import Workload
@@ -35,6 +37,8 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
     max_prompt: int | None
     batch_invariant: bool
     prompt_lookup: bool
+    draft: str | None
+    """The model that drafts."""
     prefix_cache_bytes: int | None
     prefix_store_bytes: int
     workload: Workload
@@ -90,6 +94,8 @@ def load(
     options, found = tuned(
         given, device.name, variant, loading.workload, store.home, loading.tuning, budget=loading.budget is not None
     )
+    helper = None if loading.draft is None else place_draft(store, loading.draft, placement)
+    kept = 0 if helper is None else draft_bytes(helper)
     kv_tokens, store_bytes = share_out(
         loading.budget,
         device,
@@ -100,11 +106,14 @@ def load(
         chunk=options.prefill_chunk,
         store_bytes=loading.prefix_store_bytes,
         sharing=sharing,
+        kept=kept,
     )
     options = replace(options, kv_tokens=kv_tokens)
     decoder = open_decoder(package.spec(variant), device.name, options)
     return_free_heap()  # reading the tokenizer and the model left some
+    draft: DraftModel | None = None
     try:
+        draft = None if helper is None else DraftModel(open_draft(store, helper, options))
         prefixes = None
         if store_bytes:
             identity = fingerprint(variant, decoder, options)
@@ -115,12 +124,15 @@ def load(
             prefix_cache_bytes=loading.prefix_cache_bytes,
             prefix_store=prefixes,
             prompt_lookup=loading.prompt_lookup,
+            draft=draft,
             grammars=grammars,
             batch_invariant=loading.batch_invariant,
             successor=successor,
         )
     except BaseException:
         decoder.close()
+        if draft is not None:
+            draft.close()
         raise
     limits = decoder.limits
     context = limits.longest

@@ -25,9 +25,16 @@ class PromptLookup:
         self._length = 4
         self._wait = 0
         self._misses = 0
+        self._asked = False
+        """The newest draft is one of its own."""
 
     def draft(self, tokens: Sequence[int], limit: int) -> list[int]:
         """At most ``limit`` tokens that may follow ``tokens``, which begin with those of the last call."""
+        found = self._find(tokens, limit)
+        self._asked = bool(found)
+        return found
+
+    def _find(self, tokens: Sequence[int], limit: int) -> list[int]:
         if self._wait:
             self._wait -= 1
             return []
@@ -58,8 +65,11 @@ class PromptLookup:
     def report(self, drafted: int, accepted: int) -> None:
         """How a draft fared: the next is longer after a whole success, shorter after a failure.
 
-        After drafts of which nothing held, the next ones are skipped, for longer each time.
+        After drafts of which nothing held, the next ones are skipped, for longer each time. A draft of somebody else's
+        is none of its business.
         """
+        if not self._asked:
+            return
         if accepted == drafted:
             self._length = min(2 * self._length, LONGEST_DRAFT)
         else:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
 
 from devices.base import Decoder, DecoderSequence, KVChoosing, Step
 from edge_runtime.completion import Completion, Request
+from edge_runtime.draft_model import DraftModel
 from edge_runtime.errors import DeviceError, OutOfKVCache, OutOfSequences
 from edge_runtime.precision import PrecisionManager
 from edge_runtime.prefix_cache import PrefixCache
@@ -28,6 +29,8 @@ class Work(msgspec.Struct, frozen=True):
     step: Step
     draft: Sequence[int] = ()
     """The step's last tokens: what may come next, to be checked."""
+    by_model: bool = False
+    """The draft is a :class:`~edge_runtime.draft_model.DraftModel`'s."""
 
 
 class Scheduler:
@@ -38,16 +41,20 @@ class Scheduler:
     request gives its sequence up and is computed again later, its output so far included.
     """
 
-    def __init__(self, decoder: Decoder, cache: PrefixCache, *, in_pairs: bool = False) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: PrefixCache, *, in_pairs: bool = False, drafter: DraftModel | None = None
+    ) -> None:
         """``in_pairs``: never feed a single token, but the one before it once more as well. Engines compute two or more
         tokens bit for bit alike however many they are, so nothing but the tokens then decides an answer: neither other
-        requests nor drafts. A device that computes a single one like that too is fed as ever.
+        requests nor drafts. A device that computes a single one like that too is fed as ever. ``drafter``: drafts where
+        a request itself has none.
         """
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
         self._decoder = decoder
         self._cache = cache
+        self._drafter = drafter
         self._limits = decoder.limits
         self._precision = PrecisionManager(decoder.limits)
         self._in_pairs = in_pairs and not decoder.limits.invariant
@@ -70,20 +77,34 @@ class Scheduler:
                 decoding.append(request)
             elif pending > 1 and prefill is None:
                 prefill = request
-        spare = DRAFTED_STEP // max(len(decoding), 1) - 1
-        batch = [self._decode(request, request.draft(spare)) for request in decoding]
+        batch = self._drafted(decoding)
         if prefill is not None:
             batch.append(self._prefill(prefill))
         return batch
 
-    def _decode(self, request: Request, draft: Sequence[int] = ()) -> Work:
+    def _drafted(self, decoding: Sequence[Request]) -> list[Work]:
+        spare = DRAFTED_STEP // max(len(decoding), 1) - 1
+        own = {request: request.draft(spare) for request in decoding}
+        others: Mapping[Request, Sequence[int]] = {}
+        if self._drafter is not None:
+            others = self._drafter.draft(
+                {each: min(spare, each.draftable) for each in decoding if not own[each] and each.draftable}
+            )
+        return [
+            self._decode(request, others.get(request, ()), by_model=True)
+            if others.get(request)
+            else self._decode(request, own[request])
+            for request in decoding
+        ]
+
+    def _decode(self, request: Request, draft: Sequence[int] = (), by_model: bool = False) -> Work:
         """The newest token, and the draft after it."""
         assert request.sequence is not None
         if self._in_pairs and not draft and request.fed:
             request.sequence.crop(request.fed - 1)
             return self._prefill(request)
         tokens = np.array([request.tokens[-1], *draft], np.int64)
-        return Work(request, len(request.tokens) - 1, Step(request.sequence, tokens, len(tokens)), draft)
+        return Work(request, len(request.tokens) - 1, Step(request.sequence, tokens, len(tokens)), draft, by_model)
 
     def _prefill(self, request: Request) -> Work:
         """The next tokens that it knows already."""
@@ -134,6 +155,8 @@ class Scheduler:
         if request in self.running:
             self.running.remove(request)
             self._crowded = False
+        if self._drafter is not None:
+            self._drafter.release(request)
         sequence, request.sequence = request.sequence, None
         if sequence is None:
             return
@@ -241,6 +264,8 @@ class Scheduler:
         assert request.sequence is not None
         request.sequence.close()
         request.sequence = None
+        if self._drafter is not None:
+            self._drafter.release(request)
         self.running.remove(request)
         place = sum(other.id < request.id for other in self.waiting)
         self.waiting.insert(place, request)

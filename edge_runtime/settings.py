@@ -39,6 +39,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Tokens that a device with static shapes is compiled for."""
     batch_invariant: bool = False
     prompt_lookup: bool = False
+    draft: str | None = None
+    """A smaller model with the same vocabulary, which drafts."""
     prefix_store: str | int = DEFAULT_SIZE
     policy: str | None = None
     """A file that says which requests other tiers may answer."""

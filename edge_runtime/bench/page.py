@@ -36,6 +36,7 @@ svg text { fill: var(--quiet); font: 12px system-ui, sans-serif; }
 .mark { stroke: var(--quiet); stroke-dasharray: 4 3; }
 .curve { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
 .dot { fill: var(--accent); stroke: var(--card); }
+.cell { fill: var(--accent); }
 .part0 { fill: var(--accent); } .part1 { fill: var(--part1); } .part2 { fill: var(--part2); }
 summary { cursor: pointer; }
 pre { margin: 10px 0 0; font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; }

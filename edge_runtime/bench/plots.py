@@ -65,6 +65,35 @@ def stacked_bar(shares: Sequence[tuple[str, float]], label: str) -> str:
     return _svg(parts, label, height + 24 + 22 * len(shares) - 8)
 
 
+def heat_map(rows: Sequence[Sequence[float]], unit: str, label: str) -> str:
+    """A column for each of ``rows``, whose values lie above one another; the darker, the larger, on a scale of
+    logarithms, since a few are often a hundred times the rest."""
+    most = max((value for row in rows for value in row), default=0.0)
+    least = min((value for row in rows for value in row if value > 0), default=most)
+    deep = max((len(row) for row in rows), default=0)
+    width, height = (WIDTH - _LEFT - _RIGHT) / max(len(rows), 1), min(26.0, 150 / max(deep, 1))
+    span = math.log(most / least) if most > least > 0 else 1.0
+    parts = []
+    for column, row in enumerate(rows):
+        for place, value in enumerate(row):
+            shade = 0.06 + 0.94 * (math.log(value / least) / span if value > 0 and most > least else 0.0)
+            parts.append(
+                f'<rect class="cell" x="{_LEFT + column * width:.1f}" y="{place * height:.1f}" '
+                f'width="{width - 1:.1f}" height="{height - 1:.1f}" fill-opacity="{shade:.3f}">'
+                f"<title>layer {column}, {place}: {value:.4g} {escape(unit)}</title></rect>"
+            )
+    bottom = deep * height + 16
+    for place in range(deep):
+        if height >= 12 or place % 4 == 0:
+            y = place * height + height / 2 + 4
+            parts.append(f'<text x="{_LEFT - 8}" y="{y:.1f}" text-anchor="end">{place}</text>')
+    for column in range(0, len(rows), max(len(rows) // 10, 1)):
+        x = _LEFT + (column + 0.5) * width
+        parts.append(f'<text x="{x:.1f}" y="{bottom:.1f}" text-anchor="middle">{column}</text>')
+    parts.append(f'<text x="{WIDTH / 2}" y="{bottom + 18:.1f}" text-anchor="middle">layer</text>')
+    return _svg(parts, label, bottom + 24)
+
+
 class _Axes:
     """From data to the picture."""
 

@@ -46,6 +46,9 @@ def add_prefixes(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="draft tokens from what was said before: faster where an answer repeats its prompt",
     )
+    parser.add_argument(
+        "--draft", metavar="REF", help="a smaller model of the same vocabulary that drafts tokens where that is faster"
+    )
     add_prefix_store(parser)
 
 

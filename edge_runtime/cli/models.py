@@ -12,8 +12,9 @@ from devices.base import Engine
 from edge_runtime.cli.progress import Bars
 from edge_runtime.cli.recipes import compression_lines, parse_prune
 from edge_runtime.errors import ConfigError
+from edge_runtime.evaluation.pruning_report import report
 from edge_runtime.memory import format_bytes
-from edge_runtime.package import Package
+from edge_runtime.package import Package, storage_errors
 from edge_runtime.paths import home
 from edge_runtime.placement import Wish, place
 from edge_runtime.recipe import Recipe
@@ -103,6 +104,8 @@ def show(arguments: argparse.Namespace) -> int:
     package = store.find(arguments.ref)
     if arguments.verify:
         package.verify()  # without the stamp: everything is hashed again
+    if arguments.html is not None:
+        _write_report(package, Path(arguments.html))
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(package.manifest)).decode())
     else:
@@ -110,6 +113,14 @@ def show(arguments: argparse.Namespace) -> int:
         if arguments.verify:
             print("verified      every file has its recorded SHA-256")
     return 0
+
+
+def _write_report(package: Package, file: Path) -> None:
+    variant = next((each for each in package.manifest.variants if each.compression and each.compression.pruned), None)
+    if variant is None:
+        raise ConfigError(f"{package.name} was not pruned: there is nothing for --html to show")
+    with storage_errors(f"cannot write {file}"):
+        file.write_text(report(package.name, variant), encoding="utf-8")
 
 
 def remove(arguments: argparse.Namespace) -> int:

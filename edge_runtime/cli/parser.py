@@ -111,6 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     show.add_argument("ref", metavar="REF", help="a name from `edge-glm list`, or a reference")
     show.add_argument("--verify", action="store_true", help="check the hash of every file")
     show.add_argument("--json", action="store_true", help="print the manifest")
+    show.add_argument("--html", metavar="FILE", help="write a report of what was pruned, with heat maps")
 
     remove = add("rm", "remove a model from this machine")
     remove.add_argument("ref", metavar="REF", help="a name from `edge-glm list`, or a reference")

@@ -27,7 +27,16 @@ def run(arguments: argparse.Namespace) -> int:
             name: getattr(arguments, name)
             for name in (
                 *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type"),
-                *("max_prompt", "batch_invariant", "prompt_lookup", "prefix_store", "tuning", "policy", "offline"),
+                *(
+                    "max_prompt",
+                    "batch_invariant",
+                    "prompt_lookup",
+                    "draft",
+                    "prefix_store",
+                    "tuning",
+                    "policy",
+                    "offline",
+                ),
                 *("system", "max_tokens", "temperature", "seed"),
             )
         }
@@ -55,6 +64,7 @@ def open_model(ref: str, settings: Settings, workload: Workload = "one") -> Edge
             max_prompt=settings.max_prompt,
             batch_invariant=settings.batch_invariant,
             prompt_lookup=settings.prompt_lookup,
+            draft=settings.draft,
             prefix_store_bytes=settings.prefix_store,
             workload=settings.workload or workload,
             fallback=settings.fallback,

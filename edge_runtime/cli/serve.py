@@ -23,6 +23,7 @@ def serve(arguments: argparse.Namespace) -> int:
         "max_prompt",
         "batch_invariant",
         "prompt_lookup",
+        "draft",
         "prefix_store",
         "tuning",
         "policy",

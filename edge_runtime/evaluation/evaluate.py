@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 import numpy as np
@@ -36,10 +36,12 @@ class Evaluation(msgspec.Struct, frozen=True, omit_defaults=True):
 def evaluate(
     model: Subject, reference: Subject | None, texts: Mapping[str, str], progress: Progress | None = None
 ) -> Evaluation:
-    """ConfigError if the two do not speak of the same tokens, or a text is too short to say anything."""
-    if reference is not None:
-        _check_vocabularies(model, reference)
-    tallies = {name: _tally(model, reference, name, text, progress) for name, text in texts.items()}
+    """ConfigError if the reference does not know the model's tokens, or a text is too short to say anything.
+
+    Texts are read in the model's tokens. Of a reference that has more of them the others are left out.
+    """
+    other = None if reference is None else _Reference(reference, _common_tokens(model, reference))
+    tallies = {name: _tally(model, other, name, text, progress) for name, text in texts.items()}
     return Evaluation(
         model=model.name,
         overall=Tally.joined(tallies.values()).figures(),
@@ -48,22 +50,46 @@ def evaluate(
     )
 
 
-def _check_vocabularies(model: Subject, reference: Subject) -> None:
+def _common_tokens(model: Subject, reference: Subject) -> NDArray[np.int64] | None:
+    """What each of the model's tokens is to the reference; None: the same. A trimmed model has fewer, with numbers of
+    their own."""
     ours, theirs = model.vocabulary, reference.vocabulary
-    if ours != theirs:
-        place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-        what = (
-            f"{len(ours)} and {len(theirs)} tokens"
-            if place is None
-            else f"token {place} is {ours[place]!r} for one and {theirs[place]!r} for the other"
-        )
+    if ours == theirs:
+        return None
+    places = {token: place for place, token in enumerate(theirs)}
+    found = [places.get(token) for token in ours]
+    known = [place for place in found if place is not None]
+    if len(known) < len(found):
+        lost = found.index(None)
         raise ConfigError(
             f"{model.placement.package.name} and {reference.placement.package.name} have different vocabularies "
-            f"({what}): their predictions cannot be compared; leave --reference out for the perplexity alone"
+            f"({len(ours)} and {len(theirs)} tokens; the reference lacks {ours[lost]!r}): their predictions cannot be "
+            "compared; leave --reference out for the perplexity alone"
         )
+    return np.array(known, np.int64)
 
 
-def _tally(model: Subject, reference: Subject | None, name: str, text: str, progress: Progress | None) -> Tally:
+class _Reference:
+    """The reference, asked and heard in the model's tokens."""
+
+    def __init__(self, subject: Subject, common: NDArray[np.int64] | None) -> None:
+        self._subject = subject
+        self._common = common
+        self.longest, self.chunk = subject.longest, subject.chunk
+
+    def theirs(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        return ids if self._common is None else self._common[ids]
+
+    def logits(self, ids: NDArray[np.int64], step: int) -> Iterator[NDArray[np.float32]]:
+        for rows in self._subject.logits(self.theirs(ids), step):
+            yield rows if self._common is None else rows[:, self._common]
+
+    def greedy(self, prompt: NDArray[np.int64], count: int) -> list[int]:
+        """In its own tokens."""
+        return self._subject.greedy(self.theirs(prompt), count)
+
+
+def _tally(model: Subject, reference: _Reference | None, name: str, text: str, progress: Progress | None) -> Tally:
     ids = np.array(model.tokenizer.encode(text), np.int64)
     window = min([WINDOW, model.longest, *([] if reference is None else [reference.longest])])
     if len(ids) < 2:
@@ -78,11 +104,12 @@ def _tally(model: Subject, reference: Subject | None, name: str, text: str, prog
     if reference is not None:
         for prompt in _prompts(ids, min(PROMPT_TOKENS, window // 2)):
             count = min(ANSWER_TOKENS, window - len(prompt))
-            tally.compare(model.greedy(prompt, count), reference.greedy(prompt, count))
+            answer = np.array(model.greedy(prompt, count), np.int64)
+            tally.compare(reference.theirs(answer).tolist(), reference.greedy(prompt, count))
     return tally
 
 
-def _score(tally: Tally, model: Subject, reference: Subject | None, ids: NDArray[np.int64]) -> None:
+def _score(tally: Tally, model: Subject, reference: _Reference | None, ids: NDArray[np.int64]) -> None:
     """Step by step, so that the logits of one are in memory and no more."""
     step = model.chunk if reference is None else min(model.chunk, reference.chunk)
     ours = model.logits(ids, step)

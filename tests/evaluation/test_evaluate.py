@@ -18,7 +18,10 @@ from edge_runtime.evaluation.subject import Subject
 from edge_runtime.evaluation.texts import calibration_text, evaluation_texts
 from edge_runtime.paths import home as home_of
 from edge_runtime.placement import Wish, place
+from edge_runtime.recipe import Prune, Recipe
 from edge_runtime.store import Store
+from exporters.compression.compress import Text
+from exporters.compression.shrink import Shrinking
 from exporters.export import export
 from exporters.formats import open_checkpoint
 from exporters.synthetic import SyntheticCheckpoint
@@ -153,3 +156,19 @@ def test_the_texts_that_come_along_share_nothing() -> None:
         assert len(own) > 15
         for others in sentences[first + 1 :]:
             assert not own & others
+
+
+def test_a_trimmed_model_beside_the_whole_one(package: Path, tmp_path: Path) -> None:
+    """Told of its own tokens, the same network is the same; what it lacks, the reference is not asked about."""
+    recipe = Recipe(prune=Prune(vocabulary="0" * 64))
+    small = tmp_path / "small"
+    words = Text("words", TEXT[: len(TEXT) // 3])
+    source = SyntheticCheckpoint("tiny")
+    export(source, small, engines=["onnx"], weights="fp32", shrinking=Shrinking(recipe, words, vocabulary=words))
+    with subject(small, "onnxruntime:cpu", "fp32") as model, subject(package, "onnxruntime:cpu", "fp32") as reference:
+        assert len(model.vocabulary) < len(reference.vocabulary)
+        found = evaluate(model, reference, {"it": TEXT}).overall
+        with pytest.raises(ConfigError, match="reference lacks"):
+            evaluate(reference, model, {"it": TEXT})
+    assert found.kl == pytest.approx(0, abs=1e-6)
+    assert found.top1 == 1.0

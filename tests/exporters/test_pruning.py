@@ -387,6 +387,9 @@ def test_engines_compute_what_is_left(tmp_path: Path, weights: str, capsys: pyte
     shown = capsys.readouterr().out
     for words in ("without layers", "KV groups", "tokens", "before", "after", "top-1"):
         assert words in shown
+    page = tmp_path / "report.html"
+    assert main(["show", str(folder), "--html", str(page)]) == 0
+    assert page.read_text().count("<svg") == 6
     with pytest.raises(StorageError, match="another recipe"):
         export(source, folder, engines=["openvino"], weights="fp16")
 

@@ -1,0 +1,203 @@
+"""Answers with a model that drafts are those without, however good it is, and it is left off where it does not pay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from devices.base import Step
+from devices.errors import EngineError
+from edge_runtime import EdgeLLM
+from edge_runtime.draft_model import DraftModel
+from edge_runtime.draft_pace import FIRST_WAIT, LONGEST, DraftPace
+from edge_runtime.engine import Engine, EngineStats
+from edge_runtime.errors import BudgetError, ConfigError
+from edge_runtime.sampling import SamplingParams
+from exporters.export import export
+from exporters.synthetic import SyntheticCheckpoint
+from tests.fake_decoder import FakeDecoder, FakeSequence
+from tests.runtime.helpers import Answer, LetterTokenizer, collect, letter
+
+PROMPTS = [[1, 2, 3, 4], [40, 41, 42, 7, 8] * 9, [9] * 30]
+
+
+class Fixed(DraftPace):
+    """Always as many, whatever it takes."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def length(self, requests: int, most: int) -> int:
+        return min(self._count, most)
+
+
+class Other(FakeDecoder):
+    """Agrees with the model in one of ``every`` tokens."""
+
+    def __init__(self, every: int, **more: int) -> None:
+        super().__init__(**more)  # type: ignore[arg-type]
+        self._every = every
+
+    def _logits(self, sequence: FakeSequence) -> NDArray[np.float32]:
+        rows = super()._logits(sequence).copy()
+        wrong = np.arange(len(rows)) % self._every != 0
+        rows[wrong] = rows[wrong, ::-1]
+        return rows
+
+
+def run(
+    decoder: FakeDecoder, draft: DraftModel | None, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> tuple[list[list[Answer]], EngineStats]:
+    """Nothing may be left behind in either."""
+    with Engine(decoder, LetterTokenizer(), vocab_size=decoder.vocab_size, draft=draft) as engine:
+        answers = [collect(each, params.n) for each in [engine.submit(prompt, params) for prompt in prompts]]
+        engine.logits([0])
+        stats = engine.stats
+        decoder.check_integrity()
+    for each in answers:
+        for answer in each:
+            answer.last = None  # it has times and usage
+    return answers, stats
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0, max_tokens=60),
+        SamplingParams(temperature=1, seed=3, max_tokens=60),
+        SamplingParams(temperature=1, seed=4, n=3, max_tokens=40),
+        SamplingParams(temperature=0, max_tokens=60, repetition_penalty=1.05),
+        SamplingParams(temperature=0, max_tokens=60, stop=(letter(5),)),
+        SamplingParams(temperature=0, max_tokens=1),
+        SamplingParams(temperature=0, max_tokens=2),
+    ],
+)
+@pytest.mark.parametrize("draft", [FakeDecoder, lambda: Other(2), lambda: Other(64), lambda: Other(3, crop_step=4)])
+def test_the_answer_is_that_of_plain_decoding(params: SamplingParams, draft: type[FakeDecoder]) -> None:
+    helper = draft()
+    plain, _ = run(FakeDecoder(), None, PROMPTS, params)
+    drafted, stats = run(FakeDecoder(), DraftModel(helper, Fixed(3)), PROMPTS, params)
+    assert drafted == plain
+    assert (stats.drafted_tokens > 0) == ((params.max_tokens or 0) > 2)
+    assert helper.closed
+    assert helper.sequences == []
+
+
+def test_a_perfect_draft_saves_steps() -> None:
+    decoder = FakeDecoder()
+    params = SamplingParams(temperature=0, max_tokens=60)
+    _, stats = run(decoder, DraftModel(FakeDecoder(), Fixed(4)), PROMPTS[:1], params)
+    assert stats.accepted_tokens == stats.drafted_tokens > 40
+    assert len(decoder.batches) < 16
+
+
+def test_requests_are_drafted_for_together() -> None:
+    helper = FakeDecoder()
+    run(FakeDecoder(), DraftModel(helper, Fixed(2)), [[1], [2], [3]], SamplingParams(temperature=0, max_tokens=20))
+    assert any(len(batch) == 3 for batch in helper.batches)
+
+
+def test_where_it_has_no_place_answers_go_on_without() -> None:
+    params = SamplingParams(temperature=0, max_tokens=100)
+    plain, _ = run(FakeDecoder(), None, PROMPTS, params)
+    for helper in (FakeDecoder(max_sequences=1), FakeDecoder(kv_tokens=32), FakeDecoder(max_context=24)):
+        found, _ = run(FakeDecoder(), DraftModel(helper, Fixed(3)), PROMPTS, params)
+        assert found == plain
+
+
+def test_a_draft_that_fails_is_left_alone() -> None:
+    def fail(batch: Sequence[Step]) -> None:
+        calls.append(len(batch))
+        if len(calls) > 5:
+            raise EngineError("gone")
+
+    calls: list[int] = []
+    helper = DraftModel(FakeDecoder(before_forward=fail), Fixed(3))
+    params = SamplingParams(temperature=0, max_tokens=60)
+    plain, _ = run(FakeDecoder(), None, PROMPTS[:1], params)
+    found, _ = run(FakeDecoder(), helper, PROMPTS[:1], params)
+    assert found == plain
+    assert len(calls) == 6
+    assert "gone" in str(helper.error)
+
+
+# --- pace -------------------------------------------------------------------------------------------------------------
+
+
+def paced(step: float, each: float, draft: float, acceptance: float, steps: int = 400) -> tuple[DraftPace, list[int]]:
+    """A machine whose steps take ``step`` and ``each`` more for every token beyond the first; lengths it chose."""
+    pace, lengths, random = DraftPace(), [], np.random.default_rng(0)
+    pace.step_took(1, step)
+    for _ in range(steps):
+        length = pace.length(1, LONGEST)
+        lengths.append(length)
+        for _ in range(length):
+            pace.draft_took(1, draft)
+        pace.step_took(1 + length, step + each * length)
+        if length:
+            hits = random.random(length) < acceptance
+            pace.fared(length, length if hits.all() else int(np.argmin(hits)))
+    return pace, lengths
+
+
+def test_a_cheap_draft_that_holds_is_long() -> None:
+    _, lengths = paced(step=10, each=0.2, draft=0.5, acceptance=0.95)
+    assert np.mean(lengths[50:]) > 5
+
+
+def test_a_draft_that_rarely_holds_is_short_or_none() -> None:
+    _, lengths = paced(step=10, each=0.2, draft=2, acceptance=0.3)
+    assert np.mean(lengths[50:]) < 1.2
+
+
+@pytest.mark.parametrize(("each", "draft"), [(8.0, 0.5), (0.2, 9.0)])
+def test_what_costs_too_much_is_turned_off(each: float, draft: float) -> None:
+    """Steps that grow with their tokens, or a draft nearly as slow as the model."""
+    pace, lengths = paced(step=10, each=each, draft=draft, acceptance=0.7)
+    assert sum(length > 0 for length in lengths) < 12
+    assert pace.off or lengths[-1] == 0
+    assert lengths[-FIRST_WAIT:].count(0) >= FIRST_WAIT - 3
+
+
+def test_before_anything_is_known_nothing_is_drafted() -> None:
+    assert DraftPace().length(1, 8) == 0
+
+
+# --- a real engine ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    monkeypatch.setenv("EDGE_GLM_HOME", str(tmp_path / "home"))
+    export(SyntheticCheckpoint("tiny"), tmp_path / "model", engines=["onnx", "openvino"], weights="int8")
+    export(SyntheticCheckpoint("tiny"), tmp_path / "small", engines=["onnx", "openvino"], weights="int4")
+    return tmp_path / "model", tmp_path / "small"
+
+
+@pytest.mark.parametrize("device", ["onnxruntime:cpu", "openvino:cpu"])
+def test_a_model_drafts_for_another(models: tuple[Path, Path], device: str) -> None:
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    with EdgeLLM(str(models[0]), device=device) as llm:
+        plain = llm.generate("Hello", params).token_ids
+    with EdgeLLM(str(models[0]), device=device, draft=str(models[1])) as llm:
+        assert llm.generate("Hello", params).token_ids == plain
+
+
+def test_models_that_cannot_draft(models: tuple[Path, Path], tmp_path: Path, smollm2_gguf: Path) -> None:
+    other = tmp_path / "other"
+    export_smollm2(smollm2_gguf, other)
+    with pytest.raises(ConfigError, match="vocabularies differ"):
+        EdgeLLM(str(models[0]), device="onnxruntime:cpu", draft=str(other))
+    with pytest.raises(BudgetError):
+        EdgeLLM(str(models[0]), device="onnxruntime:cpu", draft=str(models[1]), memory_budget="100MiB")
+
+
+def export_smollm2(file: Path, folder: Path) -> None:
+    from exporters.formats import open_checkpoint
+
+    export(open_checkpoint(file), folder, engines=["onnx"], weights="int4")
