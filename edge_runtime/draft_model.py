@@ -76,6 +76,11 @@ class DraftModel:
             self.close()
             return {}
 
+    def saw(self, steps: Sequence[Step], seconds: float) -> None:
+        """A batch of the model has taken so long. One with a chunk of a prompt tells nothing of decoding."""
+        if all(step.rows == len(step.tokens) for step in steps):
+            self.pace.step_took(sum(step.rows for step in steps), seconds)
+
     def release(self, request: Request) -> None:
         """It is over, or has to be computed again."""
         self._given_up.discard(request)

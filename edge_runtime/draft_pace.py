@@ -6,7 +6,7 @@ hold (Leviathan et al. 2023, arXiv 2211.17192); its time is that of one step of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import numpy as np
 
 LONGEST = 8
 """Tokens of a draft."""
@@ -18,19 +18,24 @@ _MEMORY = 0.98
 """What past tokens count for after each draft."""
 _GAIN = 1.03
 """By which a draft has to be better than none: times are not exact."""
-FIRST_WAIT, LONGEST_WAIT = 64, 4096
+FIRST_WAIT, LONGEST_WAIT = 256, 4096
 """Steps without a draft after none was worth it, until it is looked at again; twice as many each time."""
+FIRST_TRIALS, LATER_TRIALS = 6, 2
+"""Drafts that are made before it is decided that none is worth it: a step of a new size takes longer when it is new."""
+_TRIED = (3, 7)
+"""Lengths that are tried in turns, where none seems worth it yet."""
 
 
 class DraftPace:
     """Seconds and tokens in, the length of the next draft out."""
 
     def __init__(self) -> None:
-        self._steps: dict[int, float] = {}
-        self._drafts: dict[int, float] = {}
+        self._steps = _Times()
+        self._drafts = _Times()
         self._held, self._drafted = _PRIOR
         self._wait = 0
         self._next_wait = FIRST_WAIT
+        self._trials = FIRST_TRIALS
 
     @property
     def acceptance(self) -> float:
@@ -44,11 +49,11 @@ class DraftPace:
 
     def step_took(self, tokens: int, seconds: float) -> None:
         """A step of the model with so many tokens, over all its requests."""
-        _note(self._steps, tokens, seconds)
+        self._steps.note(tokens, seconds)
 
     def draft_took(self, requests: int, seconds: float) -> None:
         """A step of the draft, a token for each of so many requests."""
-        _note(self._drafts, requests, seconds)
+        self._drafts.note(requests, seconds)
 
     def fared(self, drafted: int, accepted: int) -> None:
         """Of a draft so many tokens held; those after the first that did not were never looked at."""
@@ -61,39 +66,54 @@ class DraftPace:
         if self._wait:
             self._wait -= 1
             return 0
-        if most < 1:
+        if most < 1 or not self._steps:  # a plain step tells first what a draft has to beat
             return 0
-        step, draft = _estimate(self._steps), _estimate(self._drafts)
-        best, longest = step(requests) and 1 / step(requests), 0
-        if not best:  # no step was measured yet: one plain step tells what a draft has to beat
-            return 0
-        for count in range(1, min(most, LONGEST) + 1):
-            expected = sum(self.acceptance**power for power in range(count + 1))
-            rate = expected / max(step(requests * (1 + count)) + count * draft(requests), 1e-9)
-            if rate > best * (_GAIN if longest == 0 else 1):
-                best, longest = rate, count
+        longest = self._best(requests, min(most, LONGEST))
         if longest:
             self._next_wait = FIRST_WAIT
-        elif self._drafts:
-            self._wait, self._next_wait = self._next_wait, min(2 * self._next_wait, LONGEST_WAIT)
+            return longest
+        if self._trials:
+            self._trials -= 1
+            return min(most, _TRIED[self._trials % len(_TRIED)])
+        self._trials = LATER_TRIALS
+        self._wait, self._next_wait = self._next_wait, min(2 * self._next_wait, LONGEST_WAIT)
+        return 0
+
+    def _best(self, requests: int, most: int) -> int:
+        """The length with the highest rate of tokens, by what is known; what is not known yet looks cheap."""
+        best, longest = _GAIN / self._steps.at(requests), 0
+        expected = 1.0
+        for count in range(1, most + 1):
+            expected += self.acceptance**count
+            seconds = self._steps.at(requests * (1 + count)) + count * self._drafts.at(requests)
+            if expected / seconds > best:
+                best, longest = expected / seconds, count
         return longest
 
 
-def _note(times: dict[int, float], key: int, seconds: float) -> None:
-    before = times.get(key)
-    times[key] = seconds if before is None else before + _WEIGHT * (seconds - before)
+class _Times:
+    """Running means of seconds, by a number of tokens."""
 
+    def __init__(self) -> None:
+        self._means: dict[int, float] = {}
+        self._new: set[int] = set()
+        """Seen once."""
 
-def _estimate(times: Mapping[int, float]) -> Callable[[int], float]:
-    """Between what was measured a line, beyond it what is nearest: what is not known is tried. Nothing known: 0."""
-    known = sorted(times.items())
+    def __bool__(self) -> bool:
+        return bool(self._means)
 
-    def at(key: int) -> float:
-        below = [each for each in known if each[0] <= key]
-        above = [each for each in known if each[0] >= key]
-        if not below or not above:
-            return (below[-1:] + above[:1])[0][1] if known else 0.0
-        (low, first), (high, second) = below[-1], above[0]
-        return first if low == high else first + (second - first) * (key - low) / (high - low)
+    def note(self, key: int, seconds: float) -> None:
+        before = self._means.get(key)
+        if before is None:
+            self._new.add(key)
+            self._means[key] = seconds
+        elif key in self._new:  # the first of a size may have packed weights or compiled something
+            self._new.remove(key)
+            self._means[key] = min(before, seconds)
+        else:
+            self._means[key] = before + _WEIGHT * (seconds - before)
 
-    return at
+    def at(self, key: int) -> float:
+        """Between what was measured a line, beyond it what is nearest; 0 where nothing was."""
+        known = sorted(self._means)
+        return float(np.interp(key, known, [self._means[each] for each in known])) if known else 0.0

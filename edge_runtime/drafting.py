@@ -1,4 +1,4 @@
-"""Opens the model that drafts for another, on the same device and within the same budget."""
+"""Opens the model that drafts for another, within the same budget."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DRAFT_TOKENS = 4096
 """Of KV cache, over all sequences: what finds no place there goes without drafts."""
 
 
-def place_draft(store: Store, reference: str, model: Placement) -> Placement:
-    """On the model's device. ConfigError for a vocabulary other than the model's; as :func:`placement.place`."""
-    placed = place(store, Wish(reference, model.device.name, None))
+def place_draft(store: Store, reference: str, model: Placement, device: str | None) -> Placement:
+    """``device`` None: the model's. ConfigError for a vocabulary other than the model's; as :func:`placement.place`."""
+    placed = place(store, Wish(reference, device or model.device.name, None))
     ours, theirs = (Tokenizer.from_folder(each.package.folder) for each in (placed, model))
     same = ours.vocab_size == theirs.vocab_size and all(
         ours.id_to_token(token) == theirs.id_to_token(token) for token in range(ours.vocab_size)

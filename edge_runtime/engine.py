@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -274,11 +273,8 @@ class Engine:
             if submission.sent:
                 request.finish("error", error)
         self._forget_requests()
-        self._cache.close()
-        if self._drafter is not None:
-            self._drafter.close()
         with suppress(EdgeError):  # it has failed already
-            self._decoder.close()
+            self._close_device()
         return unsent
 
     def _collect(self) -> bool:
@@ -331,12 +327,11 @@ class Engine:
     def _forward(self, batch: list[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
         while batch:
             try:
+                before = self._forwarding.seconds
                 with self._forwarding:
-                    started = time.perf_counter()
                     results = self._decoder.forward([work.step for work in batch])
-                if self._drafter is not None and all(work.step.rows == len(work.step.tokens) for work in batch):
-                    tokens = sum(len(work.step.tokens) for work in batch)
-                    self._drafter.pace.step_took(tokens, time.perf_counter() - started)
+                if self._drafter is not None:
+                    self._drafter.saw([work.step for work in batch], self._forwarding.seconds - before)
                 return batch, results
             except OutOfKVCache as error:
                 batch = self._scheduler.make_room(batch, error)
@@ -388,6 +383,9 @@ class Engine:
         for request in [*self._live, *unread]:
             request.finish("error", error)
         self._forget_requests()
+        self._close_device()
+
+    def _close_device(self) -> None:
         try:
             self._cache.close()
             if self._drafter is not None:

@@ -87,7 +87,8 @@ class EdgeLLM:
     when it changes. ``offline``: tiers on other machines are off.
     ``prompt_lookup``: answers that repeat what was said before come faster (:mod:`edge_runtime.prompt_lookup`).
     ``draft``: a smaller model of the same vocabulary, as a pruned one of this; it drafts where that is faster, which is
-    measured while it runs, and answers stay this model's (:mod:`edge_runtime.draft_model`).
+    measured while it runs, and answers stay this model's (:mod:`edge_runtime.draft_model`). ``draft_device``: None for
+    the model's own.
     ``prefix_cache_bytes``: KV cache that finished requests may go on holding (None: what running ones do not need).
     ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of prompts that were used twice, or are long when the model
     is closed; 0: none are written or read (:mod:`edge_runtime.prefix_store`).
@@ -117,6 +118,7 @@ class EdgeLLM:
         batch_invariant: bool = False,
         prompt_lookup: bool = False,
         draft: str | None = None,
+        draft_device: str | None = None,
         prefix_cache_bytes: int | None = None,
         prefix_store_bytes: str | int = DEFAULT_SIZE,
         workload: Workload = "one",
@@ -140,6 +142,7 @@ class EdgeLLM:
             batch_invariant=batch_invariant,
             prompt_lookup=prompt_lookup,
             draft=draft,
+            draft_device=draft_device,
             prefix_cache_bytes=prefix_cache_bytes,
             prefix_store_bytes=0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes),
             workload=workload,

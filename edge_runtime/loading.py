@@ -39,6 +39,8 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
     prompt_lookup: bool
     draft: str | None
     """The model that drafts."""
+    draft_device: str | None
+    """None: the model's."""
     prefix_cache_bytes: int | None
     prefix_store_bytes: int
     workload: Workload
@@ -94,7 +96,7 @@ def load(
     options, found = tuned(
         given, device.name, variant, loading.workload, store.home, loading.tuning, budget=loading.budget is not None
     )
-    helper = None if loading.draft is None else place_draft(store, loading.draft, placement)
+    helper = None if loading.draft is None else place_draft(store, loading.draft, placement, loading.draft_device)
     kept = 0 if helper is None else draft_bytes(helper)
     kv_tokens, store_bytes = share_out(
         loading.budget,

@@ -41,6 +41,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     prompt_lookup: bool = False
     draft: str | None = None
     """A smaller model with the same vocabulary, which drafts."""
+    draft_device: str | None = None
+    """None: the model's."""
     prefix_store: str | int = DEFAULT_SIZE
     policy: str | None = None
     """A file that says which requests other tiers may answer."""

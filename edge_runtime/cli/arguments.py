@@ -49,6 +49,7 @@ def add_prefixes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft", metavar="REF", help="a smaller model of the same vocabulary that drafts tokens where that is faster"
     )
+    parser.add_argument("--draft-device", metavar="DEVICE", help="what drafts (default: the model's device)")
     add_prefix_store(parser)
 
 

@@ -27,16 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
             name: getattr(arguments, name)
             for name in (
                 *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type"),
-                *(
-                    "max_prompt",
-                    "batch_invariant",
-                    "prompt_lookup",
-                    "draft",
-                    "prefix_store",
-                    "tuning",
-                    "policy",
-                    "offline",
-                ),
+                *("max_prompt", "batch_invariant", "prompt_lookup", "draft", "draft_device", "prefix_store"),
+                *("tuning", "policy", "offline"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
         }
@@ -65,6 +57,7 @@ def open_model(ref: str, settings: Settings, workload: Workload = "one") -> Edge
             batch_invariant=settings.batch_invariant,
             prompt_lookup=settings.prompt_lookup,
             draft=settings.draft,
+            draft_device=settings.draft_device,
             prefix_store_bytes=settings.prefix_store,
             workload=settings.workload or workload,
             fallback=settings.fallback,

@@ -24,6 +24,7 @@ def serve(arguments: argparse.Namespace) -> int:
         "batch_invariant",
         "prompt_lookup",
         "draft",
+        "draft_device",
         "prefix_store",
         "tuning",
         "policy",
