@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderSequence
 from edge_runtime.detokenizer import StopStrings, TokenText
+from edge_runtime.drafting.prompt_lookup import PromptLookup
 from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Outlet
-from edge_runtime.prompt_lookup import PromptLookup
 from edge_runtime.request import PLAIN, Chunk, FinishReason, Kind
 from edge_runtime.sampling import Sampler, TokenLogprob, log_sum_exp
 from edge_runtime.watch import Watch

@@ -20,7 +20,7 @@ from devices.stopwatch import Stopwatch
 from edge_runtime.completion import Completion, Request
 from edge_runtime.constraints import Grammars
 from edge_runtime.detokenizer import Decoding, TokenDecoder
-from edge_runtime.draft_model import DraftModel
+from edge_runtime.drafting.draft_model import DraftModel
 from edge_runtime.engine_stats import EngineStats
 from edge_runtime.errors import (
     DeviceError,
@@ -65,7 +65,7 @@ class Engine:
     sequences may go on holding; None: whatever running requests do not need; 0: none. ``prefix_store``: where prefixes
     outlive the engine. ``prompt_lookup``: draft tokens from what prompt and answer have said before.
     ``draft``: a smaller model of the same tokens, the engine's, too, that drafts where that pays
-    (:mod:`edge_runtime.draft_model`). ``grammars``: of its tokenizer; None: an answer can be held to none.
+    (:mod:`edge_runtime.drafting.draft_model`). ``grammars``: of its tokenizer; None: an answer can be held to none.
     ``batch_invariant``: see :class:`edge_runtime.scheduler.Scheduler`, ``in_pairs``; the decoder's option is its half.
 
     When the device fails (EngineError), the requests of that step end with the error. With a ``successor`` all requests

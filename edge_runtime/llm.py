@@ -85,10 +85,9 @@ class EdgeLLM:
     :class:`devices.DecoderOptions`.
     ``policy``: a file that says which requests other tiers may answer (:mod:`edge_runtime.policy`); it is read anew
     when it changes. ``offline``: tiers on other machines are off.
-    ``prompt_lookup``: answers that repeat what was said before come faster (:mod:`edge_runtime.prompt_lookup`).
-    ``draft``: a smaller model of the same vocabulary, as a pruned one of this; it drafts where that is faster, which is
-    measured while it runs, and answers stay this model's (:mod:`edge_runtime.draft_model`). ``draft_device``: None for
-    the model's own.
+    ``prompt_lookup``: answers that repeat what was said before come faster. ``draft``: a smaller model of the same
+    vocabulary, as a pruned one of this; it drafts where that is faster, which is measured while it runs, and answers
+    stay this model's. ``draft_device``: None for the model's own (:mod:`edge_runtime.drafting`).
     ``prefix_cache_bytes``: KV cache that finished requests may go on holding (None: what running ones do not need).
     ``prefix_store_bytes`` (``"1GiB"``): disk for prefixes of prompts that were used twice, or are long when the model
     is closed; 0: none are written or read (:mod:`edge_runtime.prefix_store`).

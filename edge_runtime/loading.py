@@ -11,8 +11,8 @@ from devices.kv_types import KVWish
 from devices.registry import open_decoder
 from edge_runtime.budgets import share_out
 from edge_runtime.constraints import Grammars
-from edge_runtime.draft_model import DraftModel
-from edge_runtime.drafting import draft_bytes, open_draft, place_draft
+from edge_runtime.drafting.draft_model import DraftModel
+from edge_runtime.drafting.opening import draft_bytes, open_draft, place_draft
 from edge_runtime.engine import Engine, Successor
 from edge_runtime.heap import return_free_heap
 from edge_runtime.measurements import Workload

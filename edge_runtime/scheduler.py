@@ -10,7 +10,7 @@ import numpy as np
 
 from devices.base import Decoder, DecoderSequence, KVChoosing, Step
 from edge_runtime.completion import Completion, Request
-from edge_runtime.draft_model import DraftModel
+from edge_runtime.drafting.draft_model import DraftModel
 from edge_runtime.errors import DeviceError, OutOfKVCache, OutOfSequences
 from edge_runtime.precision import PrecisionManager
 from edge_runtime.prefix_cache import PrefixCache
@@ -30,7 +30,7 @@ class Work(msgspec.Struct, frozen=True):
     draft: Sequence[int] = ()
     """The step's last tokens: what may come next, to be checked."""
     by_model: bool = False
-    """The draft is a :class:`~edge_runtime.draft_model.DraftModel`'s."""
+    """The draft is a :class:`~edge_runtime.drafting.draft_model.DraftModel`'s."""
 
 
 class Scheduler:

@@ -15,9 +15,9 @@ from devices.base import Decoder, Step
 from edge_runtime.completion import Completion, Reading, Request
 from edge_runtime.constraints import Constraint, Grammars
 from edge_runtime.detokenizer import Decoding, StopStrings, StreamDecoder, TokenDecoder, TokenText
+from edge_runtime.drafting.prompt_lookup import PromptLookup
 from edge_runtime.errors import EdgeError, InvalidRequest, PromptTooLong
 from edge_runtime.generation import Outlet
-from edge_runtime.prompt_lookup import PromptLookup
 from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams, make_sampler
 from edge_runtime.watch import Watch

@@ -14,8 +14,8 @@ from edge_runtime.recipe import Prune, Ranking
 from exporters.architecture import Architecture
 from exporters.builder import Linear
 from exporters.checkpoint import Checkpoint
+from exporters.compression.allocation import EIGHTHS, Option, group_options, neuron_options, solve
 from exporters.compression.cut import Cut, CutCheckpoint, Index
-from exporters.compression.cutting import EIGHTHS, Option, group_options, neuron_options, solve
 from exporters.compression.numpy_network import Array, NumpyNetwork
 from exporters.compression.ranking import SHARES, neuron_importance, rank
 from exporters.compression.repair import repair

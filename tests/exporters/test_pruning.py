@@ -22,9 +22,9 @@ from edge_runtime.package import Package
 from edge_runtime.recipe import Prune, Recipe
 from exporters.builder import Linear
 from exporters.checkpoint import Checkpoint, TextFiles
+from exporters.compression.allocation import Option, solve
 from exporters.compression.compress import Text, windows
 from exporters.compression.cut import Cut, CutCheckpoint
-from exporters.compression.cutting import Option, solve
 from exporters.compression.latency import MeasuredCosts
 from exporters.compression.numpy_network import Array, NumpyNetwork
 from exporters.compression.prune import WeightCosts, neurons_left, prune

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from devices.base import Step
 from devices.errors import EngineError
 from edge_runtime import EdgeLLM
-from edge_runtime.draft_model import DraftModel
-from edge_runtime.draft_pace import FIRST_WAIT, LONGEST, DraftPace
+from edge_runtime.drafting.draft_model import DraftModel
+from edge_runtime.drafting.pace import FIRST_WAIT, LONGEST, DraftPace
 from edge_runtime.engine import Engine, EngineStats
 from edge_runtime.errors import BudgetError, ConfigError
 from edge_runtime.sampling import SamplingParams

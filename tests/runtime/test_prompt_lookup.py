@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.prompt_lookup import LONGEST_DRAFT, LONGEST_KEY, SHORTEST_KEY, PromptLookup
+from edge_runtime.drafting.prompt_lookup import LONGEST_DRAFT, LONGEST_KEY, SHORTEST_KEY, PromptLookup
 
 
 def plain_draft(tokens: list[int], count: int) -> list[int]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from devices.base import Decoder, DecoderSequence, Step
 from edge_runtime.completion import Request
-from edge_runtime.draft_pace import DraftPace
+from edge_runtime.drafting.pace import DraftPace
 from edge_runtime.errors import EdgeError, OutOfKVCache
 
 _SHORT = 2
