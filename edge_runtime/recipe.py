@@ -10,6 +10,7 @@ from edge_runtime.errors import ConfigError
 
 Method = Literal["nearest", "gptq", "awq", "awq+gptq"]
 GROUPS = (16, 32, 64, 128)
+SCRIPT = "script:"
 Target = Literal["bytes", "latency", "loss"]
 
 
@@ -29,7 +30,13 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     repair: bool = True
     """What is left is refitted."""
     vocabulary: str | None = None
-    """The SHA-256 of the text whose tokens are kept. None: all are."""
+    """The SHA-256 of the text whose tokens are kept, or ``script:latin`` for those of a script. None: all are."""
+
+    @property
+    def script(self) -> str | None:
+        """By which tokens are kept."""
+        found = self.vocabulary or ""
+        return found.removeprefix(SCRIPT) if found.startswith(SCRIPT) else None
 
     @property
     def cuts(self) -> bool:

@@ -182,7 +182,8 @@ def _add_recipe(export: argparse.ArgumentParser) -> None:
         "--prune",
         metavar="WHAT",
         help="cut out, and refit what is left: heads=SHARE, mlp=SHARE, layers=N, vocab=FILE (keep the tokens of a "
-        "text), or until bytes=SHARE or latency=SHARE are left or loss=NATS is reached; commas between; any weights",
+        "text, or of script:latin), or until bytes=SHARE or latency=SHARE are left or loss=NATS is reached; commas "
+        "between; any weights",
     )
     recipe.add_argument("--calibrate", metavar="FILE", help="a text to learn from (default: one that comes along)")
 

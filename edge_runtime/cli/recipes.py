@@ -10,7 +10,7 @@ from typing import Any
 from edge_runtime.errors import ConfigError
 from edge_runtime.evaluation.texts import read_text
 from edge_runtime.package import Variant
-from edge_runtime.recipe import Prune, Pruned, Recipe
+from edge_runtime.recipe import SCRIPT, Prune, Pruned, Recipe
 
 _TARGETS = ("bytes", "latency", "loss")
 _KNOWN = ("heads", "mlp", "layers", "vocab", *_TARGETS, "repair")
@@ -24,9 +24,11 @@ def parse_prune(words: str) -> tuple[Prune, Path | None]:
         name, equals, value = (part.strip() for part in word.partition("="))
         if not equals or name not in _KNOWN:
             raise ConfigError(f"--prune takes NAME=VALUE with a comma between; {word!r} is none of {', '.join(_KNOWN)}")
-        if name in given or (name in _TARGETS and "target" in given) or (name == "vocab" and vocabulary is not None):
+        if name in given or (name in _TARGETS and "target" in given) or (name == "vocab" and "vocabulary" in given):
             raise ConfigError(f"--prune: {name} is one too many")
-        if name == "vocab":
+        if name == "vocab" and value.startswith(SCRIPT):
+            given["vocabulary"] = value
+        elif name == "vocab":
             vocabulary = Path(value)
             given["vocabulary"] = hashlib.sha256(read_text(vocabulary).encode()).hexdigest()
         elif name == "repair":

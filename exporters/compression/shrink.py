@@ -96,8 +96,9 @@ def _pruned(
     assert wish is not None
     assert text is not None
     made = source
-    if shrinking.vocabulary is not None:
-        kept = tokens_to_keep(source, [shrinking.vocabulary.text])
+    if wish.vocabulary is not None:
+        texts = [] if shrinking.vocabulary is None else [shrinking.vocabulary.text]
+        kept = tokens_to_keep(source, texts, wish.script)
         judged.kept, made = kept, TrimmedCheckpoint(source, kept)
     vocabulary = made.architecture.vocab_size if made is not source else None
     if not wish.cuts:

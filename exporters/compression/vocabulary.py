@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,17 +44,19 @@ class TrimmedCheckpoint(CheckpointView):
         return take_rows(tensor, self.kept) if name in ("embed", "head") else tensor
 
 
-def tokens_to_keep(source: Checkpoint, texts: Iterable[str]) -> NDArray[np.intp]:
+def tokens_to_keep(source: Checkpoint, texts: Iterable[str], script: str | None = None) -> NDArray[np.intp]:
     """Ids, ascending: what ``texts`` and the chat template are made of and what that is merged from, added tokens, and
-    single characters or bytes. ConfigError if ``texts`` say nothing; UnsupportedModel for tokenizers other than BPE and
-    Unigram; CorruptModel if a special token is none of the tokenizer's."""
+    single characters or bytes. ``script`` (``latin``, ``cyrillic``, …): tokens without letters of any other, too.
+
+    ConfigError if ``texts`` say nothing, or no token is of the script; UnsupportedModel for tokenizers other than BPE
+    and Unigram; CorruptModel if a special token is none of the tokenizer's."""
     text = source.text
     tokenizer = Tokenizer.from_str(text.tokenizer_json)
     tokenizer.no_truncation()
     content: Json = json.loads(text.tokenizer_json)
     model = content["model"]
     words = [each for each in texts if each.strip()]
-    if not words:
+    if not words and script is None:
         raise ConfigError("the text whose words the vocabulary is to keep is empty")
     for role, token in text.special_tokens.items():
         if tokenizer.token_to_id(token) is None:
@@ -64,6 +67,8 @@ def tokens_to_keep(source: Checkpoint, texts: Iterable[str]) -> NDArray[np.intp]
         for token in tokenizer.encode(each, add_special_tokens=False).tokens
     }
     vocabulary = _pieces(model)
+    if script is not None:
+        used |= _of_script(tokenizer, script)
     wide = {piece for piece in vocabulary if len(piece) == 1} if not model.get("byte_fallback") else set[str]()
     used |= wide | {piece for piece in vocabulary if len(piece) == 6 and piece.startswith("<0x")}
     used |= {model["unk_token"]} if isinstance(model.get("unk_token"), str) else set()
@@ -76,6 +81,21 @@ def tokens_to_keep(source: Checkpoint, texts: Iterable[str]) -> NDArray[np.intp]
     ids |= {each["id"] for each in content["added_tokens"]}
     size = source.architecture.vocab_size
     return np.array(sorted(each for each in ids if each < size), np.intp)
+
+
+def _of_script(tokenizer: Tokenizer, script: str) -> set[str]:
+    """Tokens whose letters are all of ``script``, by their names in Unicode. Parts of characters are left out."""
+    found, some = set[str](), False
+    for token, number in tokenizer.get_vocab().items():
+        said = tokenizer.decode([number], skip_special_tokens=False)
+        letters = [each for each in said if each.isalpha()]
+        of_script = all(unicodedata.name(each, "").startswith(f"{script.upper()} ") for each in letters)
+        if of_script and "\N{REPLACEMENT CHARACTER}" not in said:
+            found.add(token)
+            some = some or bool(letters)
+    if not some:
+        raise ConfigError(f"no token is of the script {script!r}; Unicode knows latin, cyrillic, greek, cjk, arabic, …")
+    return found
 
 
 def _pieces(model: Json) -> Mapping[str, int]:

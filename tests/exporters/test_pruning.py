@@ -280,7 +280,7 @@ class Trained(RandomCheckpoint):
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-        more = "Where the wild wind winds, there wanders whoever whispers. " * 30
+        more = "Where the wild wind winds, there wanders whoever whispers. " * 30 + "λ " * 30
         tokenizer.train_from_iterator([TEXT.text, more], trainer)
         tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
         end = tokenizer.token_to_id("<|end|>")
@@ -331,6 +331,20 @@ def _unigram(pieces: list[tuple[str, float]]) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     return tokenizer.to_str()
+
+
+def test_a_script_is_kept() -> None:
+    source = Trained(WORDY)
+    both = Tokenizer.from_str(source.text.tokenizer_json)
+    assert both.encode("λ").tokens == ["Î»"]  # its two bytes, in the alphabet of bytes
+    trimmed = TrimmedCheckpoint(source, tokens_to_keep(source, [], "latin"))
+    tokenizer = Tokenizer.from_str(trimmed.text.tokenizer_json)
+    assert "Î»" not in tokenizer.get_vocab()
+    assert tokenizer.decode(tokenizer.encode("λ, whoever").ids) == "λ, whoever"
+    assert tokenizer.encode("whoever wanders").tokens == both.encode("whoever wanders").tokens
+    with pytest.raises(ConfigError, match="klingon"):
+        tokens_to_keep(source, [], "klingon")
+    assert parse_prune("vocab=script:latin")[0].script == "latin"
 
 
 def test_vocabularies_that_cannot_be_trimmed() -> None:
