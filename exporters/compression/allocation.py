@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 EIGHTHS = 8
 """Of a layer's neurons, which are cut in such shares."""
 _STEPS = 2000
-"""Into which what is to be saved is divided."""
+"""Into which what is to be saved is divided, where it does not count whole things."""
 
 
 class Option(NamedTuple):
@@ -24,34 +25,36 @@ class Option(NamedTuple):
 def solve(parts: Sequence[Sequence[Option]], wanted: float) -> list[int]:
     """Which option of each part to take, so that ``wanted`` is saved in all at the least sum of losses.
 
-    By dynamic programming over what has been saved so far, in steps of a 2000th of ``wanted``, rounded down. The first
-    option of a part is to leave it as it is. ValueError if they cannot save so much.
+    By dynamic programming over what has been saved so far: exact where savings are whole numbers, else each of them is
+    rounded to a 2000th of ``wanted``. The first option of a part is to leave it as it is. ValueError if they cannot
+    save so much.
     """
     if wanted <= 0:
         return [0] * len(parts)
     if sum(max(option.saved for option in part) for part in parts) < wanted:
         raise ValueError("the parts together do not save so much")
-    size = wanted / _STEPS
-    least = np.full(_STEPS + 1, np.inf)
+    whole = all(float(option.saved).is_integer() for part in parts for option in part) and wanted <= _STEPS
+    steps = math.ceil(wanted) if whole else _STEPS
+    size = 1.0 if whole else wanted / _STEPS
+    least = np.full(steps + 1, np.inf)
     least[0] = 0.0
-    taken = np.zeros((len(parts), _STEPS + 1), np.int16)
-    came = np.zeros((len(parts), _STEPS + 1), np.int32)
+    taken = np.zeros((len(parts), steps + 1), np.int16)
+    came = np.zeros((len(parts), steps + 1), np.int32)
     for index, part in enumerate(parts):
-        best = np.full(_STEPS + 1, np.inf)
+        best = np.full(steps + 1, np.inf)
         for number, option in enumerate(part):
             cost = least + option.loss
-            shift = min(round(option.saved / size), _STEPS)
-            sources = np.arange(_STEPS + 1 - shift)
+            shift = min(round(option.saved / size), steps)
+            sources = np.arange(steps + 1 - shift)
             if shift:  # all that would save more than is wanted ends at what is wanted
-                end = _STEPS - shift
+                end = steps - shift
                 sources[-1] = end + int(cost[end:].argmin())
-            targets = np.arange(shift, _STEPS + 1)
-            better = cost[sources] < best[targets]
-            chosen_targets, chosen_sources = targets[better], sources[better]
-            best[chosen_targets] = cost[chosen_sources]
-            taken[index, chosen_targets], came[index, chosen_targets] = number, chosen_sources
+            better = cost[sources] < best[shift:]
+            targets, sources = np.arange(shift, steps + 1)[better], sources[better]
+            best[targets] = cost[sources]
+            taken[index, targets], came[index, targets] = number, sources
         least = best
-    place, chosen = _STEPS, []
+    place, chosen = int(np.flatnonzero(np.isfinite(least))[-1]), []  # rounded, all together may be a step short
     for index in reversed(range(len(parts))):
         chosen.append(int(taken[index, place]))
         place = int(came[index, place])

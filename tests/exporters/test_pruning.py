@@ -135,6 +135,12 @@ def test_the_solution_is_the_best_of_all() -> None:
     assert solve(parts, 0) == [0] * 4
 
 
+def test_all_that_there_is_can_be_wanted() -> None:
+    parts = [[Option(0, 0), Option(1 / 3, 0.5)] for _ in range(7)]
+    assert solve(parts, sum(part[1].saved for part in parts)) == [1] * 7
+    assert sum(solve(parts, 1.0)) == 3
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
