@@ -43,6 +43,8 @@ class OnnxOperators(ABC, Generic[Matrix]):
     ) -> None:
         """``dtype``: numpy's name for the type of activations, norms and tables, and of float matrices unless
         ``weights`` asks for a narrower one. ``scratch``, ``opset``: see OnnxGraph."""
+        self._widths: dict[str, int] = {}
+        """Of products, by the names of their values."""
         self._arch = architecture
         self._weights = weights
         self._dtype = np.dtype(dtype)
@@ -94,7 +96,9 @@ class OnnxOperators(ABC, Generic[Matrix]):
             own = None if bias is None else bias[start : start + weight.shape[0]]
             outputs.append(self._product(x, weight, own, f"{name}.{index}"))
             start += weight.shape[0]
-        return outputs[0] if len(outputs) == 1 else self._graph.one("Concat", outputs, axis=-1)
+        joined = outputs[0] if len(outputs) == 1 else self._graph.one("Concat", outputs, axis=-1)
+        self._widths[joined] = start
+        return joined
 
     def _product(self, x: str, weight: Tensor, bias: NDArray[np.float32] | None, name: str) -> str:
         """``x`` times one matrix (out, in), transposed."""
@@ -155,7 +159,8 @@ class OnnxOperators(ABC, Generic[Matrix]):
         return graph.one("Mul", [gate, up])
 
     def _halves(self, gate_up: str) -> tuple[str, str]:
-        gate, up = self._graph.node("Split", [gate_up], 2, axis=-1, num_outputs=2)
+        half = self._widths[gate_up] // 2  # by sizes, since CoreML takes no Split by number
+        gate, up = self._graph.node("Split", [gate_up, self._graph.ints(half, half)], 2, axis=-1)
         return gate, up
 
     def select_rows(self, x: str) -> str:

@@ -44,7 +44,7 @@ def solve(parts: Sequence[Sequence[Option]], wanted: float) -> list[int]:
         best = np.full(steps + 1, np.inf)
         for number, option in enumerate(part):
             cost = least + option.loss
-            shift = min(round(option.saved / size), steps)
+            shift = min(max(round(option.saved / size), 0), steps)  # times are measured: less may seem to take longer
             sources = np.arange(steps + 1 - shift)
             if shift:  # all that would save more than is wanted ends at what is wanted
                 end = steps - shift
