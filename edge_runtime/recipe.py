@@ -139,6 +139,11 @@ class Pruned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     quality: dict[str, float] = {}
     """After repair."""
 
+    @property
+    def cut(self) -> tuple[object, ...]:
+        """What was cut, without what it was decided by."""
+        return self.layers, self.kv_heads, self.neurons, self.vocabulary
+
 
 class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """What was done by a recipe, and what it cost."""

@@ -61,6 +61,8 @@ def export(
             if shrinking is not None:
                 made, compression = stack.enter_context(_shrunk(source, shrinking, weights, writer.folder, progress))
                 _check_heads(made.architecture, engines)
+                if writer.existing is not None:
+                    _check_network(writer.existing, made.architecture, compression, folder)
             for variant, engine in missing.items():
                 report = None if progress is None else _named(progress, variant)
                 quantized = (
@@ -132,6 +134,20 @@ def _check_recipe(existing: Manifest, weights: Weights, shrinking: Shrinking | N
         if pruned != prune or (variant.weights == weights and made != recipe):
             raise StorageError(
                 f"{folder} has {variant.name}, which was made by another recipe; choose another folder, or remove it"
+            )
+
+
+def _check_network(existing: Manifest, arch: Architecture, compression: Compression, folder: Path) -> None:
+    """The same wish may cut otherwise by another text, or by times that were measured anew."""
+    for variant in existing.variants:
+        other = variant.compression
+        if other is None or other.pruned is None or compression.pruned is None:
+            continue
+        same_cut = other.pruned.cut == compression.pruned.cut and other.calibration == compression.calibration
+        if not same_cut or summarize(arch) != existing.architecture:
+            raise StorageError(
+                f"{folder} has {variant.name}, which was cut otherwise (by another text, or by latencies as they were "
+                "then); export all variants at once, or choose another folder"
             )
 
 

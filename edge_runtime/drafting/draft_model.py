@@ -41,7 +41,8 @@ class _Row:
                 break
             self.agreed += 1
         self.guessed.clear()
-        self.agreed = self.sequence.crop(min(self.agreed, len(tokens) - 1))
+        # a step that found no room in the KV cache may have left less than was meant
+        self.agreed = self.sequence.crop(min(self.agreed, self.sequence.length, len(tokens) - 1))
         return self.agreed
 
 

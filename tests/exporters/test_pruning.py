@@ -414,6 +414,17 @@ def test_engines_compute_what_is_left(tmp_path: Path, weights: str, capsys: pyte
         export(source, folder, engines=["openvino"], weights="fp16")
 
 
+def test_variants_of_a_package_are_cut_alike(tmp_path: Path) -> None:
+    source, recipe = Spoken(replace(FOUR, vocab_size=512)), Recipe(prune=Prune(mlp=0.25))
+    folder, other = tmp_path / "made", Text("other", "Iron rusts where salt water dries; paint it twice a year. " * 20)
+    export(source, folder, engines=["onnx"], weights="int8", shrinking=Shrinking(recipe, TEXT, [TEXT], Tally))
+    export(source, folder, engines=["openvino"], weights="int8", shrinking=Shrinking(recipe, TEXT, [TEXT], Tally))
+    assert len(Package.open(folder).manifest.variants) == 2
+    with pytest.raises(StorageError, match="cut otherwise"):
+        export(source, folder, engines=["onnx"], weights="fp32", shrinking=Shrinking(recipe, other, [TEXT], Tally))
+    assert len(Package.open(folder).manifest.variants) == 2
+
+
 def test_the_latency_of_shapes_is_measured(tmp_path: Path) -> None:
     """What is saved by it is what the solution counts with."""
     source = Spoken(replace(FOUR, hidden_size=128, intermediate_size=4096, vocab_size=512))
