@@ -33,7 +33,9 @@ def read_texts(files: Sequence[Path]) -> Mapping[str, str]:
 def read_text(file: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read the text {file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read the text {file}: {error}") from error
     if not text.strip():
         raise ConfigError(f"the text {file} is empty")

@@ -25,15 +25,15 @@ def bits_of_weight(bits: int, recipe: Recipe) -> float:
     return 4 + (_SCALE_BITS + (0 if recipe.symmetric else 4)) / recipe.group
 
 
-def mean_bits(checkpoint: Checkpoint) -> float:
-    """Of the weights in matrices, as they are, each with its share of scale and zero point."""
+def mean_bits(checkpoint: Checkpoint, float_bits: int = 32) -> float:
+    """Of the weights in matrices, as they are, with its share of scale and zero point; a float has ``float_bits``."""
     spent = count = 0.0
     for name in tensor_names(checkpoint.architecture):
         tensor = checkpoint.tensor(name)
         if len(tensor.shape) == 2:
             size = math.prod(tensor.shape)
             count += size
-            spent += size * (_bits_of(tensor) if isinstance(tensor, QuantizedTensor) else 32)
+            spent += size * (_bits_of(tensor) if isinstance(tensor, QuantizedTensor) else float_bits)
     return spent / count
 
 

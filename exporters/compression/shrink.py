@@ -59,7 +59,7 @@ def shrink(
         made, compression = compress(made, recipe, shrinking.calibration, folder / "rounded", report)
         compression = msgspec.structs.replace(compression, pruned=pruned)
     else:
-        bits = mean_bits(QuantizedCheckpoint(made, weights))
+        bits = mean_bits(QuantizedCheckpoint(made, weights), 16 if weights == "fp16" else 32)
         compression = Compression(recipe=recipe, calibration=calibration, bits=bits, pruned=pruned)
     quality, tokens = judged(QuantizedCheckpoint(made, weights), made, report)
     return made, msgspec.structs.replace(compression, quality=quality, evaluated=tokens)

@@ -18,7 +18,7 @@ from edge_runtime.cli.main import main
 from edge_runtime.cli.recipes import parse_prune
 from edge_runtime.errors import ConfigError, CorruptModel, StorageError, UnsupportedModel
 from edge_runtime.evaluation.metrics import Tally, log_softmax
-from edge_runtime.package import Package
+from edge_runtime.package import Package, Weights
 from edge_runtime.recipe import Prune, Recipe
 from exporters.builder import Linear
 from exporters.checkpoint import Checkpoint, TextFiles
@@ -374,6 +374,13 @@ def test_vocabularies_that_cannot_be_trimmed() -> None:
 
 
 # --- packages ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("fp32", 32), ("fp16", 16), ("int8", 8.5)])
+def test_bits_of_formats(tmp_path: Path, weights: Weights, bits: float) -> None:
+    shrinking = Shrinking(Recipe(prune=Prune(layers=1)), TEXT)
+    _, made = shrink(Spoken(replace(SHORT, vocab_size=512)), shrinking, weights, tmp_path)
+    assert made.bits == bits
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8", "int4"])
