@@ -91,6 +91,22 @@ class ArchitectureSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
         """Over all layers."""
         return sum(self.kv_heads) or self.num_layers * self.num_kv_heads
 
+    def spec(self, engine: Engine, model: Path) -> DecoderSpec:
+        """What a device must know of the graph ``model``, made for ``engine``."""
+        return DecoderSpec(
+            engine=engine,
+            model=model,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab_size,
+            max_context=self.max_context,
+            sliding_windows=self.sliding_windows,
+            rope_switch=self.rope_switch,
+            kv_heads=self.kv_heads,
+        )
+
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``edge_glm.json``."""
@@ -187,20 +203,7 @@ class Package:
 
     def spec(self, variant: Variant) -> DecoderSpec:
         """What :func:`devices.open_decoder` needs."""
-        arch = self.manifest.architecture
-        return DecoderSpec(
-            engine=variant.engine,
-            model=self.folder / variant.model,
-            num_layers=arch.num_layers,
-            num_heads=arch.num_heads,
-            num_kv_heads=arch.num_kv_heads,
-            head_dim=arch.head_dim,
-            vocab_size=arch.vocab_size,
-            max_context=arch.max_context,
-            sliding_windows=arch.sliding_windows,
-            rope_switch=arch.rope_switch,
-            kv_heads=arch.kv_heads,
-        )
+        return self.manifest.architecture.spec(variant.engine, self.folder / variant.model)
 
     @property
     def tokenizer_file(self) -> Path:

@@ -1,6 +1,6 @@
 """The models on this machine: pull them, list them, find them, remove them.
 
-The only part of the runtime that calls the exporters, in two functions.
+The only part of the runtime that calls the exporters, in three functions.
 """
 
 from __future__ import annotations
@@ -224,6 +224,21 @@ def export_package(
     return Package.open(folder)
 
 
+def write_baseline(source: str, folder: Path, progress: Progress | None = None) -> tuple[ArchitectureSummary, Path]:
+    """The model of any reference but a package as a plain fp32 graph in ``folder``: what it is, and the graph's file.
+
+    Of no package and for no device: what the ladder of ``edge-glm bench`` begins at. Errors as for
+    :func:`export_package`."""
+    reference = parse_reference(source)
+    if isinstance(reference, PackageReference):
+        raise UnknownReference(f"{source} is a package already; the ladder needs the model it was made from")
+    with tempfile.TemporaryDirectory(prefix="edge-glm-fetch-") as workdir:
+        fetched = _fetch(reference, Path(workdir), progress)
+        if isinstance(fetched.path, Path) and is_package(fetched.path):
+            raise UnknownReference(f"{source} is a package already; the ladder needs the model it was made from")
+        return _write_baseline(fetched, folder, None if progress is None else partial(progress, "baseline"))
+
+
 def pick_variant(package: Package, engine: Engine, weights: Weights | None) -> Variant | None:
     """The variant for ``engine``; without ``weights``, the smallest format there is."""
     formats = _WEIGHT_PREFERENCE if weights is None else (weights,)
@@ -275,6 +290,17 @@ def _outline(fetched: Fetched, weights: Weights) -> Outline:
         if weights in _FORMATS.get(name, WEIGHTS)
     }
     return Outline(summarize(checkpoint.architecture), sizes)
+
+
+def _write_baseline(
+    fetched: Fetched, folder: Path, progress: Callable[[int, int], None] | None
+) -> tuple[ArchitectureSummary, Path]:
+    from exporters.export import summarize
+    from exporters.formats import open_checkpoint
+    from exporters.graphs import write_baseline
+
+    checkpoint = open_checkpoint(fetched.path)
+    return summarize(checkpoint.architecture), folder / write_baseline(checkpoint, folder, folder, progress)
 
 
 def _export(

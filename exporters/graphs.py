@@ -37,6 +37,19 @@ def write_graph(
     return runs_on, file
 
 
+def write_baseline(
+    checkpoint: Checkpoint, folder: Path, scratch: Path, progress: Callable[[int, int], None] | None = None
+) -> str:
+    """Write ``checkpoint`` as :mod:`exporters.onnx_baseline_builder` does. Returns the name of the graph's file."""
+    from exporters.onnx_baseline_builder import OnnxBaselineBuilder
+    from exporters.onnx_graph import MODEL_FILE
+
+    graph = OnnxBaselineBuilder(checkpoint.architecture, "fp32", scratch)
+    build(checkpoint, graph, progress)
+    graph.save(folder)
+    return MODEL_FILE
+
+
 def _builder(engine: Engine) -> tuple[devices.base.Engine, str, _NewBuilder]:
     if engine == "onnx":
         from exporters.onnx_builder import OnnxBuilder

@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import StorageError, UnsupportedModel
-from exporters.architecture import Activation, Architecture, Rope
+from exporters.architecture import Activation, Architecture
 from exporters.builder import AttentionSpec, Linear
 from exporters.onnx_graph import MODEL_FILE
-from exporters.onnx_operators import OnnxOperators, WeightFormat, passes_float16
-from exporters.weights import QuantizedTensor, Tensor, dequantize
+from exporters.onnx_operators import WeightFormat, passes_float16
+from exporters.onnx_plain_operators import FLOAT, PlainOperators
+from exporters.weights import Tensor, dequantize
 
 STEP = 64
 """Tokens of a prompt that are read at once; fewer are filled up."""
@@ -36,23 +37,19 @@ a larger vocabulary's embedding are found on the CPU."""
 OPSET = 20
 """The provider takes no operator of a later version (base_op_builder.h in the same place)."""
 DECODE_FILE = "decode.onnx"
-_FLOAT, _FLOAT16 = 1, 10  # of onnx.TensorProto
 
 
-class _StepGraph(OnnxOperators[str]):
+class _StepGraph(PlainOperators):
     """One graph, for ``tokens`` tokens at once."""
 
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None, tokens: int) -> None:
         half = weights == "fp16" and not passes_float16(architecture)
-        super().__init__(architecture, weights, scratch, np.float16 if half else np.float32, OPSET)
+        super().__init__(architecture, weights, scratch, np.float16 if half else np.float32, tokens, OPSET)
         graph = self._graph
-        self._tokens = tokens
         self._capacity = min(architecture.max_context, CONTEXT)
         self._ids = graph.input("input_ids", np.int64, [tokens])
         self._positions = graph.input("position_ids", np.int64, [tokens])
         self._row_index = graph.input("row_index", np.int64, [1])
-        self._masks: dict[int | None, str] = {}
-        self._angles: dict[Rope, tuple[str, str]] = {}
         self._apart: dict[str, str] = {}  # the second matrix's output by the first's
 
     def _positions_held(self) -> int:
@@ -75,7 +72,7 @@ class _StepGraph(OnnxOperators[str]):
             stop = min(start + LARGEST, vocabulary)
             block = rows if vocabulary <= LARGEST else graph.rows(f"head.{start}", rows, start, stop)
             y = graph.one("Gemm", [x, self._widened(block)], transB=1)
-            y = y if self._dtype == np.float32 else graph.one("Cast", [y], to=_FLOAT)
+            y = y if self._dtype == np.float32 else graph.one("Cast", [y], to=FLOAT)
             y = y if scale == 1.0 else self._scale(y, scale, np.float32)
             blocks.append(y if softcap is None else self._softcap(y, softcap, np.float32))
         if len(blocks) == 1:
@@ -83,17 +80,6 @@ class _StepGraph(OnnxOperators[str]):
         else:
             graph.node("Concat", blocks, ["logits"], axis=-1)
         graph.output("logits", np.float32, [1, vocabulary])
-
-    # --- what there is no quantized form of ---------------------------------------------------------------------------
-
-    def _matrix(self, tensor: QuantizedTensor, name: str) -> str:
-        raise AssertionError("CoreML's matrices are floats")
-
-    def _embed_packed(self, matrix: str, table: QuantizedTensor) -> str:
-        raise AssertionError("CoreML's matrices are floats")
-
-    def _packed_product(self, x: str, matrix: str, bias: str, name: str) -> str:
-        raise AssertionError("CoreML's matrices are floats")
 
     # --- a joined gate is apart where it would be too long ------------------------------------------------------------
 
@@ -108,30 +94,6 @@ class _StepGraph(OnnxOperators[str]):
         up = self._apart.pop(gate_up, None)
         return super()._halves(gate_up) if up is None else (gate_up, up)
 
-    # --- norms and gates ----------------------------------------------------------------------------------------------
-
-    def rms_norm(self, x: str, weight: NDArray[np.float32], eps: float) -> str:
-        """In float32: squares of activations pass float16's range."""
-        graph = self._graph
-        wide = x if self._dtype == np.float32 else graph.one("Cast", [x], to=_FLOAT)
-        mean = graph.one("ReduceMean", [graph.one("Mul", [wide, wide]), graph.ints(-1)], keepdims=1)
-        root = graph.one("Sqrt", [graph.one("Add", [mean, graph.scalar(eps)])])
-        normed = graph.one("Div", [wide, root])
-        if self._dtype != np.float32:
-            normed = graph.one("Cast", [normed], to=_FLOAT16)
-        return graph.one("Mul", [normed, graph.constant(weight.astype(self._dtype))])
-
-    def add_rms_norm(self, x: str, y: str, weight: NDArray[np.float32], eps: float) -> tuple[str, str]:
-        total = self.add(x, y)
-        return total, self.rms_norm(total, weight, eps)
-
-    def glu(self, gate_up: str, activation: Activation) -> str:
-        if activation != "silu":
-            return super().glu(gate_up, activation)
-        gate, up = self._halves(gate_up)
-        gate = self._graph.one("Mul", [gate, self._graph.one("Sigmoid", [gate])])
-        return self._graph.one("Mul", [gate, up])
-
     # --- attention ----------------------------------------------------------------------------------------------------
 
     def attention(self, qkv: str, spec: AttentionSpec) -> str:
@@ -139,17 +101,7 @@ class _StepGraph(OnnxOperators[str]):
         graph, count, dim = self._graph, self._tokens, spec.head_dim
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
         group, seen = heads // kv_heads, self._capacity + count
-        sizes = graph.ints(heads * dim, kv_heads * dim, kv_heads * dim)
-        parts = graph.node("Split", [qkv, sizes], 3, axis=-1)
-        query, key, value = (
-            graph.one("Reshape", [part, graph.ints(count, number, dim)])
-            for part, number in zip(parts, (heads, kv_heads, kv_heads), strict=True)
-        )
-        query = query if spec.q_norm is None else self.rms_norm(query, spec.q_norm, spec.norm_eps)
-        key = key if spec.k_norm is None else self.rms_norm(key, spec.k_norm, spec.norm_eps)
-        if spec.layer.rope is not None:
-            query, key = (self._rotated(x, spec.layer.rope, dim) for x in (query, key))
-        query, key, value = (graph.one("Transpose", [x], perm=[1, 0, 2]) for x in (query, key, value))
+        query, key, value = self._by_heads(qkv, spec)
         keys, values = (self._cached(spec, kind, new) for kind, new in (("key", key), ("value", value)))
 
         query = self.scale(graph.one("Reshape", [query, graph.ints(kv_heads, group * count, dim)]), spec.scale)
@@ -170,45 +122,8 @@ class _StepGraph(OnnxOperators[str]):
         self._graph.output(name, self._dtype, [spec.num_kv_heads, self._tokens, spec.head_dim])
         return self._graph.one("Concat", [past, new], axis=1)
 
-    def _mask(self, window: int | None) -> str:
-        if window not in self._masks:
-            name = "mask" if window is None else f"mask.{window}"
-            dims = [self._tokens, self._capacity + self._tokens]
-            self._masks[window] = self._graph.input(name, self._dtype, dims)
-        return self._masks[window]
-
-    def _rotated(self, x: str, rope: Rope, dim: int) -> str:
-        """``x`` (tokens, heads, head_dim)."""
-        graph, rotary = self._graph, 2 * len(rope.inv_freq)
-        cos, sin = self._angles_of(rope)
-        turned, rest = x, ""
-        if rotary < dim:
-            turned, rest = graph.node("Split", [x, graph.ints(rotary, dim - rotary)], 2, axis=-1)
-        if rope.interleaved:
-            pairs = graph.one("Reshape", [turned, graph.ints(self._tokens, -1, rotary // 2, 2)])
-            halves = graph.node("Split", [pairs, graph.ints(1, 1)], 2, axis=-1)
-            first, second = (graph.one("Reshape", [half, graph.ints(self._tokens, -1, rotary // 2)]) for half in halves)
-        else:
-            first, second = graph.node("Split", [turned, graph.ints(rotary // 2, rotary // 2)], 2, axis=-1)
-        both = [
-            graph.one("Sub", [graph.one("Mul", [first, cos]), graph.one("Mul", [second, sin])]),
-            graph.one("Add", [graph.one("Mul", [second, cos]), graph.one("Mul", [first, sin])]),
-        ]
-        if rope.interleaved:
-            both = [graph.one("Unsqueeze", [half, graph.ints(-1)]) for half in both]
-            joined = graph.one("Concat", both, axis=-1)
-            both = [graph.one("Reshape", [joined, graph.ints(self._tokens, -1, rotary)])]
-        parts = both + ([rest] if rest else [])
-        return parts[0] if len(parts) == 1 else graph.one("Concat", parts, axis=-1)
-
-    def _angles_of(self, rope: Rope) -> tuple[str, str]:
-        """Cosines and sines of the tokens' positions, (tokens, 1, rotary_dim / 2)."""
-        if rope not in self._angles:
-            graph = self._graph
-            rows = (graph.one("Gather", [table, self._positions], axis=0) for table in self._rope_tables(rope))
-            cos, sin = (graph.one("Unsqueeze", [row, graph.ints(1)]) for row in rows)
-            self._angles[rope] = cos, sin
-        return self._angles[rope]
+    def _seen(self) -> int:
+        return self._capacity + self._tokens
 
 
 Both = tuple[str, str]

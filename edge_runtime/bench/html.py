@@ -12,8 +12,8 @@ from edge_runtime.bench import plots
 from edge_runtime.bench.compare import ARROWS, Comparison
 from edge_runtime.bench.metrics import METRICS
 from edge_runtime.bench.page import card, page, tile
-from edge_runtime.bench.result import Percentiles, Result
-from edge_runtime.bench.table import conditions, figures, machine_lines, remarks, title
+from edge_runtime.bench.result import Machine, Percentiles, Result
+from edge_runtime.bench.table import conditions, figures, machine_lines, measured_from, remarks, title
 
 _TILES = (
     *("prefill_tps", "decode_tps", "output_tps", "request_rate", "goodput", "ttft_ms.p50", "tpot_ms.p50"),
@@ -32,10 +32,19 @@ def report(result: Result, comparison: Comparison | None = None) -> str:
         parts.append(card(f"Compared with {comparison.name}", _ratios(comparison), "wide"))
     parts += [
         card("All figures", _figures(result), "wide"),
-        card("Machine", "".join(f"<p>{escape(text)}</p>" for text in machine_lines(result)), "wide"),
-        f'<details class="card wide"><summary>JSON</summary><pre>{_json(result)}</pre></details>',
+        machine_card(result.machine, measured_from(result)),
+        json_card(result),
     ]
     return page(title(result), f"{''.join(parts)}<p>edge-glm bench, {escape(result.created)}</p>")
+
+
+def machine_card(machine: Machine, where: str = "") -> str:
+    return card("Machine", "".join(f"<p>{escape(text)}</p>" for text in machine_lines(machine, where)), "wide")
+
+
+def json_card(result: msgspec.Struct) -> str:
+    text = escape(msgspec.json.format(msgspec.json.encode(result)).decode())
+    return f'<details class="card wide"><summary>JSON</summary><pre>{text}</pre></details>'
 
 
 def _tiles(result: Result) -> Iterator[str]:
@@ -97,7 +106,3 @@ def _values(result: Result) -> Iterator[tuple[Any, float]]:
         value = metric.of(values)
         if value is not None:
             yield metric, value
-
-
-def _json(result: Result) -> str:
-    return escape(msgspec.json.format(msgspec.json.encode(result)).decode())

@@ -65,6 +65,19 @@ def stacked_bar(shares: Sequence[tuple[str, float]], label: str) -> str:
     return _svg(parts, label, height + 24 + 22 * len(shares) - 8)
 
 
+def bars(rows: Sequence[tuple[str, float, str]], label: str) -> str:
+    """A bar for each (name, value, what is written beside it), from 0 to the largest."""
+    most = max(value for _, value, _ in rows) or 1.0
+    parts, step, room = [], 44.0, WIDTH - 130
+    for index, (name, value, text) in enumerate(rows):
+        y = index * step
+        width = max(value / most * room, 1.0)
+        parts.append(f'<text x="0" y="{y + 12:.1f}">{escape(name)}</text>')
+        parts.append(f'<rect class="cell" x="0" y="{y + 18:.1f}" width="{width:.1f}" height="16" rx="2"/>')
+        parts.append(f'<text x="{width + 8:.1f}" y="{y + 31:.1f}">{escape(text)}</text>')
+    return _svg(parts, label, step * len(rows) - 6)
+
+
 def heat_map(rows: Sequence[Sequence[float]], unit: str, label: str) -> str:
     """A column for each of ``rows``, whose values lie above one another; the darker, the larger, on a scale of
     logarithms, since a few are often a hundred times the rest."""

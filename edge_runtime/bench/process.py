@@ -16,7 +16,7 @@ from edge_runtime.bench.result import Result
 from edge_runtime.bench.worker import Answer, Order
 from edge_runtime.errors import EdgeError
 
-COMMAND = (sys.executable, "-P", "-m", "edge_runtime.bench.worker")  # -P: not what lies in the current folder
+COMMAND = (sys.executable, "-P", "-m")  # -P: not what lies in the current folder
 
 
 def run(job: Job) -> Result:
@@ -38,14 +38,24 @@ def measure(job: Job, limit_s: float | None = None) -> Result:
 
 
 def _work(job: Job, *, prepare: bool, limit_s: float | None = None) -> Answer:
-    started = time.time()
-    with subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+    order = msgspec.json.encode(Order(job, time.time(), prepare))
+    answer = msgspec.json.decode(ask("edge_runtime.bench.worker", order, limit_s), type=Answer)
+    if answer.error is not None:
+        raise EdgeError(answer.error)
+    return answer
+
+
+def ask(module: str, order: bytes, limit_s: float | None = None) -> bytes:
+    """What ``module``, run as a process of its own by :func:`edge_runtime.bench.child.serve`, answers to a line.
+
+    EdgeError if it dies, or takes longer than ``limit_s``."""
+    with subprocess.Popen((*COMMAND, module), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
             with _ended_after(limit_s, worker) as late:
                 with suppress(BrokenPipeError):  # it has died: its exit code tells
-                    worker.stdin.write(msgspec.json.encode(Order(job, started, prepare)) + b"\n")
+                    worker.stdin.write(order + b"\n")
                     worker.stdin.flush()  # and left open: the worker ends when it closes
                 data = worker.stdout.read()
         except BaseException:  # Ctrl-C
@@ -57,10 +67,7 @@ def _work(job: Job, *, prepare: bool, limit_s: float | None = None) -> Answer:
     if code or not data:
         how = f"was ended by signal {-code}; is there enough memory?" if code < 0 else f"ended with exit code {code}"
         raise EdgeError(f"the measuring process {how}")
-    answer = msgspec.json.decode(data, type=Answer)
-    if answer.error is not None:
-        raise EdgeError(answer.error)
-    return answer
+    return data
 
 
 @contextmanager

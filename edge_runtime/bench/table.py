@@ -8,12 +8,19 @@ import msgspec
 
 from edge_runtime.bench.compare import ARROWS, Comparison
 from edge_runtime.bench.metrics import METRICS
-from edge_runtime.bench.result import Result
+from edge_runtime.bench.result import Machine, Result
 from edge_runtime.memory import format_bytes
 
 
 def table(result: Result, comparison: Comparison | None = None) -> str:
-    lines = [title(result), conditions(result), "", *_rows(result), "", *machine_lines(result)]
+    lines = [
+        title(result),
+        conditions(result),
+        "",
+        *_rows(result),
+        "",
+        *machine_lines(result.machine, measured_from(result)),
+    ]
     if comparison is not None:
         lines += ["", *_ratios(comparison)]
     return "\n".join(lines)
@@ -62,14 +69,18 @@ def remarks(result: Result) -> dict[str, str]:
     return found
 
 
-def machine_lines(result: Result) -> list[str]:
-    machine = result.machine
+def machine_lines(machine: Machine, where: str = "") -> list[str]:
+    """``where``: put before the processor."""
     memory = "" if machine.memory_bytes is None else f", {format_bytes(machine.memory_bytes)}"
     load = "" if machine.load_average is None else f", load average {machine.load_average:g} before"
     cores = "1 core" if machine.cores == 1 else f"{machine.cores} cores"
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-    where = "measured from " if result.url is not None else ""
     return [f"{where}{machine.cpu}, {cores}{memory}{load}", f"{machine.os}, Python {machine.python}", versions]
+
+
+def measured_from(result: Result) -> str:
+    """What to say before the machine: of a server, this one has only asked."""
+    return "" if result.url is None else "measured from "
 
 
 def figures(result: Result) -> dict[str, list[str]]:

@@ -26,6 +26,7 @@ from edge_runtime.tuning.records import Options
 _LOADING = ("device", "weights", "memory_budget", "threads", "kv_type", "batch_invariant")
 _LOCAL = ("repeats", "shared_prefix", "copy", "nll")
 _SERVER = ("model", "chat", "rate", "requests", "goodput", "api_key")
+_LADDER = ("draft", "draft_device")
 _ONE_RESULT = ("output", "html", "compare", "shared_prefix", "copy")
 _SHAPE = ("prompt_tokens", "new_tokens", "concurrency", "seed")
 
@@ -35,6 +36,9 @@ def bench(arguments: argparse.Namespace) -> int:
     for target in filter(None, (arguments.output, arguments.html)):
         if not Path(target).absolute().parent.is_dir():  # told now, not after minutes of measuring
             raise ConfigError(f"cannot write {target}: there is no folder {Path(target).absolute().parent}")
+    if arguments.ladder:
+        return _ladder(arguments)
+    _refuse(arguments, _LADDER, "--{} is for a --ladder")
     if arguments.every_device:
         return _every(arguments)
     result = _local(arguments) if arguments.url is None else _server(arguments)
@@ -45,6 +49,31 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         _write(arguments.html, report(result, comparison).encode())
     print(data.decode() if arguments.json else table(result, comparison))
+    return 0
+
+
+def _ladder(arguments: argparse.Namespace) -> int:
+    """Prepared and measured rung by rung; what is done is told on a terminal."""
+    others = ("every_device", "compare", "shared_prefix", "copy", "nll", "concurrency", "seed", "tuning")
+    loading = ("weights", "kv_type", "batch_invariant")
+    _refuse(arguments, ("url", *_SERVER, *others, *loading), "--{} has no meaning for a ladder; leave it out")
+    if arguments.ref is None:
+        raise ConfigError("a ladder needs a model reference")
+    from edge_runtime.bench.ladder.climb import climb
+    from edge_runtime.bench.ladder.job import Climb
+    from edge_runtime.bench.ladder.report import ladder_page, ladder_table
+
+    settings = load_settings({name: getattr(arguments, name) for name in ("threads", "memory_budget")})
+    given = _given(arguments, "device", "prompt_tokens", "new_tokens", "repeats", *_LADDER)
+    told = sys.stderr.isatty()
+    job = Climb(ref=arguments.ref, threads=settings.threads, memory_budget=settings.memory_budget, **given)
+    found = climb(job, lambda words: print(words, file=sys.stderr) if told else None)
+    data = msgspec.json.format(msgspec.json.encode(found))
+    if arguments.output is not None:
+        _write(arguments.output, data + b"\n")
+    if arguments.html is not None:
+        _write(arguments.html, ladder_page(found).encode())
+    print(data.decode() if arguments.json else ladder_table(found))
     return 0
 
 

@@ -247,7 +247,17 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         default=None,
         help="measure all devices that auto may choose, with one stream, many and long prompts; auto then goes by it",
     )
-    here.add_argument("--repeats", type=int, metavar="N", help="measured rounds, after one to warm up (default: 5)")
+    here.add_argument(
+        "--ladder",
+        action="store_true",
+        default=None,
+        help="from an unfused fp32 graph over int8 and int4 to prefix reuse: latency, memory, agreement of each step",
+    )
+    here.add_argument("--draft", metavar="REF", help="of a ladder, the last step: a smaller model that drafts")
+    here.add_argument("--draft-device", metavar="DEVICE", help="where it runs (default: as the model)")
+    here.add_argument(
+        "--repeats", type=int, metavar="N", help="measured rounds, after one to warm up (default: 5; of a ladder 3)"
+    )
     here.add_argument("--shared-prefix", type=int, metavar="N", help="also: first token after N tokens known already")
     here.add_argument(
         "--copy", action="store_true", default=None, help="also: answers that repeat their prompt, with prompt lookup"

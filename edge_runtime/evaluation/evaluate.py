@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.evaluation.metrics import Figures, Tally
-from edge_runtime.evaluation.subject import Subject
+from edge_runtime.tokenizer import Tokenizer
 
 WINDOW = 1024
 """Tokens that are looked at together, each given those before it in its window."""
@@ -22,6 +23,33 @@ PROMPTS = 6
 """Of each text."""
 Progress = Callable[[str, int, int], None]
 """``progress(text, done, total)`` in tokens."""
+
+
+class Model(Protocol):
+    """What is evaluated, as :class:`edge_runtime.evaluation.subject.Subject`."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocabulary(self) -> Sequence[str | None]:
+        """Of each id the token."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a text that it can look at."""
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that it looks at in one step, at most."""
+
+    def logits(self, ids: NDArray[np.int64], step: int) -> Iterator[NDArray[np.float32]]:
+        """After ``step`` tokens of ``ids`` at a time, (step, vocab); each holds until the next is asked for."""
+
+    def greedy(self, prompt: NDArray[np.int64], count: int) -> list[int]:
+        """The ``count`` tokens that it thinks the likeliest, one after the other, whatever they are."""
 
 
 class Evaluation(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -34,7 +62,7 @@ class Evaluation(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def evaluate(
-    model: Subject, reference: Subject | None, texts: Mapping[str, str], progress: Progress | None = None
+    model: Model, reference: Model | None, texts: Mapping[str, str], progress: Progress | None = None
 ) -> Evaluation:
     """ConfigError if the reference does not know the model's tokens, or a text is too short to say anything.
 
@@ -50,7 +78,7 @@ def evaluate(
     )
 
 
-def _common_tokens(model: Subject, reference: Subject) -> NDArray[np.int64] | None:
+def _common_tokens(model: Model, reference: Model) -> NDArray[np.int64] | None:
     """What each of the model's tokens is to the reference; None: the same. A trimmed model has fewer, with numbers of
     their own."""
     ours, theirs = model.vocabulary, reference.vocabulary
@@ -62,7 +90,7 @@ def _common_tokens(model: Subject, reference: Subject) -> NDArray[np.int64] | No
     if len(known) < len(found):
         lost = found.index(None)
         raise ConfigError(
-            f"{model.placement.package.name} and {reference.placement.package.name} have different vocabularies "
+            f"{model.name} and {reference.name} have different vocabularies "
             f"({len(ours)} and {len(theirs)} tokens; the reference lacks {ours[lost]!r}): their predictions cannot be "
             "compared; leave --reference out for the perplexity alone"
         )
@@ -72,7 +100,7 @@ def _common_tokens(model: Subject, reference: Subject) -> NDArray[np.int64] | No
 class _Reference:
     """The reference, asked and heard in the model's tokens."""
 
-    def __init__(self, subject: Subject, common: NDArray[np.int64] | None) -> None:
+    def __init__(self, subject: Model, common: NDArray[np.int64] | None) -> None:
         self._subject = subject
         self._common = common
         self.longest, self.chunk = subject.longest, subject.chunk
@@ -89,7 +117,7 @@ class _Reference:
         return self._subject.greedy(self.theirs(prompt), count)
 
 
-def _tally(model: Subject, reference: _Reference | None, name: str, text: str, progress: Progress | None) -> Tally:
+def _tally(model: Model, reference: _Reference | None, name: str, text: str, progress: Progress | None) -> Tally:
     ids = np.array(model.tokenizer.encode(text), np.int64)
     window = min([WINDOW, model.longest, *([] if reference is None else [reference.longest])])
     if len(ids) < 2:
@@ -109,7 +137,7 @@ def _tally(model: Subject, reference: _Reference | None, name: str, text: str, p
     return tally
 
 
-def _score(tally: Tally, model: Subject, reference: _Reference | None, ids: NDArray[np.int64]) -> None:
+def _score(tally: Tally, model: Model, reference: _Reference | None, ids: NDArray[np.int64]) -> None:
     """Step by step, so that the logits of one are in memory and no more."""
     step = model.chunk if reference is None else min(model.chunk, reference.chunk)
     ours = model.logits(ids, step)
