@@ -14,9 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edge_runtime.answer import Completion
     from edge_runtime.errors import EdgeError
     from edge_runtime.grammar import Grammar
-    from edge_runtime.llm import Completion, EdgeLLM
+    from edge_runtime.llm import EdgeLLM
     from edge_runtime.request import Chunk
     from edge_runtime.sampling import SamplingParams
 
@@ -26,7 +27,7 @@ __all__ = ["Chunk", "Completion", "EdgeError", "EdgeLLM", "Grammar", "SamplingPa
 
 _WHERE = {
     "Chunk": "edge_runtime.request",
-    "Completion": "edge_runtime.llm",
+    "Completion": "edge_runtime.answer",
     "EdgeError": "edge_runtime.errors",
     "EdgeLLM": "edge_runtime.llm",
     "Grammar": "edge_runtime.grammar",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Outlet
 from edge_runtime.request import PLAIN, Chunk, FinishReason, Kind
 from edge_runtime.sampling import Sampler, TokenLogprob, log_sum_exp
+from edge_runtime.tools.reader import CallReader
 from edge_runtime.watch import Watch
 
 READING_CHUNK = 64
@@ -104,6 +106,8 @@ class Completion(Request):
     """Where drafts come from. None: nothing is drafted."""
     watch: Watch | None = field(default=None, kw_only=True)
     """Who wants to know what the model thinks of prompt and answer."""
+    reader: CallReader | None = field(default=None, kw_only=True)
+    """What finds calls of tools in the text. None: there are none."""
     siblings: list[Completion] = field(default_factory=list, kw_only=True)
     """Completions of the same prompt that start from this one's prefill."""
     _tokens: list[int] = field(default_factory=list, init=False)
@@ -176,10 +180,27 @@ class Completion(Request):
                 sibling.finish(reason, error)
 
     def _put(self, text: str, reason: FinishReason | None = None, error: EdgeError | None = None) -> None:
+        extra = None
+        if self.reader is not None:
+            text, extra, reason = self._read(text, reason)
+            if not (text or extra or reason):
+                return
         self.finished = reason is not None
-        chunk = Chunk(text, tuple(self._tokens), reason, tuple(self._logprobs), index=self.index, error=error)
+        tokens, logprobs = tuple(self._tokens), tuple(self._logprobs)
+        chunk = Chunk(text, tokens, reason, logprobs, index=self.index, error=error, extra=extra)
         self._tokens, self._logprobs = [], []
         self.outlet.put(chunk)
+
+    def _read(self, text: str, reason: FinishReason | None) -> tuple[str, dict[str, Any] | None, FinishReason | None]:
+        """(content, calls of tools, why it ended) of what has come."""
+        assert self.reader is not None
+        text, pieces = self.reader.add(text)
+        if reason is not None:
+            rest, more = self.reader.flush()
+            text, pieces = text + rest, pieces + more
+            if reason == "stop" and self.reader.called:
+                reason = "tool_calls"
+        return text, {"tool_calls": pieces} if pieces else None, reason
 
 
 @dataclass(eq=False)

@@ -36,6 +36,7 @@ from edge_runtime.prefix_store import PrefixStore
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.scheduler import Scheduler, Work
 from edge_runtime.submission import Asking, Completing, Submission, Terms
+from edge_runtime.tools.reader import CallReader
 from edge_runtime.watch import Watch
 
 IDLE_S = 0.25
@@ -162,14 +163,16 @@ class Engine:
         eos_ids: Sequence[int] = (),
         watch: Watch | None = None,
         decoding: Decoding | None = None,
+        reading: Callable[[], CallReader] | None = None,
     ) -> Generation:
         """Queue a prompt; returns at once. ``params`` that are None get the global defaults. ``watch`` hears what the
-        model thinks of prompt and answer; ``decoding`` turns tokens into text in place of the tokenizer's own way.
+        model thinks of prompt and answer; ``decoding`` turns tokens into text in place of the tokenizer's own way,
+        ``reading`` finds calls of tools in that.
 
         Raises InvalidRequest, PromptTooLong (the prompt, or the prompt and ``max_tokens``, over the context),
         Overloaded (queue full), EngineStopped.
         """
-        submission = Completing(_token_list(prompt_ids), params.resolved(), eos_ids, watch, decoding)
+        submission = Completing(_token_list(prompt_ids), params.resolved(), eos_ids, watch, decoding, reading)
         self._enqueue(submission)
         return EngineGeneration(submission.outlet)
 

@@ -27,8 +27,15 @@ class Grammar:
     """Of a schema, as OpenAI's API has them: they are for a remote tier."""
     begun: str = ""
     """What there is of the answer already."""
+    openings: tuple[str, ...] = ()
+    """The form holds from the first of these on, which it includes; text before it is free. Empty: from the start."""
+    at_start: bool = False
+    """An opening counts at the answer's start only."""
+    field: str = "response_format"
+    """Of the request, by which it is asked for; refusals name it."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "openings", tuple(self.openings))  # a list, where it was kept as JSON
         if len(self.text) > LONGEST:
             raise InvalidRequest(
                 f"the grammar has {len(self.text):,} characters; the limit is {LONGEST:,}", "response_format"

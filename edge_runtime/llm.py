@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from devices.base import DecoderOptions
 from devices.kv_types import KVWish
+from edge_runtime.answer import ChunkStream, Completion, joined
 from edge_runtime.budgets import put_aside
 from edge_runtime.constraints import Grammars
 from edge_runtime.errors import ConfigError, InvalidRequest
@@ -33,8 +33,6 @@ from edge_runtime.planning import refuse_early
 from edge_runtime.policy.rules import LocalTierSpec
 from edge_runtime.prefix_store import DEFAULT_SIZE
 from edge_runtime.prompts import NOTHING, About, Messages, Text, TierRequest, TokenIds
-from edge_runtime.request import Chunk, FinishReason, TokenLogprob, Usage
-from edge_runtime.route import Route
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import Progress, Store
 from edge_runtime.switching import Switching
@@ -49,23 +47,6 @@ if TYPE_CHECKING:
     from edge_runtime.routing.dispatcher import Dispatcher
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    """As sampled, the token that ended it included."""
-    finish_reason: FinishReason
-    usage: Usage
-    tier: str
-    """Where it was made."""
-    route: Route
-    """Why there."""
-    logprobs: tuple[TokenLogprob, ...] = ()
-    """One per token, if asked for."""
 
 
 class EdgeLLM:
@@ -183,23 +164,38 @@ class EdgeLLM:
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
-        """The whole answer; Ctrl-C cancels it.
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str | Mapping[str, Any] = "auto",
+    ) -> Completion:
+        """The whole answer; Ctrl-C cancels it. ``tools``: what it may call, as OpenAI's API has them, for messages.
 
         Raises InvalidRequest, TemplateError, PromptTooLong, Overloaded, EngineStopped, DeviceError.
         """
         params = params or SamplingParams()
         if params.n != 1:
             raise InvalidRequest(f"generate gives one completion, not {params.n}; use stream for several", "n")
-        with closing(self._stream(prompt, params)) as chunks:
-            return _joined(chunks, chunks.route)
+        with closing(self._stream(prompt, params, tools, tool_choice)) as chunks:
+            return joined(chunks, chunks.route)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> ChunkStream:
-        """The answer as it is made, an iterator of chunks; closing or dropping it cancels it.
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str | Mapping[str, Any] = "auto",
+    ) -> ChunkStream:
+        """The answer as it is made, an iterator of chunks; closing or dropping it cancels it. Calls of tools come in
+        pieces, as ``chunk.extra["tool_calls"]``.
 
         Errors as for :meth:`generate`; those of the request raise here, at once.
         """
-        return self._stream(prompt, params or SamplingParams())
+        return self._stream(prompt, params or SamplingParams(), tools, tool_choice)
 
     def defer(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """Have it answered later, by the tier that its class prefers; returns an id for :meth:`deferred`, once it
@@ -319,8 +315,18 @@ class EdgeLLM:
             raise ConfigError("there is no policy, so nothing is deferred: open the model with one")
         return self._tiers
 
-    def _stream(self, prompt: Prompt, params: SamplingParams) -> ChunkStream:
-        return ChunkStream(self._start(TierRequest(self._kind_of(prompt), params)))
+    def _stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        tools: Sequence[Mapping[str, Any]],
+        tool_choice: str | Mapping[str, Any],
+    ) -> ChunkStream:
+        asked = self._kind_of(prompt)
+        if tools and not isinstance(asked, Messages):
+            raise InvalidRequest("tools need messages, and a model with a chat template", "tools")
+        extras = {"tools": list(tools), "tool_choice": tool_choice} if tools else {}
+        return ChunkStream(self._start(TierRequest(asked, params, About(extras=extras))))
 
     @property
     def _loaded(self) -> Loaded:
@@ -352,43 +358,6 @@ def _dispatcher(policy: Path, model: LocalModel, offline: bool, progress: Progre
         return EdgeLLM(tier.model, tier.device, tier.memory_budget, weights=tier.weights, progress=progress)
 
     return Dispatcher(policy, model, open_beside, home(), offline)
-
-
-class ChunkStream:
-    """Chunks of one generation; failures raise. Closing or forgetting it cancels the generation."""
-
-    def __init__(self, generation: Generation) -> None:
-        self._generation = generation
-
-    @property
-    def route(self) -> Route:
-        """Who answers, and why; known with the first chunk."""
-        return self._generation.route
-
-    def __iter__(self) -> ChunkStream:
-        return self
-
-    def __next__(self) -> Chunk:
-        return next(self._generation).checked()
-
-    def close(self) -> None:
-        self._generation.close()
-
-
-def _joined(chunks: Iterator[Chunk], route: Route) -> Completion:
-    parts = list(chunks)
-    last = parts[-1]
-    assert last.finish_reason is not None
-    assert last.usage is not None
-    return Completion(
-        text="".join(part.text for part in parts),
-        token_ids=tuple(token for part in parts for token in part.token_ids),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-        tier=last.tier,
-        route=route,
-        logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
-    )
 
 
 def _tokenizer(package: Package) -> Tokenizer:

@@ -19,22 +19,8 @@ class Messages:
 
     @property
     def of_tools(self) -> bool:
-        """It calls tools or has their answers, which models here do not know."""
+        """It calls tools, or has their answers."""
         return any(message.get("role") == "tool" or message.get("tool_calls") for message in self.messages)
-
-    def plain(self) -> Messages:
-        """Without that, but about as long."""
-        return Messages(
-            [
-                {"role": "user" if each.get("role") == "tool" else each["role"], "content": _content(each)}
-                for each in self.messages
-            ]
-        )
-
-
-def _content(message: Mapping[str, Any]) -> Any:
-    calls = message.get("tool_calls")
-    return message.get("content") or (str(calls) if calls else "")
 
 
 @dataclass(frozen=True)
@@ -61,7 +47,8 @@ class About:
     fields: Mapping[str, str] = field(default_factory=dict)
     """Other fields of the request that hold text: ``user``, ``service_tier``, …"""
     extras: Mapping[str, Any] = field(default_factory=dict)
-    """Wishes that the models here do not know, such as ``tools``: a server that does gets them as they are."""
+    """Wishes about tools (:data:`edge_runtime.tools.wish.FIELDS`), and such as models here do not know: a server that
+    does gets them as they are."""
 
     @property
     def deferred(self) -> bool:

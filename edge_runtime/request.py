@@ -12,7 +12,7 @@ from edge_runtime.errors import EdgeError
 from edge_runtime.sampling import TokenLogprob
 
 FinishReason = Literal["stop", "length", "cancelled", "error", "tool_calls", "content_filter"]
-"""The last two come from other servers only."""
+"""The last comes from other servers only."""
 
 
 class Kind(NamedTuple):
@@ -67,7 +67,7 @@ class Chunk(msgspec.Struct, frozen=True):  # made for every token: a frozen data
     error: EdgeError | None = None
     tier: str = LOCAL
     extra: dict[str, Any] | None = None
-    """What another server says beside text, as OpenAI's deltas hold it: ``tool_calls``, ``refusal``."""
+    """What is said beside text, as OpenAI's deltas hold it: ``tool_calls``, and of other servers ``refusal``."""
 
     def checked(self) -> Chunk:
         """This chunk; raises ``error`` if there is one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from edge_runtime.errors import EdgeError, InvalidRequest, PromptTooLong
 from edge_runtime.generation import Outlet
 from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams, make_sampler
+from edge_runtime.tools.reader import CallReader
 from edge_runtime.watch import Watch
 
 
@@ -126,6 +127,8 @@ class Completing(Submission):
     """Of the first completion."""
     decoding: Decoding | None = None
     """In place of the tokenizer's own."""
+    reading: Callable[[], CallReader] | None = None
+    """How calls of tools are found in a completion; None: there are none."""
     outlet: Outlet = field(init=False)
 
     def __post_init__(self) -> None:
@@ -163,6 +166,7 @@ class Completing(Submission):
                 index=index,
                 lookup=PromptLookup() if terms.prompt_lookup else None,
                 watch=self.watch if index == 0 else None,
+                reader=None if self.reading is None else self.reading(),
             )
             for index in range(params.n)
         ]

@@ -23,7 +23,7 @@ from edge_runtime.grammar import Grammar
 from edge_runtime.prompts import About, Messages, TierRequest
 from edge_runtime.request import Chunk, Usage
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.tool_calls import add_call
+from edge_runtime.tools.pieces import add_call
 
 
 class Choice(msgspec.Struct):

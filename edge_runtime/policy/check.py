@@ -147,8 +147,6 @@ def _task_problems(policy: Policy, task: TaskClass) -> Iterator[str]:
             )
         elif there and len(remote) == len(there):
             yield f"{where}: privacy is local-only, and there is no local tier"
-    if task.match.tools and not (remote and task.privacy != "local-only"):
-        yield f"{where}: only a remote tier can use tools, and none may be asked"
     if task.broken_stream == "continue" and len(remote) == len(there):
         yield f'{where}: broken_stream = "continue" needs a local tier'
     amounts: dict[str, float | None] = {

@@ -150,13 +150,7 @@ class Dispatcher:
 
     def _decide(self, regime: Regime, request: TierRequest) -> Decision:
         request = replace_field(request, decoding=regime.judge.stages.decoding)
-        prompt = request.prompt
-        known = (
-            replace_field(request, prompt=prompt.plain())
-            if isinstance(prompt, Messages) and prompt.of_tools
-            else request
-        )
-        return self.weigh(regime, request, self._model.prepare(known))
+        return self.weigh(regime, request, self._model.prepare(request))
 
     def weigh(self, regime: Regime, request: TierRequest, prepared: TierRequest) -> Decision:
         """Class, signals and plan of a request; ``prepared``: the same as token ids."""

@@ -20,10 +20,11 @@ from edge_runtime.server.chat_deferred import defer, deferred_response
 from edge_runtime.server.context import GONE, ServerContext, head, json_response, message_body, read_body, usage_body
 from edge_runtime.server.logprobs import chat_logprobs, shown
 from edge_runtime.server.running import Running, while_connected
-from edge_runtime.server.schema import ChatRequest, parse
 from edge_runtime.server.served import ServedModel
 from edge_runtime.server.sse import EventStream, Write, event
-from edge_runtime.tool_calls import add_call
+from edge_runtime.server.wire.chat import ChatRequest
+from edge_runtime.server.wire.parse import parse
+from edge_runtime.tools.pieces import add_call
 
 
 async def chat_completions(request: Request) -> ASGIApp:

@@ -14,9 +14,10 @@ from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.context import GONE, ServerContext, head, json_response, read_body, usage_body
 from edge_runtime.server.logprobs import TextLogprobs, shown
 from edge_runtime.server.running import Running, while_connected
-from edge_runtime.server.schema import CompletionRequest, parse
 from edge_runtime.server.served import ServedModel
 from edge_runtime.server.sse import EventStream, Write, event
+from edge_runtime.server.wire.completions import CompletionRequest
+from edge_runtime.server.wire.parse import parse
 
 
 async def completions(request: Request) -> ASGIApp:

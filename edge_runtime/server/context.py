@@ -16,7 +16,7 @@ from starlette.responses import Response
 from edge_runtime.errors import ConfigError, ModelNotFound
 from edge_runtime.request import Usage
 from edge_runtime.server.served import ServedModel
-from edge_runtime.tool_calls import whole
+from edge_runtime.tools.pieces import whole
 
 MIB = 2**20
 

@@ -8,10 +8,14 @@ from typing import Any
 
 from edge_runtime.constraints import Grammars
 from edge_runtime.engine import Engine
+from edge_runtime.errors import InvalidRequest
 from edge_runtime.generation import Generation
+from edge_runtime.grammar import Grammar
 from edge_runtime.prompts import Fit, Messages, Text, TierRequest, TokenIds
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.tools.calling import Calling
+from edge_runtime.tools.calling import unsupported as unsupported_tools
 
 
 class LocalTier:
@@ -30,7 +34,7 @@ class LocalTier:
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
-        self._template = template
+        self._calling = Calling(tokenizer, template)
         self._max_prompt = max_prompt
         self._max_context = max_context
         self._add_bos = add_bos
@@ -41,7 +45,12 @@ class LocalTier:
 
     def unsupported(self, request: TierRequest) -> str | None:
         """Why no model here can take it, on whatever device; None: it can."""
-        return unsupported(request, self._engine.grammars)
+        try:
+            wished = unsupported_tools(request.about.extras)
+            grammar = self._calling.params(request).grammar if wished is None else None
+        except InvalidRequest as error:
+            return str(error)
+        return wished or unsupported_grammar(grammar, self._engine.grammars)
 
     def prepare(self, request: TierRequest) -> TierRequest:
         """The same request with the prompt as token ids, so that it is rendered and tokenized once."""
@@ -52,7 +61,7 @@ class LocalTier:
         prompt = request.prompt
         if isinstance(prompt, Messages):
             # the template spells out bos and every other marker itself
-            return self._tokenizer.encode(self._template.render(prompt.messages), parse_special=True)
+            return self._tokenizer.encode(self._calling.render(request), parse_special=True)
         if isinstance(prompt, Text):
             return self._tokenizer.encode(prompt.text, add_bos=self._add_bos)
         return list(prompt.ids)
@@ -64,16 +73,12 @@ class LocalTier:
     def start(self, request: TierRequest) -> Generation:
         """Submit and return at once; errors of the request raise here, later ones come as chunks."""
         ids = self.encode(request)
-        params = request.params.resolved(self._defaults)
-        return self._engine.submit(ids, params, self._tokenizer.eos_ids, request.watch, request.decoding)
+        calling = self._calling
+        params = calling.params(request).resolved(self._defaults)
+        decoding, reading = calling.decoding(request), calling.reading(request)
+        return self._engine.submit(ids, params, self._tokenizer.eos_ids, request.watch, decoding, reading)
 
 
-def unsupported(request: TierRequest, grammars: Grammars | None) -> str | None:
-    """Why a model with these ``grammars`` cannot take it; None: it can."""
-    wishes = sorted(request.about.extras)
-    if isinstance(request.prompt, Messages) and request.prompt.of_tools:
-        wishes.append("tool_calls")
-    if wishes:
-        return f"{', '.join(wishes)} is not supported by models here: leave it out"
-    grammar = request.params.grammar
+def unsupported_grammar(grammar: Grammar | None, grammars: Grammars | None) -> str | None:
+    """Why no answer of a model with these ``grammars`` can be held to it; None: one can."""
     return None if grammar is None or grammars is None else grammars.refusal(grammar)

@@ -18,11 +18,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from devices.base import Step
 from edge_runtime.constraints import Grammars
 from edge_runtime.engine import Engine, Generation
-from edge_runtime.prompts import NOTHING, About
+from edge_runtime.prompts import NOTHING, About, Messages, Text, TierRequest, TokenIds
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.run import listen, make_server, url_of
 from edge_runtime.server.served import Tiers
 from edge_runtime.template import ChatTemplate
+from edge_runtime.tiers.local import LocalTier
 from edge_runtime.tokenizer import Tokenizer
 from tests.fake_decoder import FakeDecoder
 
@@ -62,6 +63,7 @@ class FakeModel:
         self,
         model_id: str = "fake",
         before_forward: Callable[[Sequence[Step]], None] = lambda batch: None,
+        max_context: int = 512,
         **engine_options: Any,
     ) -> None:
         self.model_id = model_id
@@ -69,12 +71,15 @@ class FakeModel:
         self.template = ChatTemplate(TEMPLATE)
         self.eos_ids = self.tokenizer.eos_ids
         self.decoder = FakeDecoder(
-            vocab_size=258, max_context=512, max_sequences=16, kv_tokens=8192, before_forward=before_forward
+            vocab_size=258, max_context=max_context, max_sequences=16, kv_tokens=8192, before_forward=before_forward
         )
         silent = [t for t in range(258) if t not in {*self.tokenizer.encode(SPEECH), *self.eos_ids}]
         self.decoder.table[:, silent] -= 100
         options = {"grammars": Grammars(self.tokenizer), **engine_options}
         self.engine = Engine(self.decoder, self.tokenizer, vocab_size=258, **options)
+        self.tier = LocalTier(
+            self.engine, self.tokenizer, self.template, max_prompt=max_context, max_context=max_context
+        )
 
     @property
     def ready(self) -> bool:
@@ -87,14 +92,13 @@ class FakeModel:
     def start_chat(
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, about: About = NOTHING
     ) -> Generation:
-        ids = self.tokenizer.encode(self.template.render(messages), parse_special=True)
-        return self.engine.submit(ids, params, self.eos_ids)
+        return self.tier.start(TierRequest(Messages(messages), params, about))
 
     def start_completion(
         self, prompt: str | Sequence[int], params: SamplingParams, about: About = NOTHING
     ) -> Generation:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self.engine.submit(ids, params, self.eos_ids)
+        asked = Text(prompt) if isinstance(prompt, str) else TokenIds(prompt)
+        return self.tier.start(TierRequest(asked, params, about))
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokenizer.token_bytes(token_id)

@@ -34,6 +34,13 @@ def test_malformed_json(http: httpx.Client, path: str, body: bytes, words: str) 
     assert words in error_of(response)["message"]
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def tool(name: str = "f", **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
 BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": "Hi"}, "messages"),
@@ -41,13 +48,21 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
     ({"messages": [{"role": "wizard", "content": "Hi"}]}, "messages[0].role"),
-    ({"messages": [{"role": "developer", "content": "Hi"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": "Hi", "mood": "good"}]}, "messages[0].mood"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
      "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
-    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].function"),
+    ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}]},
+     "messages[0].tool_calls[0].type"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}, {"role": "assistant", "tool_calls": [CALL]}]},
+     "messages[0].tool_call_id"),
+    ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].content"),
     ({"model": None}, "model"),
     ({"model": 3}, "model"),
     ({"top_logprobs": 3}, "top_logprobs"),
@@ -56,8 +71,24 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": None, "max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_tokens": None, "max_completion_tokens": 10_000}, "max_completion_tokens"),
     ({"max_completion_tokens": 5}, "max_tokens"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": {}}, "tools"),
+    ({"tools": "get_weather"}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools[0]"),
+    ({"tools": [tool() | {"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [tool("two words")]}, "tools[0].function.name"),
+    ({"tools": [tool(), tool()]}, "tools"),
+    ({"tools": [tool(f"t{number}") for number in range(129)]}, "tools"),
+    ({"tools": [tool(parameters=[])]}, "tools[0]"),
+    ({"tools": [tool(parameters={"type": "string"})]}, "tools[0].function.parameters"),
+    ({"tools": [tool(parameters={"$ref": "#/none"})]}, "tools"),
+    ({"tools": [tool(parameters={"not": {}}, strict=True)]}, "tools"),
+    ({"tools": [tool()], "tool_choice": "always"}, "tool_choice"),
+    ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+    ({"tools": [tool()], "tool_choice": {"type": "function"}}, "tool_choice"),
+    ({"tools": [tool()], "parallel_tool_calls": 1}, "parallel_tool_calls"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"function_call": {"name": "f"}}, "function_call"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_object", "json_schema": {"name": "x"}}}, "response_format"),

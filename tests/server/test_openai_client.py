@@ -324,11 +324,11 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served here; there is fake") as missing:
         client.chat.completions.create(model="gpt-4", messages=HELLO)
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="tools is not supported") as tools:
+    with pytest.raises(openai.BadRequestError, match="letters, digits") as tools:
         client.chat.completions.create(
-            model="fake", messages=HELLO, tools=[{"type": "function", "function": {"name": "f"}}]
+            model="fake", messages=HELLO, tools=[{"type": "function", "function": {"name": "two words"}}]
         )
-    assert tools.value.param == "tools"
+    assert tools.value.param == "tools[0].function.name"
     with pytest.raises(openai.BadRequestError, match=r"has \d+ tokens, .* 512") as long:
         client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "x" * 600}])
     assert long.value.code == "context_length_exceeded"

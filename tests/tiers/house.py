@@ -6,7 +6,6 @@ import threading
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from edge_runtime.request import Chunk
 from edge_runtime.route import Route
 from edge_runtime.routing.dispatcher import Dispatcher
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.tiers.local import unsupported
 from edge_runtime.tiers.model import LocalModel, continued
 from tests.server.served import FakeModel
 
@@ -36,6 +34,7 @@ class FakeLocal(LocalModel):
         self.gate = threading.Event()
         self.gate.set()
         self.error: EdgeError | None = None
+        self.knows_tools = False
         self.started: list[Generation] = []
         self.max_prompt = max_prompt
         self.fake = FakeModel(before_forward=self._wait)
@@ -48,15 +47,12 @@ class FakeLocal(LocalModel):
         return ("fake",)
 
     def prepare(self, request: TierRequest) -> TierRequest:
-        prompt = request.prompt
-        if isinstance(prompt, Messages):
-            ids = self.fake.tokenizer.encode(self.fake.template.render(prompt.messages), parse_special=True)
-        else:
-            ids = list(prompt.ids) if isinstance(prompt, TokenIds) else self.fake.tokenizer.encode(prompt.text)
-        return replace(request, prompt=TokenIds(ids))
+        return self.fake.tier.prepare(request)
 
     def unsupported(self, request: TierRequest) -> str | None:
-        return unsupported(request, self.fake.engine.grammars)
+        if request.about.tools and not self.knows_tools:
+            return "tools is not supported by models here: leave it out"
+        return self.fake.tier.unsupported(request)
 
     def fit(self, prepared: TierRequest) -> Fit:
         assert isinstance(prepared.prompt, TokenIds)
@@ -66,8 +62,7 @@ class FakeLocal(LocalModel):
         if self.error is not None:
             raise self.error
         assert isinstance(prepared.prompt, TokenIds)
-        eos, ids = self.fake.eos_ids, prepared.prompt.ids
-        generation = self.fake.engine.submit(ids, prepared.params, eos, prepared.watch, prepared.decoding)
+        generation = self.fake.tier.start(prepared)
         self.started.append(generation)
         return generation
 

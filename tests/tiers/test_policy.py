@@ -86,7 +86,6 @@ def test_what_there_is_not_is_named(policy: str, said: str, tmp_path: Path) -> N
         (LOCAL + task(tiers=["local", "local"]), "named twice"),
         (LOCAL + CLOUD + task(tiers=["cloud"], privacy="local-only"), "cloud is not on this device"),
         (CLOUD + task(privacy="local-only"), "there is no local tier"),
-        (LOCAL + task(match={"tools": True}), "only a remote tier can use tools"),
         (CLOUD + task(broken_stream="continue"), "needs a local tier"),
         (LOCAL + task() + task(name="b", match={"keywords": ["x"]}), "class b is never reached: class all"),
         (
