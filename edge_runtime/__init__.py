@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_runtime.answer import Completion
+    from edge_runtime.embedder import EdgeEmbedder
     from edge_runtime.errors import EdgeError
     from edge_runtime.grammar import Grammar
     from edge_runtime.llm import EdgeLLM
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["Chunk", "Completion", "EdgeError", "EdgeLLM", "Grammar", "SamplingParams", "__version__"]
+__all__ = ["Chunk", "Completion", "EdgeEmbedder", "EdgeError", "EdgeLLM", "Grammar", "SamplingParams", "__version__"]
 
 _WHERE = {
     "Chunk": "edge_runtime.request",
     "Completion": "edge_runtime.answer",
+    "EdgeEmbedder": "edge_runtime.embedder",
     "EdgeError": "edge_runtime.errors",
     "EdgeLLM": "edge_runtime.llm",
     "Grammar": "edge_runtime.grammar",

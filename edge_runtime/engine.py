@@ -144,6 +144,7 @@ class Engine:
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self._scheduler.running),
+            running_tokens=sum(request.fed for request in list(self._scheduler.running)),
             waiting=self._inbox.queued,
             cached_sequences=len(self._cache),
             cached_tokens=self._cache.tokens,

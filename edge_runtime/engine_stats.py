@@ -10,6 +10,8 @@ class EngineStats:
     """A glance at the engine, for operators."""
 
     running: int
+    running_tokens: int
+    """Tokens of their KV cache."""
     waiting: int
     cached_sequences: int
     cached_tokens: int

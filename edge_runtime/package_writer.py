@@ -28,6 +28,7 @@ from edge_runtime.package import (
     SCHEMA_VERSION,
     TOKENIZER,
     ArchitectureSummary,
+    EncoderSummary,
     FileEntry,
     Manifest,
     Package,
@@ -55,6 +56,7 @@ class PackageContents:
     add_bos: bool
     eos_ids: tuple[int, ...]
     generation: dict[str, Any]
+    encoder: EncoderSummary | None = None
 
 
 @dataclass
@@ -173,6 +175,7 @@ def _manifest(contents: PackageContents, files: tuple[FileEntry, ...], variants:
         eos_ids=contents.eos_ids,
         files=files,
         variants=variants,
+        encoder=contents.encoder,
     )
 
 

@@ -28,6 +28,11 @@ class Home:
         return self.data / "ledger.sqlite"
 
     @property
+    def keys(self) -> Path:
+        """Digests of the server's API keys (:mod:`edge_runtime.keys`)."""
+        return self.data / "keys.json"
+
+    @property
     def deferred(self) -> Path:
         """Requests that are answered later (:mod:`edge_runtime.deferred`)."""
         return self.data / "deferred.sqlite"

@@ -53,10 +53,25 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    allow_open: bool = False
+    """Whether other machines may ask though there is no key."""
+    rate_limit: int | None = None
+    """Requests a minute of each key, or without keys each address."""
+    max_body: str | int = "8MiB"
+    max_new_tokens: int | None = None
+    """Of an answer."""
+    cors: str | list[str] = ""
+    """Origins of web pages that may ask; several in a text with commas between them."""
     max_tokens: int | None = None
     temperature: float | None = None
     seed: int | None = None
     system: str | None = None
+
+    @property
+    def origins(self) -> list[str]:
+        """``cors``, one by one."""
+        given = self.cors.split(",") if isinstance(self.cors, str) else self.cors
+        return [each.strip() for each in given if each.strip()]
 
     @property
     def format(self) -> Weights | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from devices.base import Engine
-from edge_runtime.errors import EdgeError, ModelNotFound, UnknownReference
+from edge_runtime.errors import EdgeError, ModelNotFound, UnknownReference, UnsupportedModel
 from edge_runtime.fetch import Fetched, fetch_hub, fetch_pypi
 from edge_runtime.locks import file_lock
 from edge_runtime.package import WEIGHTS, ArchitectureSummary, Package, Variant, Weights, is_package, storage_errors
@@ -47,6 +47,8 @@ _EXPORT_NAMES: dict[Engine, Literal["onnx", "onnx-coreml", "onnx-cuda", "onnx-ed
     "openvino": "openvino",
     "openvino-npu": "openvino-npu",
 }
+ENCODER_ENGINES: tuple[Engine, ...] = ("onnxruntime", "openvino")
+"""Engines that embed."""
 _FORMATS: dict[str, tuple[Weights, ...]] = {"openvino-npu": ("int4", "fp16"), "onnx-coreml": ("fp16", "fp32")}
 """Weights that an export takes, where it does not take all."""
 _WEIGHT_PREFERENCE: tuple[Weights, ...] = ("int4", "int8", "fp16", "fp32")
@@ -92,14 +94,18 @@ class Store:
         parsed = parse_reference(reference)
         present = self._present(parsed)
         if present is not None:
+            if present.manifest.encoder is not None and engine not in ENCODER_ENGINES:
+                return present, present.manifest.variants[0]  # whoever opens it says what it is
             variant = pick_variant(present, engine, weights)
             if variant is not None:
                 return present, variant
         if isinstance(parsed, PackageReference):
             assert present is not None
             raise _missing(present, engine, weights)
-        package = self._pull(parsed, engine, weights or "int4", progress)
+        package = self._pull(parsed, engine, weights, progress)
         variant = pick_variant(package, engine, weights)
+        if variant is None and package.manifest.encoder is not None:
+            variant = package.manifest.variants[0]
         if variant is None:  # a package from the hub brings the variants it has
             raise _missing(package, engine, weights)
         return package, variant
@@ -174,7 +180,9 @@ class Store:
             raise ModelNotFound(f"{reference} is not on this machine (here: {here}); get it with edge-glm pull")
         return folder
 
-    def _pull(self, reference: Reference, engine: Engine, weights: Weights, progress: Progress | None) -> Package:
+    def _pull(
+        self, reference: Reference, engine: Engine, weights: Weights | None, progress: Progress | None
+    ) -> Package:
         folder = self.home.models / slug(reference)
         with storage_errors(f"cannot make {self.home.models}"):
             self.home.models.mkdir(parents=True, exist_ok=True)
@@ -202,14 +210,15 @@ def export_package(
     source: str,
     folder: Path,
     engines: list[Engine],
-    weights: Weights,
+    weights: Weights | None,
     progress: Progress | None = None,
     *,
     recipe: Recipe | None = None,
     calibration: Path | None = None,
     vocabulary: Path | None = None,
 ) -> Package:
-    """Make a package in ``folder`` from any reference but a package. See :func:`exporters.export.export`.
+    """Make a package in ``folder`` from any reference but a package. See :func:`exporters.export.export`; ``weights``
+    None: int4, and of an encoder fp32.
 
     ``calibration``: a text for a recipe that takes one; None: the one that comes along. ``vocabulary``: the text whose
     tokens are kept, for a recipe that trims the vocabulary."""
@@ -279,10 +288,13 @@ def variant_name(engine: Engine, weights: Weights) -> str:
 
 
 def _outline(fetched: Fetched, weights: Weights) -> Outline:
+    from exporters.encoder.checkpoint import is_encoder
     from exporters.estimate import estimated_bytes
     from exporters.export import summarize
     from exporters.formats import open_checkpoint
 
+    if isinstance(fetched.path, Path) and is_encoder(fetched.path):
+        raise UnsupportedModel(f"{fetched.path} makes embeddings, no text: open it with EdgeEmbedder, or serve it")
     checkpoint = open_checkpoint(fetched.path)
     sizes = {
         engine: estimated_bytes(checkpoint, name, weights)
@@ -307,7 +319,7 @@ def _export(
     fetched: Fetched,
     folder: Path,
     engines: list[Engine],
-    weights: Weights,
+    weights: Weights | None,
     progress: Progress | None,
     name: str,
     recipe: Recipe | None = None,
@@ -319,9 +331,19 @@ def _export(
     from exporters.compression.compress import Text
     from exporters.compression.latency import MeasuredCosts
     from exporters.compression.shrink import Shrinking
+    from exporters.encoder.checkpoint import EncoderCheckpoint, is_encoder
+    from exporters.encoder.export import export_encoder
     from exporters.export import export
     from exporters.formats import open_checkpoint
 
+    if isinstance(fetched.path, Path) and is_encoder(fetched.path):
+        if recipe is not None:
+            raise UnsupportedModel("encoders are neither pruned nor rounded here: leave the recipe out")
+        names = [_EXPORT_NAMES[engine] for engine in engines if engine in ENCODER_ENGINES] or ["onnx"]
+        checkpoint = EncoderCheckpoint(fetched.path)
+        export_encoder(checkpoint, folder, names, weights or "fp32", name=name, provenance=fetched.provenance)
+        return
+    weights = weights or "int4"
     chosen = [_EXPORT_NAMES[engine] for engine in engines]
     shrinking = None
     if recipe is not None:

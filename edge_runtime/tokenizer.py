@@ -82,6 +82,20 @@ class Tokenizer:
             raise InvalidRequest("this model has no bos token to put before the text")
         return [self.bos_id, *ids]
 
+    def encode_framed(self, text: str) -> tuple[list[int], int]:
+        """Token ids of ``text`` with what the model wants around every text ([CLS] … [SEP]), and how many of these
+        stand behind it. Names of special tokens in it are ordinary text. InvalidRequest as for :meth:`encode`."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}") from error
+        with self._lock:
+            self._inner.encode_special_tokens = True
+            encoded = self._inner.encode(text, add_special_tokens=True)
+        marks = encoded.special_tokens_mask
+        behind = next((place for place, mark in enumerate(reversed(marks)) if not mark), len(marks))
+        return list(encoded.ids), behind
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids``. Ids without a text add nothing; bytes that are not UTF-8 become U+FFFD.
 

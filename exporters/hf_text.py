@@ -42,7 +42,7 @@ def read_text_files(folder: Path, config: Mapping[str, Any]) -> TextFiles:
             f"{folder} has no tokenizer.json; save the tokenizer once with Transformers' fast tokenizer to get one"
         )
     settings = _optional(folder / "tokenizer_config.json")
-    tokens = _special_tokens({**_optional(folder / "special_tokens_map.json"), **settings})
+    tokens = special_tokens(folder)
     serialized, moved_bos = _without_bos(read_json(folder / "tokenizer.json"), tokens.get("bos_token"))
     tokenizer_json = json.dumps(serialized, ensure_ascii=False)
     try:
@@ -63,6 +63,12 @@ def read_text_files(folder: Path, config: Mapping[str, Any]) -> TextFiles:
         add_bos=add_bos,
         generation=generation,
     )
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Those that the tokenizer's configuration names, as ``cls_token``."""
+    settings = _optional(folder / "tokenizer_config.json")
+    return _special_tokens({**_optional(folder / "special_tokens_map.json"), **settings})
 
 
 def _optional(path: Path) -> dict[str, Any]:

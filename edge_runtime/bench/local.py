@@ -36,10 +36,6 @@ class MeasuredLLM(EdgeLLM):
     """An :class:`EdgeLLM` whose engine can be looked into."""
 
     @property
-    def stats(self) -> EngineStats:
-        return self._loaded.engine.stats
-
-    @property
     def limits(self) -> DecoderLimits:
         return self._loaded.engine.limits
 

@@ -68,6 +68,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         "rm": ("models", "remove"),
         "run": ("run", "run"),
         "serve": ("serve", "serve"),
+        "key": ("key", "key"),
         "devices": ("devices", "devices"),
         "plan": ("plan", "plan"),
         "bench": ("bench", "bench"),

@@ -56,7 +56,7 @@ def export(arguments: argparse.Namespace) -> int:
             arguments.source,
             Path(arguments.output),
             engines,
-            settings.format or "int4",
+            settings.format,
             bars,
             recipe=recipe,
             calibration=calibration,

@@ -90,8 +90,13 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
     run.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
 
-    serve = add("serve", "serve the OpenAI-compatible HTTP API")
-    serve.add_argument("ref", metavar="REF", nargs="?", help=f"{REFERENCE_HELP} (default: the only model here)")
+    serve = add("serve", "serve models over OpenAI's and Ollama's HTTP APIs")
+    serve.add_argument(
+        "refs",
+        metavar="REF",
+        nargs="*",
+        help=f"{REFERENCE_HELP}; several, encoders too (default: the only one)",
+    )
     add_device(serve)
     add_fallback(serve)
     add_weights(serve, auto=True)
@@ -102,7 +107,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_policy(serve)
     serve.add_argument("--host", metavar="ADDRESS", help="default: 127.0.0.1")
     serve.add_argument("--port", type=int, metavar="N", help="default: 8000")
-    serve.add_argument("--api-key", metavar="KEY", help="ask clients for this key; better set EDGE_GLM_API_KEY")
+    _add_limits(serve)
+
+    key = add("key", "make, list and remove API keys of the server here")
+    key.add_argument("action", choices=["add", "list", "rm"], help="a running server learns of it at once")
+    key.add_argument("name", metavar="NAME", nargs="?", help="whose key it is")
+    key.add_argument("--rate-limit", type=int, metavar="N", help="add: requests a minute (default: as serve says)")
+    key.add_argument("--json", action="store_true", help="list: print JSON")
 
     listing = add("list", "list the models on this machine")
     listing.add_argument("--json", action="store_true", help="print JSON")
@@ -226,6 +237,22 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
         help="also try a KV cache of 8 bits, which is smaller and may be faster, but changes some answers",
     )
     tune.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_limits(serve: argparse.ArgumentParser) -> None:
+    door = serve.add_argument_group("who may ask, and how much")
+    door.add_argument(
+        "--api-key", metavar="KEY", help="ask clients for this key; better set EDGE_GLM_API_KEY, or edge-glm key add"
+    )
+    door.add_argument(
+        "--allow-open", action="store_true", default=None, help="let other machines ask though there is no key"
+    )
+    door.add_argument("--rate-limit", type=int, metavar="N", help="requests a minute of each key, or address")
+    door.add_argument("--max-body", metavar="SIZE", help="of a request (default: 8MiB)")
+    door.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: what the context holds)")
+    door.add_argument(
+        "--cors", metavar="ORIGIN", action="append", help="let web pages of this origin ask, as https://app.example"
+    )
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:

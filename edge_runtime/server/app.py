@@ -1,92 +1,95 @@
-"""The ASGI application: routes, errors and the door.
-
-No CORS header is ever sent, so a web page cannot read an answer; and without an API key, a web page's POST (browsers
-name it by the ``Origin`` header) is refused, so that no page a user visits can put their machine to work.
-"""
+"""The ASGI application: routes, errors, and what stands before them."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Sequence
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_runtime.errors import ConfigError, EdgeError
+from edge_runtime.keys import KeyRing
+from edge_runtime.server import ollama
 from edge_runtime.server.chat import chat_completions
 from edge_runtime.server.chat_deferred import delete_deferred, get_deferred
 from edge_runtime.server.completions import completions
 from edge_runtime.server.context import MIB, ServerContext, by_name
-from edge_runtime.server.errors import Failure, on_edge_error, on_http_error, on_unknown_error
-from edge_runtime.server.models import get_model, health, list_models
-from edge_runtime.server.served import ServedModel
+from edge_runtime.server.door import Door, Guard
+from edge_runtime.server.embeddings import embeddings
+from edge_runtime.server.errors import on_edge_error, on_http_error, on_unknown_error
+from edge_runtime.server.metrics import Counting, Meter, metrics
+from edge_runtime.server.models import get_model, health, list_models, live
+from edge_runtime.server.openapi import openapi
+from edge_runtime.server.responses import delete_response, get_response, responses
+from edge_runtime.server.served import ServedEmbedder, ServedModel
+from edge_runtime.server.tokens import detokenize, tokenize
+
+ROUTES = (
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/chat/completions/{id}", get_deferred, methods=["GET"]),
+    Route("/v1/chat/completions/{id}", delete_deferred, methods=["DELETE"]),
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/responses", responses, methods=["POST"]),
+    Route("/v1/responses/{id}", get_response, methods=["GET"]),
+    Route("/v1/responses/{id}", delete_response, methods=["DELETE"]),
+    Route("/v1/embeddings", embeddings, methods=["POST"]),
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
+    Route("/api/chat", ollama.chat, methods=["POST"]),
+    Route("/api/generate", ollama.generate, methods=["POST"]),
+    Route("/api/embed", ollama.embed, methods=["POST"]),
+    Route("/api/tags", ollama.tags, methods=["GET"]),
+    Route("/api/show", ollama.show, methods=["POST"]),
+    Route("/api/ps", ollama.ps, methods=["GET"]),
+    Route("/api/version", ollama.their_version, methods=["GET"]),
+    Route("/v1/models", list_models, methods=["GET"]),
+    Route("/v1/models/{model:path}", get_model, methods=["GET"]),
+    Route("/health", health, methods=["GET"]),
+    Route("/health/ready", health, methods=["GET"]),
+    Route("/health/live", live, methods=["GET"]),
+    Route("/metrics", metrics, methods=["GET"]),
+    Route("/openapi.json", openapi, methods=["GET"]),
+)
 
 
 def create_app(
-    models: ServedModel | Sequence[ServedModel], *, api_key: str | None = None, max_body: int = 8 * MIB
+    models: ServedModel | Sequence[ServedModel],
+    *,
+    embedders: Sequence[ServedEmbedder] = (),
+    api_key: str | None = None,
+    keys: KeyRing | None = None,
+    per_minute: int | None = None,
+    max_body: int = 8 * MIB,
+    max_new_tokens: int | None = None,
+    origins: Sequence[str] = (),
 ) -> Starlette:
-    """An application that serves ``models``, which stay the caller's to close.
+    """An application that serves ``models`` and ``embedders``, which stay the caller's to close.
 
-    With ``api_key``, all of /v1 needs ``Authorization: Bearer <key>``. Bodies over ``max_body`` bytes get 413.
-    ConfigError if two models have one name, or the key is empty or not printable ASCII.
+    With ``api_key``, or as soon as there is one in ``keys``, everything but /health needs ``Authorization: Bearer
+    <key>``. ``per_minute``: POSTs that each key, or without keys each address, may send; more get 429. Bodies over
+    ``max_body`` bytes get 413. ``max_new_tokens``: what an answer may have at most. ``origins``: web pages that may ask
+    (CORS), by scheme, host and port.
+
+    ConfigError if two models have one name, the key is empty or not printable ASCII, or a limit is not positive.
     """
-    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key):
-        raise ConfigError("the API key must be printable ASCII without spaces, and not empty")
+    if max_body < 1 or (max_new_tokens is not None and max_new_tokens < 1):
+        raise ConfigError("limits of bodies and answers are at least 1")
+    guard = Guard(api_key, keys, per_minute)
+    meter = Meter()
+    cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
     app = Starlette(
-        routes=[
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-            Route("/v1/chat/completions/{id}", get_deferred, methods=["GET"]),
-            Route("/v1/chat/completions/{id}", delete_deferred, methods=["DELETE"]),
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/models", list_models, methods=["GET"]),
-            Route("/v1/models/{model:path}", get_model, methods=["GET"]),
-            Route("/health", health, methods=["GET"]),
+        routes=list(ROUTES),
+        middleware=[
+            Middleware(Counting, meter=meter),
+            *(cors if origins else ()),
+            Middleware(Door, guard=guard, origins=origins),
         ],
-        middleware=[Middleware(_Door, api_key=api_key)],
         exception_handlers={HTTPException: on_http_error, EdgeError: on_edge_error, Exception: on_unknown_error},
     )
     app.router.redirect_slashes = False
-    app.state.context = ServerContext(by_name(models), max_body, api_key)
+    app.state.context = ServerContext(*by_name(models, embedders), guard, meter, max_body, max_new_tokens)
+    meter.serve(app.state.context.models)
     return app
-
-
-class _Door:
-    """Middleware: who may come in."""
-
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        self._app = app
-        self._expected = None if api_key is None else _digest(api_key)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        if refusal is None:
-            await self._app(scope, receive, send)
-            return
-        headers = {"www-authenticate": "Bearer"} if refusal.status == 401 else None
-        await refusal.response(headers)(scope, receive, send)
-
-    def _refusal(self, scope: Scope) -> Failure | None:
-        headers = Headers(scope=scope)
-        if self._expected is None:
-            if scope["method"] == "POST" and "origin" in headers:
-                text = "requests from web pages (Origin header) need an API key: start the server with one"
-                return Failure(403, text, "invalid_request_error", "forbidden")
-            return None
-        if scope["path"] == "/health":
-            return None
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        given = given.strip() if scheme.lower() == "bearer" else ""
-        # Digests have one length, so the comparison's time says nothing about the key, its length included.
-        if hmac.compare_digest(_digest(given), self._expected):
-            return None
-        text = "the API key is wrong" if given else "an API key is needed: send Authorization: Bearer <key>"
-        return Failure(401, text, "invalid_request_error", "invalid_api_key")
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()

@@ -29,8 +29,9 @@ from edge_runtime.tools.pieces import add_call
 
 async def chat_completions(request: Request) -> ASGIApp:
     body = parse(await read_body(request), ChatRequest)
-    model = ServerContext.of(request).model(body.model)
-    params = body.params()
+    context = ServerContext.of(request)
+    model = context.model(body.model)
+    params = context.bounded(body.params(), body.limit_field)
     messages = [message.plain() for message in body.messages]
     about = body.about(request.headers, model.tiers is not None)
     if model.tiers is not None:
@@ -38,7 +39,8 @@ async def chat_completions(request: Request) -> ASGIApp:
         ticket = await anyio.to_thread.run_sync(defer, model.tiers, asked, body.stream)
         if ticket is not None:
             return deferred_response(ticket, model.model_id, 202)
-    running = Running([partial(_start, body, model, messages, params, about)])
+    start = partial(_start, body, model, messages, params, about)
+    running = Running([start], context.meter.watch(model.model_id))
     if body.stream:
         await running.__aenter__()
         return EventStream(running, partial(_stream, model=model, params=params, include_usage=body.include_usage))
@@ -59,8 +61,8 @@ def _start(
     try:
         return model.start_chat(messages, params, about)
     except PromptTooLong as error:
-        if error.param == "max_tokens" and body.max_completion_tokens is not None:
-            raise PromptTooLong(str(error), "max_completion_tokens") from error  # the field by the client's name
+        if error.param == "max_tokens":
+            raise PromptTooLong(str(error), body.limit_field) from error  # the field by the client's name
         raise
 
 

@@ -22,11 +22,13 @@ from edge_runtime.server.wire.parse import parse
 
 async def completions(request: Request) -> ASGIApp:
     body = parse(await read_body(request), CompletionRequest)
-    model = ServerContext.of(request).model(body.model)
-    params = body.params()
+    context = ServerContext.of(request)
+    model = context.model(body.model)
+    params = context.bounded(body.params())
     prompts = body.prompts()
     about = body.about(request.headers)
-    running = Running([partial(model.start_completion, prompt, params, about) for prompt in prompts])
+    starts = [partial(model.start_completion, prompt, params, about) for prompt in prompts]
+    running = Running(starts, context.meter.watch(model.model_id))
     choices = len(prompts) * params.n
     if body.stream:
         await running.__aenter__()

@@ -5,20 +5,27 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import anyio
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from edge_runtime.errors import ConfigError, ModelNotFound
+from edge_runtime.errors import ConfigError, InvalidRequest, ModelNotFound
 from edge_runtime.request import Usage
-from edge_runtime.server.served import ServedModel
+from edge_runtime.sampling import SamplingParams
+from edge_runtime.server.door import Guard
+from edge_runtime.server.metrics import Meter
+from edge_runtime.server.response_store import ResponseStore
+from edge_runtime.server.served import ServedEmbedder, ServedModel
 from edge_runtime.tools.pieces import whole
 
 MIB = 2**20
+BODY_SECONDS = 60.0
+"""That a client has for sending a body."""
 
 
 @dataclass(frozen=True)
@@ -26,29 +33,77 @@ class ServerContext:
     """Held by the application as ``app.state.context``."""
 
     models: Mapping[str, ServedModel]
+    embedders: Mapping[str, ServedEmbedder]
+    guard: Guard
+    meter: Meter
     max_body: int
     """Bytes."""
-    api_key: str | None
+    max_new_tokens: int | None
+    """What an answer may have at most; None: what the context has room for."""
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     @classmethod
     def of(cls, request: Request) -> ServerContext:
         return cast(ServerContext, request.app.state.context)
 
+    @property
+    def served(self) -> list[ServedModel | ServedEmbedder]:
+        return [*self.models.values(), *self.embedders.values()]
+
     def model(self, name: str) -> ServedModel:
         """ModelNotFound names the models there are."""
         found = self.models.get(name)
-        if found is None:
-            raise ModelNotFound(f"the model {name[:200]!r} is not served here; there is {', '.join(self.models)}")
-        return found
+        if found is not None:
+            return found
+        if name in self.embedders:
+            raise InvalidRequest(f"{name} makes embeddings, no text; use /v1/embeddings", "model")
+        raise self._unknown(name)
+
+    def embedder(self, name: str) -> ServedEmbedder:
+        """ModelNotFound names the models there are; InvalidRequest for one that makes text."""
+        found = self.embedders.get(name)
+        if found is not None:
+            return found
+        if name in self.models:
+            raise InvalidRequest(f"{name} makes text, no embeddings: serve a sentence encoder beside it", "model")
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> ModelNotFound:
+        there = ", ".join([*self.models, *self.embedders])
+        return ModelNotFound(f"the model {name[:200]!r} is not served here; there is {there}")
+
+    def model_or_only(self, name: str | None) -> ServedModel:
+        """As :meth:`model`; None stands for the only one. InvalidRequest where there are several."""
+        if name is not None:
+            return self.model(name)
+        if len(self.models) != 1:
+            raise InvalidRequest(f"which model? there is {', '.join(self.models) or 'none that makes text'}", "model")
+        return next(iter(self.models.values()))
+
+    def bounded(self, params: SamplingParams, name: str = "max_tokens") -> SamplingParams:
+        """With no more tokens than an answer may have. InvalidRequest if more were asked for, in ``name``."""
+        limit = self.max_new_tokens
+        if limit is None or (params.max_tokens is not None and params.max_tokens <= limit):
+            return params
+        if params.max_tokens is not None:
+            raise InvalidRequest(f"{name} is {params.max_tokens}; this server makes answers of {limit} at most", name)
+        return replace(params, max_tokens=limit)
 
 
-def by_name(models: ServedModel | Sequence[ServedModel]) -> dict[str, ServedModel]:
+def caller(request: Request) -> str:
+    """Whose key the request has; "" where none is needed."""
+    return getattr(request.state, "caller", "")
+
+
+def by_name(
+    models: ServedModel | Sequence[ServedModel], embedders: Sequence[ServedEmbedder] = ()
+) -> tuple[dict[str, ServedModel], dict[str, ServedEmbedder]]:
     """ConfigError if there is no model or a name comes twice."""
     several = models if isinstance(models, Sequence) else [models]
-    named = {model.model_id: model for model in several}
-    if not named or len(named) != len(several):
-        raise ConfigError(f"serve at least one model, each under its own name, not {[m.model_id for m in several]}")
-    return named
+    names = [*(model.model_id for model in several), *(model.model_id for model in embedders)]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"serve at least one model, each under its own name, not {names}")
+    return {model.model_id: model for model in several}, {model.model_id: model for model in embedders}
 
 
 async def read_body(request: Request) -> bytes:
@@ -59,10 +114,14 @@ async def read_body(request: Request) -> bytes:
         raise _too_large(limit, int(declared))
     body = bytearray()
     try:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > limit:
-                raise _too_large(limit, len(body))
+        with anyio.fail_after(BODY_SECONDS):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit:
+                    raise _too_large(limit, len(body))
+    except TimeoutError as error:
+        text = f"the body took more than {BODY_SECONDS:g} s to come"
+        raise HTTPException(408, text, {"connection": "close"}) from error
     except ClientDisconnect as error:
         raise HTTPException(400, "the client left before it had sent the whole body") from error
     return bytes(body)

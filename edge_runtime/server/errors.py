@@ -109,7 +109,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = error.detail
     if error.status_code == 404:
-        message = f"there is no {request.url.path} here; see /v1/models, /v1/chat/completions, /v1/completions, /health"
+        known = "/v1/models, /v1/chat/completions, /v1/responses, /v1/completions, /api/chat, /health"
+        message = f"there is no {request.url.path} here; see {known}" if error.detail == "Not Found" else error.detail
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         message = f"{request.url.path} does not take {request.method}; use {allowed}"

@@ -13,7 +13,7 @@ from edge_runtime.server.served import ServedModel
 
 def shown(chunk: Chunk, model: ServedModel, params: SamplingParams) -> Sequence[TokenLogprob]:
     """The chunk's logprobs without that of the token which ended the completion, which is not part of its text."""
-    if chunk.finish_reason != "stop" or not chunk.logprobs:
+    if chunk.finish_reason not in ("stop", "tool_calls") or not chunk.logprobs:
         return chunk.logprobs
     last = chunk.logprobs[-1].token_id
     ends = last in params.stop_token_ids or (last in model.eos_ids and not params.ignore_eos)

@@ -1,4 +1,4 @@
-"""GET /v1/models, /v1/models/{id} and /health."""
+"""GET /v1/models, /v1/models/{id} and /health, /health/ready, /health/live."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from edge_runtime.server.context import ServerContext, json_response
-from edge_runtime.server.served import ServedModel
+from edge_runtime.server.served import ServedEmbedder, ServedModel
 
 
 async def list_models(request: Request) -> Response:
-    models = ServerContext.of(request).models.values()
-    return json_response({"object": "list", "data": [_body(model) for model in models]})
+    return json_response({"object": "list", "data": [_body(model) for model in ServerContext.of(request).served]})
 
 
 async def get_model(request: Request) -> Response:
-    return json_response(_body(ServerContext.of(request).model(request.path_params["model"])))
+    context, name = ServerContext.of(request), request.path_params["model"]
+    return json_response(_body(context.embedders[name] if name in context.embedders else context.model(name)))
 
 
 async def health(request: Request) -> Response:
-    """200 while every model can answer, else 503; needs no API key."""
-    models = ServerContext.of(request).models
-    stopped = [name for name, model in models.items() if not model.ready]
+    """/health, /health/ready: 200 while every model can answer, else 503; needs no API key."""
+    context = ServerContext.of(request)
+    models = context.models
+    stopped = [model.model_id for model in context.served if not model.ready]
     said = {name: dict(model.tiers.health()) for name, model in models.items() if model.tiers is not None}
     status = {"status": "unavailable", "stopped": stopped} if stopped else {"status": "ok"}
     response = json_response(status | ({"models": said} if said else {}))
@@ -31,7 +32,12 @@ async def health(request: Request) -> Response:
     return response
 
 
-def _body(model: ServedModel) -> dict[str, Any]:
+async def live(request: Request) -> Response:
+    """200 as long as the process answers at all: what a watchdog restarts by."""
+    return json_response({"status": "ok"})
+
+
+def _body(model: ServedModel | ServedEmbedder) -> dict[str, Any]:
     return {
         "id": model.model_id,
         "object": "model",

@@ -13,6 +13,7 @@ from uvicorn.config import LOGGING_CONFIG
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.server.context import ServerContext
+from edge_runtime.server.protocol import PatientProtocol
 
 _log = logging.getLogger("uvicorn.error")  # uvicorn sets this one up, so that all lines look alike
 
@@ -36,8 +37,8 @@ def serve(
     with listener, suppress(KeyboardInterrupt):
         server = make_server(app, log_level)
         context: ServerContext = app.state.context
-        for name, model in context.models.items():
-            _log.info("%s on %s, %s", name, model.placement["device"], model.placement["reason"])
+        for model in context.served:
+            _log.info("%s on %s, %s", model.model_id, model.placement["device"], model.placement["reason"])
         _log.info("serving on %s (Ctrl-C to quit)", url_of(listener))
         server.run(sockets=[listener])
 
@@ -45,10 +46,10 @@ def serve(
 def listen(app: Starlette, host: str, port: int, *, allow_open: bool = False) -> socket.socket:
     """A listening socket; port 0 takes any free one. ConfigError as for :func:`serve`."""
     context: ServerContext = app.state.context
-    if context.api_key is None and not allow_open and not _is_loopback(host):
+    if not context.guard.closed and not allow_open and not _is_loopback(host):
         raise ConfigError(
-            f"{host} is reachable from other machines and there is no API key: set one (--api-key), "
-            "or serve on 127.0.0.1"
+            f"{host} is reachable from other machines and there is no API key: set one (--api-key, or "
+            "edge-glm key add), serve on 127.0.0.1, or say that anybody may ask (--allow-open)"
         )
     if not 0 <= port <= 65535:
         raise ConfigError(f"the port must be from 0 to 65535, not {port}")
@@ -85,6 +86,7 @@ def make_server(app: Starlette, log_level: str = "info") -> uvicorn.Server:
             log_config={**LOGGING_CONFIG, "loggers": loggers},
             timeout_graceful_shutdown=GRACE_SECONDS,
             server_header=False,
+            http=PatientProtocol,
             ws="none",
             lifespan="off",
         )

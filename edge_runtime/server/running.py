@@ -14,6 +14,7 @@ from edge_runtime.errors import EngineStopped
 from edge_runtime.generation import Generation
 from edge_runtime.request import Chunk, Usage
 from edge_runtime.route import Route
+from edge_runtime.server.metrics import Watched
 
 Start = Callable[[], Generation]
 """Renders, tokenizes and submits; blocks."""
@@ -24,8 +25,11 @@ Emit = Callable[[int, Chunk], Awaitable[None]]
 class Running:
     """The generations of one request. ``async with`` starts them, and closes whatever started on any way out."""
 
-    def __init__(self, starts: Sequence[Start]) -> None:
+    def __init__(self, starts: Sequence[Start], watched: Watched) -> None:
         self._starts = starts
+        self._watched = watched
+        self._whole = False
+        """All has been read to the end."""
         self._generations: list[Generation] = []
 
     async def __aenter__(self) -> Running:
@@ -40,6 +44,8 @@ class Running:
 
     async def __aexit__(self, *exception: object) -> None:
         self._close()
+        if self._generations:
+            self._watched.end(self.usage(), broken=not self._whole)
 
     def _start(self, start: Start) -> None:
         self._generations.append(start())
@@ -52,6 +58,7 @@ class Running:
         """Give every chunk to ``emit``, of several generations as they come. Raises a chunk's error."""
         if len(self._generations) == 1:
             await self._pump_one(0, emit)
+            self._whole = True
             return
         failures: list[Exception] = []
         async with anyio.create_task_group() as group:
@@ -67,9 +74,11 @@ class Running:
                 group.start_soon(pump_one, number)
         if failures:
             raise failures[0]
+        self._whole = True
 
     async def _pump_one(self, number: int, emit: Emit) -> None:
         async for chunk in self._generations[number]:
+            self._watched.chunk(number, chunk)
             chunk.checked()
             if chunk.finish_reason == "cancelled":
                 raise EngineStopped("the answer was cut off: the server is shutting down")

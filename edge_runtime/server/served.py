@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edge_runtime.engine_stats import EngineStats
 from edge_runtime.generation import Generation
-from edge_runtime.prompts import NOTHING, About, TierRequest
+from edge_runtime.model_facts import ModelFacts
+from edge_runtime.prompts import NOTHING, About, Messages, Text, TierRequest
 from edge_runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from edge_runtime.deferred.deferrals import Deferrals
+    from edge_runtime.embedder import Embeddings
 
 
 class Tiers(Protocol):
@@ -25,6 +28,47 @@ class Tiers(Protocol):
 
     def health(self) -> Mapping[str, Any]:
         """For /health."""
+
+
+class ServedEmbedder(Protocol):
+    """A loaded encoder; :class:`edge_runtime.embedder.EdgeEmbedder`. All methods may be called from any thread."""
+
+    @property
+    def model_id(self) -> str:
+        """The name that requests use as ``model``."""
+
+    @property
+    def created(self) -> int:
+        """Unix time, in seconds."""
+
+    @property
+    def placement(self) -> Mapping[str, str]:
+        """``device``, ``variant`` and ``reason``."""
+
+    @property
+    def ready(self) -> bool:
+        """False once it is closed."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What it is."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of an embedding."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a text."""
+
+    def embed(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        truncate: bool = False,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Embeddings:
+        """See :meth:`edge_runtime.embedder.EdgeEmbedder.embed`."""
 
 
 class ServedModel(Protocol):
@@ -45,6 +89,14 @@ class ServedModel(Protocol):
     @property
     def ready(self) -> bool:
         """False once the model is closed or its engine has died; /health then answers 503."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """What its engine does and has done."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV cache that it has, over all requests."""
 
     @property
     def eos_ids(self) -> Sequence[int]:
@@ -68,6 +120,21 @@ class ServedModel(Protocol):
         self, prompt: str | Sequence[int], params: SamplingParams, about: About = NOTHING
     ) -> Generation:
         """Submit plain text (bos put before it if the model wants that) or token ids as they are. As ``start_chat``."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What it is."""
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+
+    def tokenize(self, prompt: Messages | Text, add_bos: bool = True) -> list[int]:
+        """Token ids of a prompt, as it would be run; ``add_bos``: of text, whether bos is put before it if the model
+        wants that. TemplateError, InvalidRequest."""
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special ones by their names. InvalidRequest for what is no token id."""
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that the token stands for (a part of a character for some); special tokens: their name."""

@@ -8,11 +8,10 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from edge_runtime.server.errors import failure_of
+from edge_runtime.server.errors import Failure, failure_of
 from edge_runtime.server.running import Running, while_connected
 
 _HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold the tokens back
 ]
@@ -33,12 +32,23 @@ DONE = b"data: [DONE]\n\n"
 class EventStream:
     """An ASGI response that streams what ``produce`` writes, and ends the generations when the client leaves.
 
-    Until it stands who answers, an error is an HTTP status; from then on an event of its own, without ``[DONE]``.
+    Until it stands who answers, an error is an HTTP status; from then on an event of its own, without the end.
     """
 
-    def __init__(self, running: Running, produce: Produce) -> None:
+    def __init__(
+        self,
+        running: Running,
+        produce: Produce,
+        end: bytes = DONE,
+        failed: Callable[[Failure], bytes] = lambda failure: event(failure.body()),
+        media_type: str = "text/event-stream; charset=utf-8",
+    ) -> None:
+        """``end``: what comes last. ``failed``: the event of a failure after something was sent."""
         self._running = running
         self._produce = produce
+        self._end = end
+        self._failed = failed
+        self._headers = [(b"content-type", media_type.encode()), *_HEADERS]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(data: bytes) -> None:
@@ -47,12 +57,12 @@ class EventStream:
         async def work() -> None:
             await self._running.opened()
             route = [(name.encode(), value.encode()) for name, value in self._running.route.headers().items()]
-            await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *route]})
+            await send({"type": "http.response.start", "status": 200, "headers": [*self._headers, *route]})
             try:
                 await self._produce(self._running, write)
-                await write(DONE)
+                await write(self._end)
             except Exception as error:
-                await write(event(failure_of(error).body()))
+                await write(self._failed(failure_of(error)))
 
         try:
             if await while_connected(receive, work):

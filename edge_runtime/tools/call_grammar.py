@@ -16,6 +16,8 @@ from edge_runtime.tools.wish import Function, ToolWish
 Special = Callable[[str], int | None]
 """The id of a text that is one special token; None: it is ordinary text."""
 
+_INSIDE = ("items", "prefixItems", "anyOf", "oneOf")
+"""Keywords with schemas in them."""
 MOST_CALLS = 16
 """Of an answer. Small models would go on and on."""
 
@@ -56,7 +58,7 @@ def _rules(form: CallFormat, wish: ToolWish, special: Special) -> Iterator[str]:
 
 
 def _call_rules(form: CallFormat, function: Function, index: int) -> Iterator[str]:
-    schema = function.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+    schema = _closed(function.parameters or {"type": "object", "properties": {}})
     strict = bool(function.strict)
     name = _quoted(json.dumps(function.name))
     if form.at_start:  # the opening is a part of what is JSON in other formats: put together by hand
@@ -77,6 +79,22 @@ def _call_rules(form: CallFormat, function: Function, index: int) -> Iterator[st
             key: schema[key] for key in ("$defs", "definitions") if key in schema
         }  # found from the root
         yield f"call{index}: %json {_schema({**call, **definitions}, strict)}"
+
+
+def _closed(schema: Any) -> Any:
+    """Objects have the properties that are listed and no others, where nothing is said of others, as in llama.cpp:
+    small models make up arguments if they may."""
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: _closed(value) if key in _INSIDE else value for key, value in schema.items()}
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(made.get(key), dict):
+            made[key] = {name: _closed(value) for name, value in made[key].items()}
+    if "properties" in made and not made.keys() & {"additionalProperties", "allOf", "patternProperties"}:
+        made["additionalProperties"] = False
+    return made
 
 
 def _marker(text: str, special: Special) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from edge_runtime.detokenizer import Decoding, TokenText
@@ -26,8 +27,12 @@ class Calling:
         self._tokenizer = tokenizer
         self._template = template
         self._form = call_format(template.source)
+
+    @cached_property
+    def _markers(self) -> dict[int, str]:
+        """Special tokens around calls."""
         markers = (self._form.opening, self._form.closing)
-        self._markers = {token: text for text in markers if (token := self._special(text)) is not None}
+        return {token: text for text in markers if (token := self._special(text)) is not None}
 
     def render(self, request: TierRequest) -> str:
         """The prompt of messages. TemplateError, InvalidRequest."""
@@ -63,7 +68,7 @@ class Calling:
     def decoding(self, request: TierRequest) -> Decoding | None:
         """What the request has, with the special tokens around calls in the text."""
         given = request.decoding
-        if not self._markers or ToolWish.of(request.about.extras) is None:
+        if ToolWish.of(request.about.extras) is None or not self._markers:
             return given
 
         def decoding(decode: Callable[[Sequence[int]], str], plain: TokenText) -> TokenText:

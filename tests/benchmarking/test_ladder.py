@@ -178,6 +178,7 @@ def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 def test_the_last_step_is_there_with_a_draft_only() -> None:
     assert [rung.name for rung in Climb(ref="m").rungs("edge:cpu")] == STEPS
-    last = Climb(ref="m", draft="d", draft_device="edge:cpu", memory_budget="1GiB").rungs("openvino:cpu")[-1]
-    common = {"reuse": True, "memory_budget": "1GiB", "draft": "d", "draft_device": "edge:cpu"}
-    assert last == Rung("draft", "openvino:cpu", "int4", **common)
+    job = Climb(ref="m", draft="d", draft_device="edge:cpu", memory_budget="1GiB")
+    *_, chunks, last = job.rungs("openvino:cpu")
+    assert chunks == Rung("chunks, prefix reuse", "openvino:cpu", "int4", reuse=True, memory_budget="1GiB")
+    assert last == Rung("draft", "openvino:cpu", "int4", reuse=True, draft="d", draft_device="edge:cpu")

@@ -264,6 +264,31 @@ def test_unknown_words_of_a_schema_are_passed_over_unless_it_is_strict() -> None
         assert (refusal is not None) == strict
 
 
+def test_arguments_that_are_not_listed_are_not_made_up() -> None:
+    inner = {"type": "object", "properties": {"b": {"type": "boolean"}}, "required": ["b"]}
+    parameters = {
+        "type": "object",
+        "properties": {"a": inner, "l": {"type": "array", "items": inner}},
+        "required": ["a"],
+    }
+    tokenizer = byte_tokenizer()
+    wish = ToolWish.of({"tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}]})
+    assert wish is not None
+    grammar = call_grammar(HERMES, ToolWish(wish.functions, forced=True), special_of(tokenizer))
+    zeros = np.zeros(tokenizer.vocab_size, np.float32)
+    for text, fits in (
+        ('{"a": {"b": true}}', True),
+        ('{"a": {"b": true}, "l": [{"b": false}]}', True),
+        ('{"a": {"b": true}, "c": 3}', False),
+        ('{"a": {"b": true, "c": 3}}', False),
+        ('{"a": {"b": true}, "l": [{"c": 3}]}', False),
+    ):
+        ids = tokenizer.encode(f'<tool_call>{{"name": "f", "arguments": {text}}}</tool_call>')
+        constraint = Grammars(tokenizer).constraint(grammar)
+        places = range(len(ids))
+        assert all(np.isfinite(constraint.only(zeros, ids[:n], 0)[ids[n]]) for n in places) == fits, text
+
+
 def test_definitions_are_found() -> None:
     parameters = {
         "type": "object",

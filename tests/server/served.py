@@ -18,6 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from devices.base import Step
 from edge_runtime.constraints import Grammars
 from edge_runtime.engine import Engine, Generation
+from edge_runtime.engine_stats import EngineStats
+from edge_runtime.model_facts import ModelFacts
 from edge_runtime.prompts import NOTHING, About, Messages, Text, TierRequest, TokenIds
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.run import listen, make_server, url_of
@@ -86,6 +88,14 @@ class FakeModel:
         return self.engine.alive
 
     @property
+    def stats(self) -> EngineStats:
+        return self.engine.stats
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.engine.limits.kv_tokens
+
+    @property
     def tiers(self) -> Tiers | None:
         return None
 
@@ -99,6 +109,20 @@ class FakeModel:
     ) -> Generation:
         asked = Text(prompt) if isinstance(prompt, str) else TokenIds(prompt)
         return self.tier.start(TierRequest(asked, params, about))
+
+    @property
+    def facts(self) -> ModelFacts:
+        return ModelFacts("llama", 135_000_000, "int4", 98_000_000, "0" * 64, "apache-2.0", self.template.source)
+
+    @property
+    def max_context(self) -> int:
+        return self.decoder.limits.max_context
+
+    def tokenize(self, prompt: Messages | Text, add_bos: bool = True) -> list[int]:
+        return self.tier.encode(TierRequest(prompt, SamplingParams()))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokenizer.token_bytes(token_id)

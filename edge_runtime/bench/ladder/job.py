@@ -46,7 +46,7 @@ class Climb(msgspec.Struct, frozen=True, kw_only=True):
     draft_device: str | None = None
     threads: int | None = None
     memory_budget: str | None = None
-    """Of the steps that can keep one: those that read prompts in chunks."""
+    """Of the step that keeps prefixes; the one that drafts has a second model, and more."""
     prompt_tokens: int = 512
     new_tokens: int = 64
     requests: int = 4
@@ -93,8 +93,8 @@ class Climb(msgspec.Struct, frozen=True, kw_only=True):
             Rung("chunks, prefix reuse", device, "int4", reuse=True, memory_budget=self.memory_budget),
         ]
         if self.draft is not None:
-            last = msgspec.structs.replace(rungs[-1], name="draft", draft=self.draft, draft_device=self.draft_device)
-            rungs.append(last)
+            drafting = {"name": "draft", "draft": self.draft, "draft_device": self.draft_device, "memory_budget": None}
+            rungs.append(msgspec.structs.replace(rungs[-1], **drafting))
         return tuple(rungs)
 
 

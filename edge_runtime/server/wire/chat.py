@@ -60,6 +60,11 @@ class ChatRequest(SamplingFields, frozen=True, forbid_unknown_fields=True, kw_on
         return self.about_request(headers, extras | (tools if tools.get("tools") else {}))
 
     @property
+    def limit_field(self) -> str:
+        """By which it says how long the answer may be."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
     def grammar(self) -> Grammar | None:
         return None if self.response_format is None else self.response_format.grammar()
 

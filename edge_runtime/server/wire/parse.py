@@ -80,18 +80,21 @@ _ASKS_NOTHING: Mapping[str, tuple[object, ...]] = {
 """Field that is not supported → the values that ask for nothing."""
 
 
-def refuse_unsupported(struct: msgspec.Struct, prefix: str = "", passed_on: Collection[str] = ()) -> None:
-    """``passed_on``: fields that may go to a server elsewhere, which may know them."""
+def refuse_unsupported(
+    struct: msgspec.Struct, passed_on: Collection[str] = (), harmless: Mapping[str, tuple[object, ...]] = _ASKS_NOTHING
+) -> None:
+    """``passed_on``: fields that may go to a server elsewhere, which may know them. ``harmless``: as
+    :data:`_ASKS_NOTHING`."""
     for name in struct.__struct_fields__:
-        if name not in passed_on and not asks_nothing(name, getattr(struct, name)):
-            raise unsupported(f"{prefix}{name}")
+        if name not in passed_on and not asks_nothing(name, getattr(struct, name), harmless):
+            raise unsupported(name)
 
 
-def asks_nothing(name: str, value: Any) -> bool:
+def asks_nothing(name: str, value: Any, harmless: Mapping[str, tuple[object, ...]] = _ASKS_NOTHING) -> bool:
     """The field is supported, or its value asks for nothing."""
-    harmless = _ASKS_NOTHING.get(name)
+    values = harmless.get(name)
     # 1 == True and 0 == False in Python, but not in JSON
-    return harmless is None or any(type(value) is type(allowed) and value == allowed for allowed in harmless)
+    return values is None or any(type(value) is type(allowed) and value == allowed for allowed in values)
 
 
 def unsupported(name: str) -> InvalidRequest:

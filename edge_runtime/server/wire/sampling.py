@@ -21,8 +21,6 @@ from edge_runtime.sampling import SamplingParams
 MAX_STOPS = 64
 """OpenAI takes 4."""
 _SECRET = ("authorization", "cookie", "proxy-authorization")
-_LABELS = 16
-"""OpenAI's limit."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,12 +59,18 @@ class SamplingFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     def about_request(self, headers: Mapping[str, str], extras: Mapping[str, Any]) -> About:
         fields = {name: value for name in FIELDS if isinstance(value := getattr(self, name), str)}
-        return About(
-            {name.lower(): value for name, value in headers.items() if name.lower() not in _SECRET},
-            self.metadata or {},
-            fields,
-            extras,
-        )
+        return about_of(headers, self.metadata, fields, extras)
+
+
+def about_of(
+    headers: Mapping[str, str],
+    metadata: Mapping[str, str] | None,
+    fields: Mapping[str, str],
+    extras: Mapping[str, Any],
+) -> About:
+    """What routing may go by; no secret is in it."""
+    told = {name.lower(): value for name, value in headers.items() if name.lower() not in _SECRET}
+    return About(told, metadata or {}, fields, extras)
 
 
 def sampling_params(
