@@ -69,6 +69,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         "run": ("run", "run"),
         "serve": ("serve", "serve"),
         "key": ("key", "key"),
+        "batch": ("batch", "batch"),
         "devices": ("devices", "devices"),
         "plan": ("plan", "plan"),
         "bench": ("bench", "bench"),

@@ -109,6 +109,18 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, metavar="N", help="default: 8000")
     _add_limits(serve)
 
+    batch = add("batch", "answer a file of requests in OpenAI's batch format")
+    batch.add_argument("requests", metavar="IN", help="a request a line: custom_id, url and body")
+    batch.add_argument("answers", metavar="OUT", help="an answer a line, in that order; goes on where it was ended")
+    batch.add_argument("--model", metavar="REF", help="answer all with this one (default: as each body says)")
+    add_device(batch)
+    add_fallback(batch)
+    add_weights(batch, auto=True)
+    add_loading(batch)
+    add_max_prompt(batch)
+    add_prefixes(batch)
+    add_workload(batch, "many")
+
     key = add("key", "make, list and remove API keys of the server here")
     key.add_argument("action", choices=["add", "list", "rm"], help="a running server learns of it at once")
     key.add_argument("name", metavar="NAME", nargs="?", help="whose key it is")

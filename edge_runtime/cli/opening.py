@@ -1,0 +1,75 @@
+"""Opening the models that a command serves, of either kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import msgspec
+
+from devices.encoder import DEVICES
+from devices.host import host_memory
+from edge_runtime.cli.progress import Bars
+from edge_runtime.cli.run import open_model
+from edge_runtime.embedder import EdgeEmbedder
+from edge_runtime.errors import ConfigError, ModelNotFound, UnsupportedModel
+from edge_runtime.llm import EdgeLLM
+from edge_runtime.memory import parse_budget
+from edge_runtime.paths import home
+from edge_runtime.placement import Wish, place
+from edge_runtime.settings import Settings
+from edge_runtime.store import Store
+
+
+def open_served(
+    refs: Sequence[str], settings: Settings, stack: ExitStack
+) -> tuple[dict[str, EdgeLLM], dict[str, EdgeEmbedder]]:
+    """Models that make text and encoders, by their references; ``stack`` closes them. Encoders come first, which take
+    what they take; models that make text share what a budget leaves, in equal parts."""
+    encoders = [ref for ref in refs if _is_encoder(ref, settings)]
+    embedders = {ref: stack.enter_context(_open_encoder(ref, settings)) for ref in encoders}
+    texts = [ref for ref in refs if ref not in encoders]
+    if len(texts) > 1 and settings.policy is not None:
+        raise ConfigError("a policy is for one model that makes text; its tiers are the others")
+    models: dict[str, EdgeLLM] = {}
+    for index, ref in enumerate(texts):
+        own = settings
+        if len(texts) > 1 and settings.memory_budget is not None:
+            own = msgspec.structs.replace(settings, memory_budget=_part(settings.memory_budget, len(texts) - index))
+        models[ref] = stack.enter_context(open_model(ref, own, "many"))
+    return models, embedders
+
+
+def _part(budget: str, sharing: int) -> str:
+    """Up to where the process may grow with the next of so many models."""
+    import psutil
+
+    total = parse_budget(budget).within(lambda: host_memory().total)
+    used = int(psutil.Process().memory_info().rss)
+    return str(used + max(total - used, 0) // sharing)
+
+
+def _is_encoder(ref: str, settings: Settings) -> bool:
+    """Fetches what is not on this machine."""
+    store = Store(home())
+    package = store.present(ref)
+    if package is None:
+        try:
+            store.outline(ref, "int4")
+        except UnsupportedModel:
+            return True  # or nothing that is known, which opening it says
+        except ModelNotFound:
+            with Bars() as bars:
+                package = place(store, Wish(ref, settings.device, settings.format), bars).package
+        else:
+            return False
+    return package.manifest.encoder is not None
+
+
+def _open_encoder(ref: str, settings: Settings) -> EdgeEmbedder:
+    device = settings.device if settings.device in DEVICES else "auto"
+    weights = settings.format if settings.format in ("fp32", "fp16") else None
+    with Bars() as bars:
+        return EdgeEmbedder(
+            ref, device, settings.memory_budget, weights=weights, threads=settings.threads, progress=bars
+        )
