@@ -79,16 +79,49 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return None if self.weights == "auto" else self.weights
 
 
+class Origin(msgspec.Struct, frozen=True):
+    """A setting's value, and where it is from."""
+
+    value: Any
+    source: str
+    """``default``, a file's path, or the environment variable's name."""
+
+
 def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
     """Merge; flags that are None were not given. ConfigError names the place, the key and what is wrong."""
+    merged = {name: found.value for name, found in _given(environ).items()}
+    return msgspec.convert(merged | {name: value for name, value in flags.items() if value is not None}, Settings)
+
+
+def origins(environ: Mapping[str, str] | None = None) -> dict[str, Origin]:
+    """Every setting as it is where no flag says otherwise. ConfigError as for :func:`load_settings`."""
+    defaults = msgspec.to_builtins(Settings())
+    return {name: Origin(value, "default") for name, value in defaults.items()} | _given(environ)
+
+
+def config_files(environ: Mapping[str, str] | None = None) -> list[Path]:
+    """Where a file of settings is looked for; the first that there is counts."""
     environ = os.environ if environ is None else environ
-    merged: dict[str, Any] = {}
+    given = environ.get("EDGE_GLM_CONFIG")
+    if given:
+        return [Path(given)]
+    if environ.get("EDGE_GLM_HOME"):
+        return [Path(FILE), Path(environ["EDGE_GLM_HOME"]) / FILE]
+    import platformdirs
+
+    return [Path(FILE), platformdirs.user_config_path(APP, appauthor=False) / FILE]
+
+
+def _given(environ: Mapping[str, str] | None) -> dict[str, Origin]:
+    """By the file and by variables, which are stronger."""
+    environ = os.environ if environ is None else environ
+    found: dict[str, Origin] = {}
     path = _config_file(environ)
     if path is not None:
-        merged |= _checked(_read_toml(path), str(path), strict=True)
-    merged |= _checked(_variables(environ), "environment", strict=False)
-    merged |= {name: value for name, value in flags.items() if value is not None}
-    return msgspec.convert(merged, Settings)
+        values = _checked(_read_toml(path), str(path), strict=True)
+        found |= {name: Origin(value, str(path)) for name, value in values.items()}
+    values = _checked(_variables(environ), "environment", strict=False)
+    return found | {name: Origin(value, PREFIX + name.upper()) for name, value in values.items()}
 
 
 def _checked(values: dict[str, Any], origin: str, *, strict: bool) -> dict[str, Any]:
@@ -106,18 +139,9 @@ def _variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _config_file(environ: Mapping[str, str]) -> Path | None:
-    """EDGE_GLM_CONFIG, else edge-glm.toml here, else in the user's configuration folder (or EDGE_GLM_HOME)."""
-    given = environ.get("EDGE_GLM_CONFIG")
-    if given:
-        return Path(given)
-    places = [Path(FILE)]
-    if environ.get("EDGE_GLM_HOME"):
-        places.append(Path(environ["EDGE_GLM_HOME"]) / FILE)
-    else:
-        import platformdirs
-
-        places.append(platformdirs.user_config_path(APP, appauthor=False) / FILE)
-    return next((place for place in places if place.is_file()), None)
+    """A file that is named must be there: reading it says if it is not."""
+    places = config_files(environ)
+    return places[0] if environ.get("EDGE_GLM_CONFIG") else next((each for each in places if each.is_file()), None)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

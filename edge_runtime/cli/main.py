@@ -69,6 +69,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         "run": ("run", "run"),
         "serve": ("serve", "serve"),
         "key": ("key", "key"),
+        "config": ("config", "config"),
         "batch": ("batch", "batch"),
         "devices": ("devices", "devices"),
         "plan": ("plan", "plan"),

@@ -127,6 +127,10 @@ def make_parser() -> argparse.ArgumentParser:
     key.add_argument("--rate-limit", type=int, metavar="N", help="add: requests a minute (default: as serve says)")
     key.add_argument("--json", action="store_true", help="list: print JSON")
 
+    config = add("config", "show every setting, and where its value is from")
+    config.add_argument("action", choices=["show"], nargs="?", default="show")
+    config.add_argument("--json", action="store_true", help="print JSON")
+
     listing = add("list", "list the models on this machine")
     listing.add_argument("--json", action="store_true", help="print JSON")
 
