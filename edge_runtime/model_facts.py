@@ -16,6 +16,8 @@ class ModelFacts:
     weights: str
     nbytes: int
     """On the disk."""
+    context: int
+    """Tokens that the model was made for."""
     digest: str
     """SHA-256, hexadecimal, of what it is made of."""
     licence: str | None = None
@@ -32,6 +34,7 @@ def facts_of(package: Package, variant: Variant) -> ModelFacts:
         parameters=manifest.architecture.parameters,
         weights=variant.weights,
         nbytes=variant.bytes,
+        context=manifest.architecture.max_context,
         digest=package.digest,
         licence=None if licence is None else str(licence),
         template=package.chat_template,

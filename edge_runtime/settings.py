@@ -58,6 +58,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     rate_limit: int | None = None
     """Requests a minute of each key, or without keys each address."""
     max_body: str | int = "8MiB"
+    keep_alive: str = "5m"
+    """That a model stays open unused, which was opened on demand."""
+    on_demand: bool = False
+    """Whether ``serve`` offers all models of this machine beside those that are named."""
     max_new_tokens: int | None = None
     """Of an answer."""
     cors: str | list[str] = ""

@@ -69,6 +69,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         "run": ("run", "run"),
         "serve": ("serve", "serve"),
         "key": ("key", "key"),
+        "ps": ("remote", "ps"),
+        "stop": ("remote", "stop"),
         "config": ("config", "config"),
         "batch": ("batch", "batch"),
         "devices": ("devices", "devices"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -12,13 +14,18 @@ from devices.host import host_memory
 from edge_runtime.cli.progress import Bars
 from edge_runtime.cli.run import open_model
 from edge_runtime.embedder import EdgeEmbedder
-from edge_runtime.errors import ConfigError, ModelNotFound, UnsupportedModel
+from edge_runtime.errors import BudgetError, ConfigError, ModelNotFound, UnsupportedModel
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.memory import parse_budget
+from edge_runtime.model_facts import facts_of
 from edge_runtime.paths import home
 from edge_runtime.placement import Wish, place
 from edge_runtime.settings import Settings
 from edge_runtime.store import Store
+
+if TYPE_CHECKING:
+    from edge_runtime.server.served import ServedEmbedder, ServedModel
+    from edge_runtime.server.shelf import Offer
 
 
 def open_served(
@@ -73,3 +80,35 @@ def _open_encoder(ref: str, settings: Settings) -> EdgeEmbedder:
         return EdgeEmbedder(
             ref, device, settings.memory_budget, weights=weights, threads=settings.threads, progress=bars
         )
+
+
+def offers(
+    settings: Settings, but: Collection[str]
+) -> tuple[dict[str, Offer[ServedModel]], dict[str, Offer[ServedEmbedder]]]:
+    """All models of this machine ``but`` those, to be opened on demand. Of a budget each gets half of what is left, so
+    that a second one has room too; where there is none, one goes that nobody uses."""
+    from edge_runtime.server.shelf import Offer
+
+    texts: dict[str, Offer[ServedModel]] = {}
+    encoders: dict[str, Offer[ServedEmbedder]] = {}
+    for stored in Store(home()).list():
+        package = stored.package
+        if package is None or stored.name in but:
+            continue
+        facts = facts_of(package, package.manifest.variants[0])
+        created, ref = int(package.folder.stat().st_mtime), str(package.folder)
+        if package.manifest.encoder is not None:
+            encoders[stored.name] = Offer(partial(_open_encoder, ref, settings), facts, created)
+        else:
+            texts[stored.name] = Offer(partial(_open_text, ref, settings), facts, created)
+    return texts, encoders
+
+
+def _open_text(ref: str, settings: Settings) -> EdgeLLM:
+    if settings.memory_budget is None:
+        return open_model(ref, settings, "many")
+    try:
+        half = msgspec.structs.replace(settings, memory_budget=_part(settings.memory_budget, 2))
+        return open_model(ref, half, "many")
+    except BudgetError:
+        return open_model(ref, settings, "many")

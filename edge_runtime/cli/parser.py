@@ -107,7 +107,24 @@ def make_parser() -> argparse.ArgumentParser:
     add_policy(serve)
     serve.add_argument("--host", metavar="ADDRESS", help="default: 127.0.0.1")
     serve.add_argument("--port", type=int, metavar="N", help="default: 8000")
+    serve.add_argument(
+        "--on-demand",
+        action="store_true",
+        default=None,
+        help="offer all models of this machine, opened when somebody asks (so it is too when there is none named)",
+    )
+    serve.add_argument(
+        "--keep-alive", metavar="TIME", help="that such a one stays open unused (default: 5m; -1: for ever)"
+    )
     _add_limits(serve)
+
+    ps = add("ps", "list the models that a server has open")
+    ps.add_argument("--json", action="store_true", help="print JSON")
+    stop = add("stop", "have a server close a model that it opened on demand")
+    stop.add_argument("model", metavar="NAME", help="as `edge-glm ps` calls it")
+    for each in (ps, stop):
+        each.add_argument("--url", help="default: http://127.0.0.1:8000, or as host and port are set")
+        each.add_argument("--api-key", metavar="KEY", help="the server's; better set EDGE_GLM_API_KEY")
 
     batch = add("batch", "answer a file of requests in OpenAI's batch format")
     batch.add_argument("requests", metavar="IN", help="a request a line: custom_id, url and body")

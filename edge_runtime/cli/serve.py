@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 
-from edge_runtime.cli.opening import open_served
+from edge_runtime.cli.opening import offers, open_served
 from edge_runtime.errors import ConfigError
 from edge_runtime.keys import KeyRing
 from edge_runtime.memory import parse_bytes
 from edge_runtime.paths import home
+from edge_runtime.server.wire.ollama import seconds_of
 from edge_runtime.settings import load_settings
 from edge_runtime.store import Store
 
@@ -17,21 +18,36 @@ _NAMES = (
     *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type", "max_prompt"),
     *("batch_invariant", "prompt_lookup", "draft", "draft_device", "prefix_store", "tuning", "policy", "offline"),
     *("host", "port", "api_key", "allow_open", "rate_limit", "max_body", "max_new_tokens", "cors"),
+    *("keep_alive", "on_demand"),
 )
 
 
 def serve(arguments: argparse.Namespace) -> int:
     settings = load_settings({name: getattr(arguments, name) for name in _NAMES})
-    refs = arguments.refs or [settings.model or only_model(Store(home()))]
+    refs = arguments.refs or ([settings.model] if settings.model else [])
+    store = Store(home())
+    if not refs and len(store.list()) < 2:  # of several none is opened before somebody asks for it
+        refs = [only_model(store)]
     max_body = parse_bytes(settings.max_body)
+    keep_alive = seconds_of(settings.keep_alive)
     with ExitStack() as stack:
         models, embedders = open_served(refs, settings, stack)
         from edge_runtime.server.app import create_app
         from edge_runtime.server.run import serve as serve_app
+        from edge_runtime.server.shelf import KEEP_ALIVE, Shelf
 
-        app = create_app(
+        opened = {each.model_id for each in models.values()} | {each.model_id for each in embedders.values()}
+        texts, encoders = offers(settings, opened) if settings.on_demand or not refs else ({}, {})
+        shelf = Shelf(
             list(models.values()),
-            embedders=list(embedders.values()),
+            list(embedders.values()),
+            texts,
+            encoders,
+            KEEP_ALIVE if keep_alive is None else keep_alive,
+        )
+        stack.callback(shelf.close)
+        app = create_app(
+            shelf,
             api_key=settings.api_key,
             keys=KeyRing(home().keys),
             per_minute=settings.rate_limit,
@@ -44,6 +60,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def only_model(store: Store) -> str:
+    """ConfigError if there is another number of them than one."""
     models = store.list()
     if len(models) == 1:
         return str(models[0].folder)

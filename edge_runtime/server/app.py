@@ -16,15 +16,16 @@ from edge_runtime.server import ollama
 from edge_runtime.server.chat import chat_completions
 from edge_runtime.server.chat_deferred import delete_deferred, get_deferred
 from edge_runtime.server.completions import completions
-from edge_runtime.server.context import MIB, ServerContext, by_name
+from edge_runtime.server.context import MIB, ServerContext
 from edge_runtime.server.door import Door, Guard
 from edge_runtime.server.embeddings import embeddings
 from edge_runtime.server.errors import on_edge_error, on_http_error, on_unknown_error
 from edge_runtime.server.metrics import Counting, Meter, metrics
-from edge_runtime.server.models import get_model, health, list_models, live
+from edge_runtime.server.models import get_model, health, list_models, live, stop_model
 from edge_runtime.server.openapi import openapi
 from edge_runtime.server.responses import delete_response, get_response, responses
 from edge_runtime.server.served import ServedEmbedder, ServedModel
+from edge_runtime.server.shelf import Shelf
 from edge_runtime.server.tokens import detokenize, tokenize
 
 ROUTES = (
@@ -45,6 +46,7 @@ ROUTES = (
     Route("/api/show", ollama.show, methods=["POST"]),
     Route("/api/ps", ollama.ps, methods=["GET"]),
     Route("/api/version", ollama.their_version, methods=["GET"]),
+    Route("/v1/models/stop", stop_model, methods=["POST"]),
     Route("/v1/models", list_models, methods=["GET"]),
     Route("/v1/models/{model:path}", get_model, methods=["GET"]),
     Route("/health", health, methods=["GET"]),
@@ -56,7 +58,7 @@ ROUTES = (
 
 
 def create_app(
-    models: ServedModel | Sequence[ServedModel],
+    models: ServedModel | Sequence[ServedModel] | Shelf,
     *,
     embedders: Sequence[ServedEmbedder] = (),
     api_key: str | None = None,
@@ -66,7 +68,7 @@ def create_app(
     max_new_tokens: int | None = None,
     origins: Sequence[str] = (),
 ) -> Starlette:
-    """An application that serves ``models`` and ``embedders``, which stay the caller's to close.
+    """An application that serves ``models`` and ``embedders``, or a whole shelf; they stay the caller's to close.
 
     With ``api_key``, or as soon as there is one in ``keys``, everything but /health needs ``Authorization: Bearer
     <key>``. ``per_minute``: POSTs that each key, or without keys each address, may send; more get 429. Bodies over
@@ -90,6 +92,7 @@ def create_app(
         exception_handlers={HTTPException: on_http_error, EdgeError: on_edge_error, Exception: on_unknown_error},
     )
     app.router.redirect_slashes = False
-    app.state.context = ServerContext(*by_name(models, embedders), guard, meter, max_body, max_new_tokens)
-    meter.serve(app.state.context.models)
+    shelf = models if isinstance(models, Shelf) else Shelf(models, embedders)
+    app.state.context = ServerContext(shelf, guard, meter, max_body, max_new_tokens)
+    meter.serve(shelf.open_texts)
     return app

@@ -21,6 +21,7 @@ from edge_runtime.server.context import GONE, ServerContext, head, json_response
 from edge_runtime.server.logprobs import chat_logprobs, shown
 from edge_runtime.server.running import Running, while_connected
 from edge_runtime.server.served import ServedModel
+from edge_runtime.server.shelf import Lease
 from edge_runtime.server.sse import EventStream, Write, event
 from edge_runtime.server.wire.chat import ChatRequest
 from edge_runtime.server.wire.parse import parse
@@ -30,7 +31,12 @@ from edge_runtime.tools.pieces import add_call
 async def chat_completions(request: Request) -> ASGIApp:
     body = parse(await read_body(request), ChatRequest)
     context = ServerContext.of(request)
-    model = context.model(body.model)
+    async with await context.shelf.text(body.model) as lease:
+        return await _answered(request, context, body, lease)
+
+
+async def _answered(request: Request, context: ServerContext, body: ChatRequest, lease: Lease[ServedModel]) -> ASGIApp:
+    model = lease.model
     params = context.bounded(body.params(), body.limit_field)
     messages = [message.plain() for message in body.messages]
     about = body.about(request.headers, model.tiers is not None)
@@ -43,6 +49,7 @@ async def chat_completions(request: Request) -> ASGIApp:
     running = Running([start], context.meter.watch(model.model_id))
     if body.stream:
         await running.__aenter__()
+        running.release_with(lease.keep())
         return EventStream(running, partial(_stream, model=model, params=params, include_usage=body.include_usage))
     answer = _Answer(model, params)
 

@@ -75,7 +75,7 @@ async def delete_deferred(request: Request) -> Response:
 
 def _find(request: Request) -> tuple[ServedModel, Ticket]:
     name = request.path_params["id"]
-    for model in ServerContext.of(request).models.values():
+    for _, model in ServerContext.of(request).shelf.open_texts():
         found = None if model.tiers is None else model.tiers.deferrals.get(name)
         if found is not None:
             return model, found

@@ -15,6 +15,7 @@ from edge_runtime.server.context import GONE, ServerContext, head, json_response
 from edge_runtime.server.logprobs import TextLogprobs, shown
 from edge_runtime.server.running import Running, while_connected
 from edge_runtime.server.served import ServedModel
+from edge_runtime.server.shelf import Lease
 from edge_runtime.server.sse import EventStream, Write, event
 from edge_runtime.server.wire.completions import CompletionRequest
 from edge_runtime.server.wire.parse import parse
@@ -23,7 +24,14 @@ from edge_runtime.server.wire.parse import parse
 async def completions(request: Request) -> ASGIApp:
     body = parse(await read_body(request), CompletionRequest)
     context = ServerContext.of(request)
-    model = context.model(body.model)
+    async with await context.shelf.text(body.model) as lease:
+        return await _answered(request, context, body, lease)
+
+
+async def _answered(
+    request: Request, context: ServerContext, body: CompletionRequest, lease: Lease[ServedModel]
+) -> ASGIApp:
+    model = lease.model
     params = context.bounded(body.params())
     prompts = body.prompts()
     about = body.about(request.headers)
@@ -32,6 +40,7 @@ async def completions(request: Request) -> ASGIApp:
     choices = len(prompts) * params.n
     if body.stream:
         await running.__aenter__()
+        running.release_with(lease.keep())
         events = _Events(model, params, choices, body.include_usage)
         return EventStream(running, partial(_stream, events=events, include_usage=body.include_usage))
     answer = _Answer(model, params, choices)

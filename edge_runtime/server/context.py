@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -14,13 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from edge_runtime.errors import ConfigError, InvalidRequest, ModelNotFound
+from edge_runtime.errors import InvalidRequest
 from edge_runtime.request import Usage
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.door import Guard
 from edge_runtime.server.metrics import Meter
 from edge_runtime.server.response_store import ResponseStore
-from edge_runtime.server.served import ServedEmbedder, ServedModel
+from edge_runtime.server.shelf import Shelf
 from edge_runtime.tools.pieces import whole
 
 MIB = 2**20
@@ -32,8 +32,7 @@ BODY_SECONDS = 60.0
 class ServerContext:
     """Held by the application as ``app.state.context``."""
 
-    models: Mapping[str, ServedModel]
-    embedders: Mapping[str, ServedEmbedder]
+    shelf: Shelf
     guard: Guard
     meter: Meter
     max_body: int
@@ -45,40 +44,6 @@ class ServerContext:
     @classmethod
     def of(cls, request: Request) -> ServerContext:
         return cast(ServerContext, request.app.state.context)
-
-    @property
-    def served(self) -> list[ServedModel | ServedEmbedder]:
-        return [*self.models.values(), *self.embedders.values()]
-
-    def model(self, name: str) -> ServedModel:
-        """ModelNotFound names the models there are."""
-        found = self.models.get(name)
-        if found is not None:
-            return found
-        if name in self.embedders:
-            raise InvalidRequest(f"{name} makes embeddings, no text; use /v1/embeddings", "model")
-        raise self._unknown(name)
-
-    def embedder(self, name: str) -> ServedEmbedder:
-        """ModelNotFound names the models there are; InvalidRequest for one that makes text."""
-        found = self.embedders.get(name)
-        if found is not None:
-            return found
-        if name in self.models:
-            raise InvalidRequest(f"{name} makes text, no embeddings: serve a sentence encoder beside it", "model")
-        raise self._unknown(name)
-
-    def _unknown(self, name: str) -> ModelNotFound:
-        there = ", ".join([*self.models, *self.embedders])
-        return ModelNotFound(f"the model {name[:200]!r} is not served here; there is {there}")
-
-    def model_or_only(self, name: str | None) -> ServedModel:
-        """As :meth:`model`; None stands for the only one. InvalidRequest where there are several."""
-        if name is not None:
-            return self.model(name)
-        if len(self.models) != 1:
-            raise InvalidRequest(f"which model? there is {', '.join(self.models) or 'none that makes text'}", "model")
-        return next(iter(self.models.values()))
 
     def bounded(self, params: SamplingParams, name: str = "max_tokens") -> SamplingParams:
         """With no more tokens than an answer may have. InvalidRequest if more were asked for, in ``name``."""
@@ -93,17 +58,6 @@ class ServerContext:
 def caller(request: Request) -> str:
     """Whose key the request has; "" where none is needed."""
     return getattr(request.state, "caller", "")
-
-
-def by_name(
-    models: ServedModel | Sequence[ServedModel], embedders: Sequence[ServedEmbedder] = ()
-) -> tuple[dict[str, ServedModel], dict[str, ServedEmbedder]]:
-    """ConfigError if there is no model or a name comes twice."""
-    several = models if isinstance(models, Sequence) else [models]
-    names = [*(model.model_id for model in several), *(model.model_id for model in embedders)]
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"serve at least one model, each under its own name, not {names}")
-    return {model.model_id: model for model in several}, {model.model_id: model for model in embedders}
 
 
 async def read_body(request: Request) -> bytes:

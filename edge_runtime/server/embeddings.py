@@ -26,9 +26,10 @@ Texts = Sequence[str] | Sequence[Sequence[int]]
 
 async def embeddings(request: Request) -> ASGIApp:
     body = parse(await read_body(request), EmbeddingsRequest)
-    model = ServerContext.of(request).embedder(body.model)
-    check_dimensions(model, body.dimensions)
-    found = await embedded(request, model, body.texts())
+    async with await ServerContext.of(request).shelf.encoder(body.model) as lease:
+        model = lease.model
+        check_dimensions(model, body.dimensions)
+        found = await embedded(request, model, body.texts())
     if found is None:
         return GONE
     data = [

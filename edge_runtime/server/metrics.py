@@ -7,7 +7,7 @@ little change.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -62,8 +62,8 @@ class Meter:
             registry=registry,
         )  # fmt: skip
 
-    def serve(self, models: Mapping[str, ServedModel]) -> None:
-        """Tell of these, too."""
+    def serve(self, models: Callable[[], Iterable[tuple[str, ServedModel]]]) -> None:
+        """Tell of these, too: those that are open when somebody asks."""
         self._registry.register(_Engines(models, self))
 
     def page(self) -> bytes:
@@ -145,7 +145,7 @@ class Counting:
 class _Engines(Collector):
     """Read when somebody asks."""
 
-    def __init__(self, models: Mapping[str, ServedModel], meter: Meter) -> None:
+    def __init__(self, models: Callable[[], Iterable[tuple[str, ServedModel]]], meter: Meter) -> None:
         self._models = models
         self._meter = meter
 
@@ -153,7 +153,7 @@ class _Engines(Collector):
         flight = GaugeMetricFamily("edge_glm_http_requests_in_flight", "Requests that are being answered.")
         flight.add_metric([], self._meter.in_flight)
         yield flight
-        known = [(name, model, model.stats) for name, model in self._models.items() if model.ready]
+        known = [(name, model, model.stats) for name, model in self._models() if model.ready]
         info = InfoMetricFamily("edge_glm_model", "What a model runs on.", labels=["model"])
         for name, model, _ in known:
             info.add_metric([name], {key: str(value) for key, value in model.placement.items()})

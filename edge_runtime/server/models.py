@@ -1,31 +1,49 @@
-"""GET /v1/models, /v1/models/{id} and /health, /health/ready, /health/live."""
+"""GET /v1/models, /v1/models/{id}, POST /v1/models/stop and GET /health, /health/ready, /health/live."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from edge_runtime.server.context import ServerContext, json_response
+from edge_runtime.server.context import ServerContext, json_response, read_body
 from edge_runtime.server.served import ServedEmbedder, ServedModel
+from edge_runtime.server.shelf import Place
+from edge_runtime.server.wire.parse import parse
 
 
 async def list_models(request: Request) -> Response:
-    return json_response({"object": "list", "data": [_body(model) for model in ServerContext.of(request).served]})
+    places = ServerContext.of(request).shelf.places
+    return json_response({"object": "list", "data": [_body(place) for place in places]})
 
 
 async def get_model(request: Request) -> Response:
-    context, name = ServerContext.of(request), request.path_params["model"]
-    return json_response(_body(context.embedders[name] if name in context.embedders else context.model(name)))
+    return json_response(_body(ServerContext.of(request).shelf.place(request.path_params["model"])))
+
+
+class StopRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /v1/models/stop."""
+
+    model: str
+
+    def check(self) -> None:
+        pass
+
+
+async def stop_model(request: Request) -> Response:
+    """Close a model that was opened on demand, once nobody uses it; the next request opens it again."""
+    body = parse(await read_body(request), StopRequest)
+    stopped = await ServerContext.of(request).shelf.stop(body.model)
+    return json_response({"model": body.model, "stopped": stopped})
 
 
 async def health(request: Request) -> Response:
-    """/health, /health/ready: 200 while every model can answer, else 503; needs no API key."""
-    context = ServerContext.of(request)
-    models = context.models
-    stopped = [model.model_id for model in context.served if not model.ready]
-    said = {name: dict(model.tiers.health()) for name, model in models.items() if model.tiers is not None}
+    """/health, /health/ready: 200 while every open model can answer, else 503; needs no API key."""
+    shelf = ServerContext.of(request).shelf
+    stopped = [place.name for place in shelf.places if place.model is not None and not place.model.ready]
+    said = {name: dict(model.tiers.health()) for name, model in shelf.open_texts() if model.tiers is not None}
     status = {"status": "unavailable", "stopped": stopped} if stopped else {"status": "ok"}
     response = json_response(status | ({"models": said} if said else {}))
     response.status_code = 503 if stopped else 200
@@ -37,11 +55,13 @@ async def live(request: Request) -> Response:
     return json_response({"status": "ok"})
 
 
-def _body(model: ServedModel | ServedEmbedder) -> dict[str, Any]:
+def _body(place: Place[ServedModel] | Place[ServedEmbedder]) -> dict[str, Any]:
+    model = place.model
     return {
-        "id": model.model_id,
+        "id": place.name,
         "object": "model",
-        "created": model.created,
+        "created": place.created,
         "owned_by": "edge-glm",
-        "placement": dict(model.placement),  # ours; clients ignore what they do not know
+        # ours; clients ignore what they do not know. None: it is opened on demand
+        "placement": None if model is None else dict(model.placement),
     }

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from edge_runtime.errors import EdgeError
+from edge_runtime.model_facts import ModelFacts
 from edge_runtime.prompts import About
 from edge_runtime.request import Chunk
 from edge_runtime.server.context import GONE, ServerContext, json_response, read_body
@@ -27,8 +28,9 @@ from edge_runtime.server.embeddings import check_dimensions, embedded
 from edge_runtime.server.errors import Failure, failure_of
 from edge_runtime.server.running import Running, Start, while_connected
 from edge_runtime.server.served import ServedEmbedder, ServedModel
+from edge_runtime.server.shelf import FOREVER, Lease, Place
 from edge_runtime.server.sse import EventStream, Write
-from edge_runtime.server.wire.ollama import OllamaChat, OllamaEmbed, OllamaGenerate, OllamaShow
+from edge_runtime.server.wire.ollama import OllamaChat, OllamaEmbed, OllamaGenerate, OllamaShow, seconds_of
 from edge_runtime.server.wire.parse import parse
 from edge_runtime.server.wire.sampling import about_of
 from edge_runtime.tools.pieces import add_call, whole
@@ -65,38 +67,44 @@ def _error(message: str, status: int, headers: dict[str, str]) -> Response:
 async def chat(request: Request) -> ASGIApp:
     body = parse(await read_body(request), OllamaChat)
     context = ServerContext.of(request)
-    model = context.model(_name(body.model, context))
-    if not body.messages:  # Ollama's way to load a model before it is needed
-        return json_response(_Answer(model, "message").loaded())
-    params = context.bounded(body.params(), "options.num_predict")
-    about = about_of(request.headers, None, {}, body.tool_fields())
-    start = partial(model.start_chat, body.plain(), params, about)
-    return await _answered(request, context, model, start, "message", body.stream)
+    async with await context.shelf.text(_name(body.model, context)) as lease:
+        model = lease.model
+        lease.keep_alive(body.seconds)
+        if not body.messages:  # Ollama's way to load a model before it is needed
+            return json_response(_Answer(model, "message").loaded())
+        params = context.bounded(body.params(), "options.num_predict")
+        about = about_of(request.headers, None, {}, body.tool_fields())
+        start = partial(model.start_chat, body.plain(), params, about)
+        return await _answered(request, context, lease, start, "message", body.stream)
 
 
 @_theirs
 async def generate(request: Request) -> ASGIApp:
     body = parse(await read_body(request), OllamaGenerate)
     context = ServerContext.of(request)
-    model = context.model(_name(body.model, context))
-    if not body.prompt:
-        return json_response(_Answer(model, "response").loaded())
-    params = context.bounded(body.params(), "options.num_predict")
-    about: About = about_of(request.headers, None, {}, {})
-    if body.raw or not model.facts.template:
-        start: Start = partial(model.start_completion, body.prompt, params, about)
-    else:
-        start = partial(model.start_chat, body.messages(), params, about)
-    return await _answered(request, context, model, start, "response", body.stream)
+    async with await context.shelf.text(_name(body.model, context)) as lease:
+        model = lease.model
+        lease.keep_alive(body.seconds)
+        if not body.prompt:
+            return json_response(_Answer(model, "response").loaded())
+        params = context.bounded(body.params(), "options.num_predict")
+        about: About = about_of(request.headers, None, {}, {})
+        if body.raw or not model.facts.template:
+            start: Start = partial(model.start_completion, body.prompt, params, about)
+        else:
+            start = partial(model.start_chat, body.messages(), params, about)
+        return await _answered(request, context, lease, start, "response", body.stream)
 
 
 async def _answered(
-    request: Request, context: ServerContext, model: ServedModel, start: Start, kind: str, stream: bool
+    request: Request, context: ServerContext, lease: Lease[ServedModel], start: Start, kind: str, stream: bool
 ) -> ASGIApp:
+    model = lease.model
     running = Running([start], context.meter.watch(model.model_id))
     answer = _Answer(model, kind)
     if stream:
         await running.__aenter__()
+        running.release_with(lease.keep())
         produce = partial(_stream, answer=answer)
         return EventStream(running, produce, end=b"", failed=_failed_line, media_type=_LINES)
 
@@ -201,11 +209,13 @@ async def embed(request: Request) -> ASGIApp:
     """Long texts are cut unless ``truncate`` is false, as Ollama does."""
     body = parse(await read_body(request), OllamaEmbed)
     context = ServerContext.of(request)
-    model = context.embedder(_name(body.model, context))
-    check_dimensions(model, body.dimensions)
     started = time.perf_counter_ns()
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    found = await embedded(request, model, texts, truncate=body.truncate)
+    async with await context.shelf.encoder(_name(body.model, context)) as lease:
+        model = lease.model
+        lease.keep_alive(seconds_of(body.keep_alive))
+        check_dimensions(model, body.dimensions)
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        found = await embedded(request, model, texts, truncate=body.truncate)
     if found is None:
         return GONE
     return json_response(
@@ -224,75 +234,72 @@ async def embed(request: Request) -> ASGIApp:
 
 @_theirs
 async def tags(request: Request) -> ASGIApp:
-    return json_response({"models": [_entry(model) for model in ServerContext.of(request).served]})
+    return json_response({"models": [_entry(place) for place in ServerContext.of(request).shelf.places]})
 
 
 @_theirs
 async def show(request: Request) -> ASGIApp:
     body = parse(await read_body(request), OllamaShow)
     context = ServerContext.of(request)
-    name = _name(body.model or body.name, context)
-    model = context.embedders[name] if name in context.embedders else context.model(name)
-    facts = model.facts
+    place = context.shelf.place(_name(body.model or body.name, context))
+    facts = place.facts
     architecture = facts.family
-    capabilities = ["embedding"] if name in context.embedders else ["completion"]
+    capabilities = ["embedding"] if place.name in context.shelf.encoders else ["completion"]
     return json_response(
         {
             "license": facts.licence or "",
             "modelfile": "",
             "parameters": "",
             "template": facts.template or "",
-            "details": _details(model),
+            "details": _details(facts),
             "model_info": {
                 "general.architecture": architecture,
                 "general.parameter_count": facts.parameters,
-                f"{architecture}.context_length": _longest(model),
+                f"{architecture}.context_length": facts.context,
             },
             "capabilities": [*capabilities, *(["tools"] if facts.template else [])],
-            "modified_at": _time(model.created),
+            "modified_at": _time(place.created),
         }
     )
 
 
 @_theirs
 async def ps(request: Request) -> ASGIApp:
-    """All that are served are loaded."""
-    models = [
-        {**_entry(model), "expires_at": "9999-12-31T23:59:59Z", "size_vram": 0, "context_length": _longest(model)}
-        for model in ServerContext.of(request).served
-    ]
-    return json_response({"models": models})
+    """Those that are open."""
+    places = [place for place in ServerContext.of(request).shelf.places if place.model is not None]
+    return json_response({"models": [_entry(place) | _open(place) for place in places]})
+
+
+def _open(place: Place[ServedModel] | Place[ServedEmbedder]) -> dict[str, Any]:
+    pinned = place.expires_in == FOREVER
+    expires = "9999-12-31T23:59:59Z" if pinned else _time(time.time() + place.expires_in)
+    assert place.model is not None
+    ours = {"device": place.model.placement["device"], "pinned": pinned, "users": place.users}
+    return {"expires_at": expires, "size_vram": 0, "context_length": place.facts.context, "edge_glm": ours}
 
 
 async def their_version(request: Request) -> Response:
     return json_response({"version": VERSION, "edge_glm": version()})
 
 
-def _longest(model: ServedModel | ServedEmbedder) -> int:
-    """Tokens that it takes."""
-    found: int = getattr(model, "max_tokens", 0) or getattr(model, "max_context", 0)
-    return found
-
-
 def _name(given: str, context: ServerContext) -> str:
     """Ollama's clients may add a tag."""
-    bare, known = given.removesuffix(":latest"), (*context.models, *context.embedders)
+    bare, known = given.removesuffix(":latest"), context.shelf.names
     return bare if given not in known and bare in known else given
 
 
-def _entry(model: ServedModel | ServedEmbedder) -> dict[str, Any]:
+def _entry(place: Place[ServedModel] | Place[ServedEmbedder]) -> dict[str, Any]:
     return {
-        "name": model.model_id,
-        "model": model.model_id,
-        "modified_at": _time(model.created),
-        "size": model.facts.nbytes,
-        "digest": model.facts.digest,
-        "details": _details(model),
+        "name": place.name,
+        "model": place.name,
+        "modified_at": _time(place.created),
+        "size": place.facts.nbytes,
+        "digest": place.facts.digest,
+        "details": _details(place.facts),
     }
 
 
-def _details(model: ServedModel | ServedEmbedder) -> dict[str, Any]:
-    facts = model.facts
+def _details(facts: ModelFacts) -> dict[str, Any]:
     millions = facts.parameters / 1e6
     return {
         "parent_model": "",
@@ -304,5 +311,5 @@ def _details(model: ServedModel | ServedEmbedder) -> dict[str, Any]:
     }
 
 
-def _time(unix: int) -> str:
+def _time(unix: float) -> str:
     return datetime.fromtimestamp(unix, UTC).isoformat().replace("+00:00", "Z")

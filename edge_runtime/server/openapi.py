@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from edge_runtime.server.context import json_response
+from edge_runtime.server.models import StopRequest
 from edge_runtime.server.wire.chat import ChatRequest
 from edge_runtime.server.wire.completions import CompletionRequest
 from edge_runtime.server.wire.embeddings import EmbeddingsRequest
@@ -69,6 +70,7 @@ _POSTS = (
     _Endpoint("/v1/responses", "Answer a conversation, and keep it", ResponsesRequest, "text/event-stream"),
     _Endpoint("/v1/completions", "Go on from text", CompletionRequest, "text/event-stream"),
     _Endpoint("/v1/embeddings", "Embed texts", EmbeddingsRequest),
+    _Endpoint("/v1/models/stop", "Close a model that was opened on demand", StopRequest),
     _Endpoint("/tokenize", "Token ids of text or messages", TokenizeRequest),
     _Endpoint("/detokenize", "Text of token ids", DetokenizeRequest),
     _Endpoint("/api/chat", "Answer a conversation (Ollama)", OllamaChat, "application/x-ndjson", True),

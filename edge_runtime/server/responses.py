@@ -21,6 +21,7 @@ from edge_runtime.server.context import GONE, ServerContext, caller, json_respon
 from edge_runtime.server.response_events import ResponseEvents, failed_event, text_part
 from edge_runtime.server.running import Running, while_connected
 from edge_runtime.server.served import ServedModel
+from edge_runtime.server.shelf import Lease
 from edge_runtime.server.sse import EventStream, Write
 from edge_runtime.server.wire.parse import parse
 from edge_runtime.server.wire.responses import ResponsesRequest, check_calls
@@ -32,7 +33,14 @@ Messages = list[dict[str, Any]]
 async def responses(request: Request) -> ASGIApp:
     body = parse(await read_body(request), ResponsesRequest)
     context = ServerContext.of(request)
-    model = context.model(body.model)
+    async with await context.shelf.text(body.model) as lease:
+        return await _answered(request, context, body, lease)
+
+
+async def _answered(
+    request: Request, context: ServerContext, body: ResponsesRequest, lease: Lease[ServedModel]
+) -> ASGIApp:
+    model = lease.model
     who = caller(request)
     talk = [*_earlier(context, body, who), *body.messages()]
     check_calls(talk)
@@ -48,6 +56,7 @@ async def responses(request: Request) -> ASGIApp:
 
     if body.stream:
         await running.__aenter__()
+        running.release_with(lease.keep())
         return EventStream(running, partial(_stream, answer=answer, keep=keep), end=b"", failed=failed_event)
 
     async def work() -> None:

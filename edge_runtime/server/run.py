@@ -37,8 +37,11 @@ def serve(
     with listener, suppress(KeyboardInterrupt):
         server = make_server(app, log_level)
         context: ServerContext = app.state.context
-        for model in context.served:
-            _log.info("%s on %s, %s", model.model_id, model.placement["device"], model.placement["reason"])
+        for place in context.shelf.places:
+            if place.model is None:
+                _log.info("%s, opened on demand", place.name)
+            else:
+                _log.info("%s on %s, %s", place.name, place.model.placement["device"], place.model.placement["reason"])
         _log.info("serving on %s (Ctrl-C to quit)", url_of(listener))
         server.run(sockets=[listener])
 

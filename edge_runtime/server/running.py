@@ -30,7 +30,12 @@ class Running:
         self._watched = watched
         self._whole = False
         """All has been read to the end."""
+        self._release: Callable[[], None] | None = None
         self._generations: list[Generation] = []
+
+    def release_with(self, release: Callable[[], None]) -> None:
+        """Call ``release``, once, when it is closed: the model may go then."""
+        self._release = release
 
     async def __aenter__(self) -> Running:
         try:
@@ -46,6 +51,9 @@ class Running:
         self._close()
         if self._generations:
             self._watched.end(self.usage(), broken=not self._whole)
+        release, self._release = self._release, None
+        if release is not None:
+            release()
 
     def _start(self, start: Start) -> None:
         self._generations.append(start())

@@ -61,6 +61,9 @@ class ServedEmbedder(Protocol):
     def max_tokens(self) -> int:
         """Of a text."""
 
+    def close(self) -> None:
+        """Free it, once the batch that runs has ended. Idempotent."""
+
     def embed(
         self,
         texts: Sequence[str] | Sequence[Sequence[int]],
@@ -77,6 +80,9 @@ class ServedModel(Protocol):
     @property
     def model_id(self) -> str:
         """The name that requests use as ``model``."""
+
+    def close(self) -> None:
+        """End every request and free it. Idempotent."""
 
     @property
     def created(self) -> int:

@@ -17,22 +17,27 @@ from edge_runtime.server.wire.tokens import DetokenizeRequest, TokenizeRequest
 
 async def tokenize(request: Request) -> Response:
     body = parse(await read_body(request), TokenizeRequest)
-    model = ServerContext.of(request).model_or_only(body.model)
+    shelf = ServerContext.of(request).shelf
+    async with await shelf.text(shelf.only_text() if body.model is None else body.model) as lease:
+        return json_response(await anyio.to_thread.run_sync(_tokenized, body, lease.model))  # a long text takes a while
 
+
+def _tokenized(body: TokenizeRequest, model: ServedModel) -> dict[str, Any]:
     def encode() -> list[int]:
         if body.messages is not None:
             return model.tokenize(Messages([message.plain() for message in body.messages]))
         return model.tokenize(Text(body.prompt or ""), add_bos=body.add_special_tokens)
 
-    ids = await anyio.to_thread.run_sync(encode)  # a long text takes a while
+    ids = encode()
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": model.max_context, "tokens": ids}
-    return json_response(answer | ({"token_strs": _pieces(model, ids)} if body.return_token_strs else {}))
+    return answer | ({"token_strs": _pieces(model, ids)} if body.return_token_strs else {})
 
 
 async def detokenize(request: Request) -> Response:
     body = parse(await read_body(request), DetokenizeRequest)
-    model = ServerContext.of(request).model_or_only(body.model)
-    return json_response({"prompt": await anyio.to_thread.run_sync(model.detokenize, body.tokens)})
+    shelf = ServerContext.of(request).shelf
+    async with await shelf.text(shelf.only_text() if body.model is None else body.model) as lease:
+        return json_response({"prompt": await anyio.to_thread.run_sync(lease.model.detokenize, body.tokens)})
 
 
 def _pieces(model: ServedModel, ids: list[int]) -> list[str]:

@@ -112,7 +112,9 @@ class FakeModel:
 
     @property
     def facts(self) -> ModelFacts:
-        return ModelFacts("llama", 135_000_000, "int4", 98_000_000, "0" * 64, "apache-2.0", self.template.source)
+        return ModelFacts(
+            "llama", 135_000_000, "int4", 98_000_000, self.max_context, "0" * 64, "apache-2.0", self.template.source
+        )
 
     @property
     def max_context(self) -> int:
@@ -126,6 +128,9 @@ class FakeModel:
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokenizer.token_bytes(token_id)
+
+    def close(self) -> None:
+        self.engine.close()
 
     def answer(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams) -> tuple[str, str | None]:
         """Text and finish reason, straight from the engine: what the server must say too."""

@@ -7,6 +7,7 @@ decides it; what would change the answer and is not supported is refused by name
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ _OPTIONS = (
     *("num_predict", "temperature", "top_k", "top_p", "min_p", "seed", "stop"),
     *("repeat_penalty", "presence_penalty", "frequency_penalty"),
 )
+_DURATION = re.compile(r"(-)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 KeepAlive = str | int | float | None
 
 
@@ -46,7 +48,12 @@ class _Common(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     keep_alive: KeepAlive = None
     think: Any = None
 
-    def params(self, tools: bool = False) -> SamplingParams:
+    @property
+    def seconds(self) -> float | None:
+        """``keep_alive``. InvalidRequest."""
+        return seconds_of(self.keep_alive)
+
+    def params(self) -> SamplingParams:
         """InvalidRequest, with the field's path."""
         given = {name: value for name, value in (self.options or {}).items() if value is not None}
         for name in given:
@@ -123,6 +130,20 @@ class OllamaChat(_Common, frozen=True, forbid_unknown_fields=True, kw_only=True)
                 one |= {"name": message.tool_name} if message.tool_name else {}
             made.append(one)
         return made
+
+
+def seconds_of(keep_alive: KeepAlive) -> float | None:
+    """Of ``"5m"``, ``"1h30m"`` or a number of seconds; below 0: for ever. None: nothing is said. InvalidRequest."""
+    if keep_alive is None or isinstance(keep_alive, int | float):
+        seconds = keep_alive
+    else:
+        found = _DURATION.fullmatch(keep_alive)
+        if found is None or not keep_alive:
+            raise InvalidRequest(f"keep_alive is a duration such as 5m, not {keep_alive[:50]!r}", "keep_alive")
+        sign, *parts = found.groups()
+        seconds = sum(float(part or 0) * unit for part, unit in zip(parts, (3600, 60, 1), strict=True))
+        seconds = -1.0 if sign else seconds
+    return seconds if seconds is None or seconds >= 0 else float("inf")
 
 
 def _call(call: dict[str, Any], number: int) -> dict[str, Any]:
