@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 
+from devices.host import host_memory
 from edge_runtime.cli.opening import offers, open_served
 from edge_runtime.errors import ConfigError
 from edge_runtime.keys import KeyRing
-from edge_runtime.memory import parse_bytes
+from edge_runtime.memory import parse_budget, parse_bytes
 from edge_runtime.paths import home
 from edge_runtime.server.wire.ollama import seconds_of
 from edge_runtime.settings import load_settings
@@ -30,6 +31,8 @@ def serve(arguments: argparse.Namespace) -> int:
         refs = [only_model(store)]
     max_body = parse_bytes(settings.max_body)
     keep_alive = seconds_of(settings.keep_alive)
+    given = settings.memory_budget
+    budget = None if given is None else parse_budget(given).within(lambda: host_memory().total)
     with ExitStack() as stack:
         models, embedders = open_served(refs, settings, stack)
         from edge_runtime.server.app import create_app
@@ -54,6 +57,7 @@ def serve(arguments: argparse.Namespace) -> int:
             max_body=max_body,
             max_new_tokens=settings.max_new_tokens,
             origins=settings.origins,
+            memory_budget=budget,
         )
         serve_app(app, settings.host, settings.port, allow_open=settings.allow_open)
     return 0

@@ -23,6 +23,7 @@ from edge_runtime.server.errors import on_edge_error, on_http_error, on_unknown_
 from edge_runtime.server.metrics import Counting, Meter, metrics
 from edge_runtime.server.models import get_model, health, list_models, live, stop_model
 from edge_runtime.server.openapi import openapi
+from edge_runtime.server.page import PARTS, page, part
 from edge_runtime.server.responses import delete_response, get_response, responses
 from edge_runtime.server.served import ServedEmbedder, ServedModel
 from edge_runtime.server.shelf import Shelf
@@ -54,6 +55,8 @@ ROUTES = (
     Route("/health/live", live, methods=["GET"]),
     Route("/metrics", metrics, methods=["GET"]),
     Route("/openapi.json", openapi, methods=["GET"]),
+    Route("/", page, methods=["GET"]),
+    Route(f"{PARTS}{{file}}", part, methods=["GET"]),
 )
 
 
@@ -67,13 +70,14 @@ def create_app(
     max_body: int = 8 * MIB,
     max_new_tokens: int | None = None,
     origins: Sequence[str] = (),
+    memory_budget: int | None = None,
 ) -> Starlette:
     """An application that serves ``models`` and ``embedders``, or a whole shelf; they stay the caller's to close.
 
     With ``api_key``, or as soon as there is one in ``keys``, everything but /health needs ``Authorization: Bearer
     <key>``. ``per_minute``: POSTs that each key, or without keys each address, may send; more get 429. Bodies over
     ``max_body`` bytes get 413. ``max_new_tokens``: what an answer may have at most. ``origins``: web pages that may ask
-    (CORS), by scheme, host and port.
+    (CORS), by scheme, host and port. ``memory_budget``: bytes that the process may take, for /metrics to tell.
 
     ConfigError if two models have one name, the key is empty or not printable ASCII, or a limit is not positive.
     """
@@ -94,5 +98,5 @@ def create_app(
     app.router.redirect_slashes = False
     shelf = models if isinstance(models, Shelf) else Shelf(models, embedders)
     app.state.context = ServerContext(shelf, guard, meter, max_body, max_new_tokens)
-    meter.serve(shelf.open_texts)
+    meter.serve(shelf.open_texts, memory_budget)
     return app

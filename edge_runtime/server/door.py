@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.keys import Key, KeyRing, digest, find
 from edge_runtime.server.errors import Failure, failure_of
+from edge_runtime.server.page import PARTS
 from edge_runtime.server.rate import RateLimit
 
-OPEN = ("/health", "/health/live", "/health/ready")
-"""Paths that need no key: what watches a service has none."""
+OPEN = ("/", "/health", "/health/live", "/health/ready")
+"""Paths that need no key: what watches a service has none, and the page asks for it by itself."""
 
 
 class Guard:
@@ -77,7 +78,7 @@ class Door:
         headers = Headers(scope=scope)
         key = None
         if self._guard.closed:
-            if scope["path"] in OPEN:
+            if scope["path"] in OPEN or scope["path"].startswith(PARTS):
                 return None
             scheme, _, given = headers.get("authorization", "").partition(" ")
             given = given.strip() if scheme.lower() == "bearer" else ""

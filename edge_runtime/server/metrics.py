@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.process_collector import ProcessCollector
@@ -62,8 +62,10 @@ class Meter:
             registry=registry,
         )  # fmt: skip
 
-    def serve(self, models: Callable[[], Iterable[tuple[str, ServedModel]]]) -> None:
-        """Tell of these, too: those that are open when somebody asks."""
+    def serve(self, models: Callable[[], Iterable[tuple[str, ServedModel]]], budget: int | None = None) -> None:
+        """Tell of these, too: those that are open when somebody asks. ``budget``: bytes of memory."""
+        if budget is not None:
+            Gauge("edge_glm_memory_budget_bytes", "What the process may take.", registry=self._registry).set(budget)
         self._registry.register(_Engines(models, self))
 
     def page(self) -> bytes:

@@ -10,17 +10,18 @@ from starlette.responses import Response
 
 from edge_runtime.server.context import ServerContext, json_response, read_body
 from edge_runtime.server.served import ServedEmbedder, ServedModel
-from edge_runtime.server.shelf import Place
+from edge_runtime.server.shelf import Place, Shelf
 from edge_runtime.server.wire.parse import parse
 
 
 async def list_models(request: Request) -> Response:
-    places = ServerContext.of(request).shelf.places
-    return json_response({"object": "list", "data": [_body(place) for place in places]})
+    shelf = ServerContext.of(request).shelf
+    return json_response({"object": "list", "data": [_body(place, shelf) for place in shelf.places]})
 
 
 async def get_model(request: Request) -> Response:
-    return json_response(_body(ServerContext.of(request).shelf.place(request.path_params["model"])))
+    shelf = ServerContext.of(request).shelf
+    return json_response(_body(shelf.place(request.path_params["model"]), shelf))
 
 
 class StopRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,13 +56,15 @@ async def live(request: Request) -> Response:
     return json_response({"status": "ok"})
 
 
-def _body(place: Place[ServedModel] | Place[ServedEmbedder]) -> dict[str, Any]:
+def _body(place: Place[ServedModel] | Place[ServedEmbedder], shelf: Shelf) -> dict[str, Any]:
     model = place.model
     return {
         "id": place.name,
         "object": "model",
         "created": place.created,
         "owned_by": "edge-glm",
-        # ours; clients ignore what they do not know. None: it is opened on demand
+        # ours; clients ignore what they do not know
+        "kind": "embedding" if place.name in shelf.encoders else "text",
+        # None: it is opened on demand
         "placement": None if model is None else dict(model.placement),
     }
