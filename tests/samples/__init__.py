@@ -1,0 +1,1 @@
+"""The samples, each run as it stands."""
