@@ -72,6 +72,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         "ps": ("remote", "ps"),
         "stop": ("remote", "stop"),
         "config": ("config", "config"),
+        "completion": ("completion", "completion"),
         "batch": ("batch", "batch"),
         "devices": ("devices", "devices"),
         "plan": ("plan", "plan"),

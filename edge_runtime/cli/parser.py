@@ -148,6 +148,11 @@ def make_parser() -> argparse.ArgumentParser:
     config.add_argument("action", choices=["show"], nargs="?", default="show")
     config.add_argument("--json", action="store_true", help="print JSON")
 
+    completion = add("completion", "print what a shell completes commands and flags by")
+    completion.add_argument(
+        "shell", choices=["bash", "zsh", "tcsh"], help='as in: eval "$(edge-glm completion bash)" in ~/.bashrc'
+    )
+
     listing = add("list", "list the models on this machine")
     listing.add_argument("--json", action="store_true", help="print JSON")
 
