@@ -160,6 +160,27 @@ def test_tiered(environment: dict[str, str], smollm2_package: Package, tmp_path:
         assert tier("Tell me about this: " + "a word and another, " * 30) == "hall"
 
 
+def test_ray_serve(environment: dict[str, str], smollm2_package: Package) -> None:
+    """Two replicas on this machine; one is killed, and the other answers on."""
+    pytest.importorskip("ray")
+    port = free_port()
+    command = [sys.executable, str(SAMPLES / "ray_serve.py"), str(smollm2_package.folder), "--port", str(port)]
+    with started(command, environment):
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: reachable(f"{url}/health"), 150)
+        body = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0}
+        texts, starts = set(), set()
+        for _ in range(12):
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+            texts.add(answer.json()["choices"][0]["message"]["content"])
+            page = httpx.get(f"{url}/metrics").text
+            starts |= set(re.findall(r"^process_start_time_seconds (\S+)$", page, re.M))
+        assert len(texts) == 1
+        assert len(starts) == 2
+        subprocess.run(["pkill", "-o", "-KILL", "-f", "ray::ServeReplica:default:EdgeGlm"], check=True)
+        wait_for(lambda: httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200)
+
+
 @pytest.mark.skipif(MOSQUITTO is None, reason="there is no mosquitto here")
 def test_mqtt_app(environment: dict[str, str], smollm2_package: Package, tmp_path: Path) -> None:
     port = free_port()
