@@ -20,6 +20,7 @@ from tests.tiers.upstream import answers, status, upstream
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {
     "edge_runtime/bench/client.py",  # measures a server that the user names
+    "edge_runtime/cli/remote.py",  # asks the user's own server what it has open
     "edge_runtime/egress/door.py",
     "edge_runtime/fetch.py",  # gets models, sends nothing of anybody's
     "edge_runtime/server/run.py",  # listens
