@@ -30,59 +30,12 @@ class Tiers(Protocol):
         """For /health."""
 
 
-class ServedEmbedder(Protocol):
-    """A loaded encoder; :class:`edge_runtime.embedder.EdgeEmbedder`. All methods may be called from any thread."""
+class Served(Protocol):
+    """A loaded model of either kind. All methods may be called from any thread, several at a time."""
 
     @property
     def model_id(self) -> str:
         """The name that requests use as ``model``."""
-
-    @property
-    def created(self) -> int:
-        """Unix time, in seconds."""
-
-    @property
-    def placement(self) -> Mapping[str, str]:
-        """``device``, ``variant`` and ``reason``."""
-
-    @property
-    def ready(self) -> bool:
-        """False once it is closed."""
-
-    @property
-    def facts(self) -> ModelFacts:
-        """What it is."""
-
-    @property
-    def hidden_size(self) -> int:
-        """Numbers of an embedding."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Of a text."""
-
-    def close(self) -> None:
-        """Free it, once the batch that runs has ended. Idempotent."""
-
-    def embed(
-        self,
-        texts: Sequence[str] | Sequence[Sequence[int]],
-        *,
-        truncate: bool = False,
-        wanted: Callable[[], bool] = lambda: True,
-    ) -> Embeddings:
-        """See :meth:`edge_runtime.embedder.EdgeEmbedder.embed`."""
-
-
-class ServedModel(Protocol):
-    """A loaded model. All methods may be called from any thread, several at a time."""
-
-    @property
-    def model_id(self) -> str:
-        """The name that requests use as ``model``."""
-
-    def close(self) -> None:
-        """End every request and free it. Idempotent."""
 
     @property
     def created(self) -> int:
@@ -95,6 +48,38 @@ class ServedModel(Protocol):
     @property
     def ready(self) -> bool:
         """False once the model is closed or its engine has died; /health then answers 503."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What it is."""
+
+    def close(self) -> None:
+        """End every request, the batch that runs excepted, and free it. Idempotent."""
+
+
+class ServedEmbedder(Served, Protocol):
+    """An encoder; :class:`edge_runtime.embedder.EdgeEmbedder`."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of an embedding."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a text."""
+
+    def embed(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        truncate: bool = False,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Embeddings:
+        """See :meth:`edge_runtime.embedder.EdgeEmbedder.embed`."""
+
+
+class ServedModel(Served, Protocol):
+    """A model that makes text."""
 
     @property
     def stats(self) -> EngineStats:
@@ -126,10 +111,6 @@ class ServedModel(Protocol):
         self, prompt: str | Sequence[int], params: SamplingParams, about: About = NOTHING
     ) -> Generation:
         """Submit plain text (bos put before it if the model wants that) or token ids as they are. As ``start_chat``."""
-
-    @property
-    def facts(self) -> ModelFacts:
-        """What it is."""
 
     @property
     def max_context(self) -> int:

@@ -10,9 +10,8 @@ import httpx
 import openai
 import pytest
 
-from edge_runtime.server.app import create_app
 from edge_runtime.server.response_store import MOST, ResponseStore
-from tests.server.served import FakeModel, error_of, running
+from tests.server.served import FakeModel, error_of
 
 TOOL: Any = {
     "type": "function",
@@ -44,17 +43,11 @@ FORM: Any = {
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def model() -> Iterator[FakeModel]:
+    """With room for tools and schemas in its prompts."""
     model = FakeModel(max_context=2048)
-    with running(create_app(model)) as address:
-        yield address
+    yield model
     model.engine.close()
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
-        yield client
 
 
 def create(client: openai.OpenAI, **more: Any) -> Any:

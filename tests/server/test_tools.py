@@ -11,8 +11,7 @@ import openai
 import pytest
 
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.server.app import create_app
-from tests.server.served import FakeModel, error_of, running
+from tests.server.served import FakeModel, error_of
 
 WEATHER = {
     "type": "object",
@@ -28,17 +27,11 @@ ASK: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content":
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def model() -> Iterator[FakeModel]:
+    """With room for tools and schemas in its prompts."""
     model = FakeModel(max_context=2048)
-    with running(create_app(model)) as address:
-        yield address
+    yield model
     model.engine.close()
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
-        yield client
 
 
 @pytest.mark.parametrize(
