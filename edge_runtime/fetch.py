@@ -41,6 +41,8 @@ _SAFETENSORS_FILES = (
 )
 _POOLING = re.compile(r"\d_Pooling/config\.json")
 """Of sentence encoders, in a folder of its own."""
+_OPENVINO = "openvino_model.xml"
+"""Of a graph that optimum-intel has written."""
 _COPY_BYTES = 1 << 20
 
 
@@ -275,13 +277,17 @@ def _hub_files(names: list[str], reference: HubReference) -> list[str]:
     top = [name for name in names if "/" not in name]
     if "config.json" in top and any(name.endswith(".safetensors") for name in top):
         return [name for name in names if _of_model(name)]
+    if _OPENVINO in top and "config.json" in top:
+        return [name for name in top if name.startswith("openvino_model.") or _of_model(name)]
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1:
         return ggufs
     if ggufs:
         choices = ", ".join(f"hf:{reference.repo}/{name}" for name in ggufs)
         raise FetchError(f"{reference} has {len(ggufs)} GGUF files; name one: {choices}")
-    raise FetchError(f"{reference} has no safetensors with config.json, no GGUF file and no model package")
+    raise FetchError(
+        f"{reference} has no safetensors or OpenVINO graph with config.json, no GGUF file and no model package"
+    )
 
 
 def _hub_source(reference: HubReference, folder: Path) -> str:

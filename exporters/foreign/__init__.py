@@ -1,0 +1,1 @@
+"""Folders that other tools have written, taken as they are: their graphs run unchanged."""
