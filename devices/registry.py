@@ -100,6 +100,6 @@ def open_decoder(spec: DecoderSpec, device: str, options: DecoderOptions) -> Dec
         from devices.onnxruntime_edge import OnnxRuntimeEdgeDecoder
 
         return OnnxRuntimeEdgeDecoder(spec, options)
-    from devices.onnxruntime_gqa import OnnxRuntimeDecoder
+    from devices.onnxruntime_open import open_onnxruntime
 
-    return OnnxRuntimeDecoder(spec, options, chosen.name)
+    return open_onnxruntime(spec, options, chosen.name)

@@ -291,10 +291,10 @@ def _outline(fetched: Fetched, weights: Weights) -> Outline:
     from exporters.encoder.checkpoint import is_encoder
     from exporters.estimate import estimated_bytes
     from exporters.export import summarize
-    from exporters.foreign.openvino_folder import is_openvino_folder
+    from exporters.foreign.folder import adopter
     from exporters.formats import open_checkpoint
 
-    if isinstance(fetched.path, Path) and is_openvino_folder(fetched.path):
+    if adopter(fetched.path) is not None:
         raise ModelNotFound(f"of a graph that is made already nothing is known before it is opened: {fetched.path}")
     if isinstance(fetched.path, Path) and is_encoder(fetched.path):
         raise UnsupportedModel(f"{fetched.path} makes embeddings, no text: open it with EdgeEmbedder, or serve it")
@@ -337,13 +337,13 @@ def _export(
     from exporters.encoder.checkpoint import EncoderCheckpoint, is_encoder
     from exporters.encoder.export import export_encoder
     from exporters.export import export
-    from exporters.foreign.openvino_folder import adopt_openvino, is_openvino_folder
+    from exporters.foreign.folder import adopter
     from exporters.formats import open_checkpoint
 
-    if isinstance(fetched.path, Path) and is_openvino_folder(fetched.path):
+    if isinstance(fetched.path, Path) and (adopt := adopter(fetched.path)) is not None:
         if recipe is not None:
             raise UnsupportedModel("a graph that is made already is taken as it is: leave the recipe out")
-        adopt_openvino(fetched.path, folder, name=name, provenance=fetched.provenance)
+        adopt(fetched.path, folder, name=name, provenance=fetched.provenance)
         return
     if isinstance(fetched.path, Path) and is_encoder(fetched.path):
         if recipe is not None:

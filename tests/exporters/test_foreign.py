@@ -1,5 +1,5 @@
-"""Folders that other tools have written: a tiny llama by optimum-intel (tests/tools/make_openvino_folder.py), whose own
-runtime's answers ours must give too."""
+"""Folders that other tools have written: a tiny llama by optimum-intel and by onnxruntime-genai's builder
+(tests/tools), whose own runtimes' answers ours must give too."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from devices import DecoderOptions, Step, open_decoder
 from edge_runtime.errors import CorruptModel, ModelNotFound, UnsupportedModel
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.recipe import Recipe
@@ -22,7 +25,8 @@ from tests.runtime.hub import Hub, serve_hub
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-P", "-m", "edge_runtime.cli.main"]
-OPTIMUM = Path(__file__).parents[1] / "fixtures" / "foreign" / "optimum"
+FOREIGN = Path(__file__).parents[1] / "fixtures" / "foreign"
+OPTIMUM, GENAI = FOREIGN / "optimum", FOREIGN / "genai"
 
 
 @pytest.fixture
@@ -31,8 +35,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def check_answers(llm: EdgeLLM) -> None:
-    expected = json.loads((OPTIMUM / "expected.json").read_text())
+def check_answers(llm: EdgeLLM, folder: Path = OPTIMUM) -> None:
+    expected = json.loads((folder / "expected.json").read_text())
     for prompt, answer in zip(expected["prompts"], expected["answers"], strict=True):
         params = SamplingParams(temperature=0, max_tokens=len(answer), ignore_eos=True)
         assert list(llm.generate(prompt, params).token_ids) == answer
@@ -54,6 +58,52 @@ def test_the_graph_is_theirs_byte_by_byte(home: Path) -> None:
         assert (package.folder / "openvino-fp32" / name).read_bytes() == (OPTIMUM / name).read_bytes()
     with EdgeLLM(str(home / "p"), kv_type="float32") as llm:
         check_answers(llm)
+
+
+def test_onnxruntime_genais_answers(home: Path) -> None:
+    with EdgeLLM(str(GENAI)) as llm:
+        assert (llm.device, llm.variant.name) == ("onnxruntime:cpu", "onnx-fp32")
+        check_answers(llm, GENAI)
+        assert llm.generate([{"role": "user", "content": "abc"}], SamplingParams(max_tokens=5)).text
+    package = export_package(str(GENAI), home / "p", ["onnxruntime"], None)
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (package.folder / "onnx-fp32" / name).read_bytes() == (GENAI / name).read_bytes()
+    with EdgeLLM(str(home / "p"), prefix_cache_bytes=0) as llm:
+        ids = list(range(3, 60))
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        alone = [llm.generate(ids[: 10 + step], params).token_ids for step in range(8)]
+        with ThreadPoolExecutor(8) as threads:
+            together = threads.map(lambda step: llm.generate(ids[: 10 + step], params).token_ids, range(8))
+        assert list(together) == alone
+
+
+def test_in_chunks_as_whole(home: Path) -> None:
+    """Logits of chunks, forks and of what is left after a crop are those of one pass (whose answers the test above
+    holds against onnxruntime-genai's own)."""
+    package = export_package(str(GENAI), home / "p", ["onnxruntime"], None)
+    ids = np.arange(72, dtype=np.int64) * 7 % 94
+    spec = package.spec(package.manifest.variants[0])
+    decoder = open_decoder(spec, "onnxruntime:cpu", DecoderOptions(max_sequences=3, kv_tokens=256, threads=2))
+    whole = decoder.new_sequence(72)
+    (expected,) = decoder.forward([Step(whole, ids, rows=72)])
+    whole.close()
+    for sizes in ((1, 3, 20, 1, 47), (1,) * 72):
+        sequence = decoder.new_sequence(72)
+        rows, start = [], 0
+        for size in sizes:
+            rows += decoder.forward([Step(sequence, ids[start : start + size], rows=size)])
+            start += size
+        np.testing.assert_allclose(np.concatenate(rows), expected, atol=1e-4, rtol=0)
+        fork = sequence.fork(40)
+        again = decoder.forward([Step(fork, ids[40:72], rows=32)])[0]
+        np.testing.assert_allclose(again, expected[40:], atol=1e-4, rtol=0)
+        assert sequence.crop(10) == 10
+        again = decoder.forward([Step(sequence, ids[10:20], rows=10)])[0]
+        np.testing.assert_allclose(again, expected[10:20], atol=1e-4, rtol=0)
+        sequence.close()
+        fork.close()
+    decoder.check_integrity()
+    decoder.close()
 
 
 def test_from_a_hub(tmp_path: Path) -> None:
@@ -96,6 +146,25 @@ def test_folders_that_cannot_be_used(home: Path, spoil: Any, error: type[Excepti
     spoil(home / "m")
     with pytest.raises(error, match=words):
         export_package(str(home / "m"), home / "p", ["openvino"], None)
+    assert not (home / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "words"),
+    [
+        (lambda f: (f / "model.onnx.data").unlink(), CorruptModel, "lacks model.onnx.data"),
+        (lambda f: (f / "model.onnx").unlink(), CorruptModel, "has no model.onnx"),
+        (lambda f: (f / "model.onnx").write_bytes(b"x"), CorruptModel, "not an ONNX graph|takes no"),
+        (lambda f: (f / "tokenizer.json").unlink(), UnsupportedModel, "no tokenizer.json"),
+        (lambda f: (f / "genai_config.json").write_text("{}"), UnsupportedModel, "tells of no decoder"),
+        (lambda f: (f / "genai_config.json").write_text('{"model": {"decoder": {}}}'), CorruptModel, "KeyError"),
+    ],
+)
+def test_genai_folders_that_cannot_be_used(home: Path, spoil: Any, error: type[Exception], words: str) -> None:
+    shutil.copytree(GENAI, home / "m")
+    spoil(home / "m")
+    with pytest.raises((error, UnsupportedModel), match=words):
+        export_package(str(home / "m"), home / "p", ["onnxruntime"], None)
     assert not (home / "p").exists()
 
 
