@@ -8,6 +8,7 @@ import msgspec
 
 from edge_runtime.bench.job import Job
 from edge_runtime.bench.result import Result
+from edge_runtime.columns import columns
 from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.measurements import LONG, WORKLOADS, Measurement, Shape, Workload
 
@@ -67,24 +68,23 @@ def every_table(job: Job, found: Found, kept: bool) -> str:
         f"{workload:5} {shape.prompt_tokens} prompt tokens, {shape.new_tokens} new, {shape.concurrency} at once"
         for workload, shape in shapes(job).items()
     ]
-    width = max(map(len, found))
-    lines += ["", f"{'':{width}}  " + "  ".join(f"{workload:>24}" for workload in WORKLOADS)]
+    rows = [["", *WORKLOADS]]
     best = {workload: _fastest(found, workload) for workload in WORKLOADS}
     problems = []
     for device, results in found.items():
-        cells = []
+        cells = [device]
         for workload in WORKLOADS:
             result = results[workload]
             if isinstance(result, str):
                 problems.append(f"{device}, {workload}: {result}")
-                cells.append(f"{'-':>24}")
+                cells.append("-")
                 continue
             mark = "*" if best[workload] == device else " "
             rates = f"({result.prefill_tps:,.0f}, {result.decode_tps:,.0f})"
-            cells.append(f"{f'{_seconds(result):.2f} s {rates}{mark}':>24}")
-        lines.append(f"{device:{width}}  " + "  ".join(cells))
+            cells.append(f"{_seconds(result):.2f} s {rates}{mark}")
+        rows.append(cells)
     use = "what auto takes for such work from now on" if kept else "the fastest"
-    lines += ["", f"in brackets tokens/s of prefill and decoding; * is {use}"]
+    lines += ["", columns(rows, head=True), "", f"in brackets tokens/s of prefill and decoding; * is {use}"]
     return "\n".join([*lines, *problems])
 
 

@@ -8,10 +8,9 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from tqdm import tqdm
-
 from edge_runtime.batch.files import Answers, check_requests
 from edge_runtime.cli.opening import open_served
+from edge_runtime.cli.progress import Bar
 from edge_runtime.errors import ConfigError
 from edge_runtime.settings import load_settings
 
@@ -45,12 +44,12 @@ def batch(arguments: argparse.Namespace) -> int:
         from edge_runtime.server.app import create_app
 
         app = create_app(list(texts.values()), embedders=list(embedders.values()))
-        # no bar unless stderr is a terminal
-        bar = stack.enter_context(tqdm(total=total, initial=answers.done, unit=" requests", disable=None))
+        bar = stack.enter_context(Bar(unit=" requests"))
 
         def tell(done: int) -> None:
-            bar.update(done - bar.n)
+            bar("answering", done, total)
 
+        tell(answers.done)
         failed = asyncio.run(answer_batch(app, requests, answers, names, AT_ONCE, tell))
     told = f"{target}: {total} answers" + (f", {failed} of them failed" if failed else "")
     print(told, file=sys.stderr)

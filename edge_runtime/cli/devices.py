@@ -8,6 +8,7 @@ from typing import Any
 
 from devices.discovery import Device, Facts, facts, list_devices
 from devices.host import Memory, cores, host_memory, instructions, processor
+from edge_runtime.columns import columns
 from edge_runtime.memory import format_bytes
 
 
@@ -33,16 +34,16 @@ def _row(device: Device, known: Facts) -> dict[str, Any]:
 
 def _table(found: list[tuple[Device, Facts]]) -> str:
     """The machine, the devices that are ready, and the others with what is in the way."""
-    width = max(len(device.name) for device, _ in found)
     memory, has = host_memory(), ", ".join(instructions())
     lines = [f"{processor()}, {cores()} cores{has and ', '}{has}, {_free(memory)}", ""]
+    rows = []
     for device, known in found:
         if device.ready:
             own = [] if known.memory is None or known.instructions else [_free(known.memory)]
             said = [device.hardware, *own, *(f"{name} {number}" for name, number in known.versions)]
-            lines.append(f"{device.name:{width}}  ready  {', '.join(said)}")
-    lines += [f"{device.name:{width}}  -      {device.problem}" for device, _ in found if not device.ready]
-    return "\n".join(lines)
+            rows.append([device.name, "ready", ", ".join(said)])
+    rows += [[device.name, "-", device.problem or ""] for device, _ in found if not device.ready]
+    return "\n".join([*lines, columns(rows, left=3)])
 
 
 def _free(memory: Memory) -> str:

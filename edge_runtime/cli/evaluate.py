@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.cli.progress import Bars
+from edge_runtime.columns import columns
 from edge_runtime.errors import ConfigError
 from edge_runtime.evaluation.evaluate import Evaluation, evaluate
 from edge_runtime.evaluation.metrics import Figures
@@ -46,11 +47,7 @@ def table(result: Evaluation) -> str:
     cells = [["text", *_HEADS], *([name, *_cells(figures)] for name, figures in rows.items())]
     if result.reference is None:
         cells = [row[:3] for row in cells]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    for row in cells:
-        padded = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        lines.append("  ".join([row[0].ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, columns(cells, head=True)])
 
 
 _HEADS = ("tokens", "perplexity", "reference", "KL", "KL p99", "top-1", "top-5", "greedy the same")

@@ -11,6 +11,7 @@ import msgspec
 from devices.base import Engine
 from edge_runtime.cli.progress import Bars
 from edge_runtime.cli.recipes import compression_lines, parse_prune
+from edge_runtime.columns import columns
 from edge_runtime.errors import ConfigError
 from edge_runtime.evaluation.pruning_report import report
 from edge_runtime.memory import format_bytes
@@ -90,12 +91,14 @@ def list_models(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([_row(model) for model in models], indent=2))
         return 0
-    width = max((len(model.name) for model in models), default=0)
-    for model in models:
-        if model.package is None:
-            print(f"{model.name:{width}}  cannot be opened: {model.problem}")
-        else:
-            print(f"{model.name:{width}}  {format_bytes(model.package.bytes):>10}  {_variants(model.package)}")
+    rows = [
+        [model.name, "-", f"cannot be opened: {model.problem}"]
+        if model.package is None
+        else [model.name, format_bytes(model.package.bytes), _variants(model.package)]
+        for model in models
+    ]
+    if rows:
+        print(columns(rows, left=3))
     return 0
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from edge_runtime.columns import columns
 from edge_runtime.memory import parse_budget, parse_bytes
 from edge_runtime.paths import home
 from edge_runtime.planning import Candidate, Need, Plan
@@ -77,20 +78,11 @@ def _table(made: Plan) -> str:
         sizes = [*each.parts, each.parts.peak, each.least]
         mark = "*" if each is made.choice else "" if each.fits else "-"
         rows.append([mark, each.device, each.variant, *(f"{size / _MIB:.0f}" for size in sizes), str(each.max_context)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(_cell(text, width, column) for column, (text, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    lines = [line.rstrip() for line in lines]
+    lines = [columns(rows, left=3, head=True)]
     budgets = {each.device: each.budget for each in made.candidates if each.budget is not None}
-    for said in dict.fromkeys(str(budget) for budget in budgets.values()):
-        lines.append(f"MiB, within {said}" + ("; sizes of files are estimated" if made.estimated else ""))
+    estimated = "; sizes of files are estimated" if made.estimated else ""
+    lines += [f"MiB, within {said}{estimated}" for said in dict.fromkeys(str(budget) for budget in budgets.values())]
     if made.choice is not None:
         lines += [f"- {each.device}: {each.reason}" for each in made.candidates if not each.fits]
         lines.append(f"* {made.choice.device}, {made.reason}")
     return "\n".join(lines)
-
-
-def _cell(text: str, width: int, column: int) -> str:
-    return text.ljust(width) if column < 3 else text.rjust(width)

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 
+from edge_runtime.columns import columns
 from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.memory import format_bytes
 from edge_runtime.settings import load_settings
@@ -19,12 +20,14 @@ def ps(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(models, indent=2))
         return 0
-    width = max((len(model["name"]) for model in models), default=0)
+    rows = []
     for model in models:
         ours = model["edge_glm"]
         left = "pinned" if ours["pinned"] else f"closes in {_left(model['expires_at'])} s"
         used = f", {ours['users']} at work" if ours["users"] else ""
-        print(f"{model['name']:{width}}  {ours['device']:16}  {format_bytes(model['size']):>10}  {left}{used}")
+        rows.append([model["name"], ours["device"], format_bytes(model["size"]), left + used])
+    if rows:
+        print(columns(rows, left=4))
     return 0
 
 

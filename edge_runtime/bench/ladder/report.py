@@ -10,6 +10,7 @@ from edge_runtime.bench.html import json_card, machine_card
 from edge_runtime.bench.ladder.job import Climb, Ladder, Step
 from edge_runtime.bench.page import card, page
 from edge_runtime.bench.table import machine_lines
+from edge_runtime.columns import columns
 from edge_runtime.memory import format_bytes
 
 _HEADS = ("seconds", "", "first token", "a token", "peak memory", "", "top-1", "KL", "answers the same")
@@ -19,11 +20,7 @@ def ladder_table(ladder: Ladder) -> str:
     lines = [f"{ladder.climb.ref}", conditions(ladder.climb), ""]
     for device, steps in ladder.steps.items():
         cells = [[device, *_HEADS], *([step.rung.name, *row(step, steps[0])] for step in steps)]
-        widths = [max(len(each[column]) for each in cells) for column in range(len(cells[0]))]
-        for each in cells:
-            padded = (cell.rjust(width) for cell, width in zip(each[1:], widths[1:], strict=True))
-            lines.append("  ".join([each[0].ljust(widths[0]), *padded]).rstrip())
-        lines.append("")
+        lines += [columns(cells, head=True), ""]
     lines += [f"{device}: {why}" for device, why in ladder.problems.items()]
     return "\n".join([*lines, *machine_lines(ladder.machine)])
 

@@ -1,0 +1,29 @@
+"""Rows of text in columns, for a terminal: made by rich, which knows how wide characters are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+_WIDE = 10_000
+"""Columns: lines are never wrapped, so that what is piped stays one line a row."""
+
+
+def columns(rows: Sequence[Sequence[str]], *, left: int = 1, head: bool = False) -> str:
+    """``rows`` of as many cells each: the first ``left`` columns to the left, the others to the right. ``head``: the
+    first row names the columns, bold where a terminal shows it."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return ""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    for index in range(len(rows[0])):
+        table.add_column(justify="left" if index < left else "right", no_wrap=True)
+    for index, row in enumerate(rows):
+        table.add_row(*map(Text, row), style="bold" if head and index == 0 else "")
+    console = Console(width=_WIDE, force_terminal=sys.stdout.isatty(), highlight=False)
+    with console.capture() as text:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in text.get().splitlines())
