@@ -3,19 +3,16 @@ tokenizer. The device layer runs such graphs as they are (:mod:`devices.onnxrunt
 
 from __future__ import annotations
 
-import hashlib
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from edge_runtime.errors import CorruptModel, StorageError, UnsupportedModel
+from edge_runtime.errors import CorruptModel, UnsupportedModel
 from edge_runtime.package import ArchitectureSummary, Weights
-from edge_runtime.package_writer import PackageContents, write_package
-from exporters.export import eos_ids
+from exporters.foreign.taking import ForeignModel, take
 from exporters.hf_text import read_json, read_text_files
 
 CONFIG = "genai_config.json"
@@ -39,32 +36,17 @@ def adopt_genai(folder: Path, target: Path, *, name: str, provenance: Mapping[st
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CorruptModel(f"{folder} lacks {', '.join(missing)}, which its graph names")
-    hashes = {file.name: _sha256(file) for file in files}
     weights = _weights(model)
-    with write_package(target) as writer:
-        if writer.existing is not None:
-            raise StorageError(f"{target} is a package already; choose another folder or remove it")
-        variant = f"onnx-{weights}"
-        place = writer.variant_folder(variant)
-        for file in files:
-            try:
-                shutil.copyfile(file, place / file.name)
-            except OSError as error:
-                raise StorageError(f"cannot copy {file}: {error.strerror or error}") from error
-        writer.add_variant(variant, "onnxruntime", weights, path.name)
-        writer.commit(
-            PackageContents(
-                name=name,
-                provenance={"source": str(folder), "format": "onnxruntime-genai", "sha256": hashes, **provenance},
-                architecture=_architecture(config, model, folder),
-                tokenizer_json=text.tokenizer_json,
-                chat_template=text.chat_template,
-                special_tokens=text.special_tokens,
-                add_bos=text.add_bos,
-                eos_ids=eos_ids(text),
-                generation=text.generation,
-            )
-        )
+    found = ForeignModel(
+        "onnxruntime-genai",
+        f"onnx-{weights}",
+        "onnxruntime",
+        weights,
+        files,
+        _architecture(config, model, folder),
+        text,
+    )
+    take(found, folder, target, name=name, provenance=provenance)
 
 
 def _graph(folder: Path, config: Mapping[str, Any]) -> tuple[Path, onnx.ModelProto]:
@@ -121,8 +103,3 @@ def _weights(model: onnx.ModelProto) -> Weights:
         return "int4" if min(bits) <= 4 else "int8"
     kinds = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 2}
     return "fp16" if onnx.TensorProto.FLOAT16 in kinds else "fp32"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

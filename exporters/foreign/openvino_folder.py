@@ -3,19 +3,17 @@ tokenizer. The device layer runs such graphs as they are (:mod:`devices.openvino
 
 from __future__ import annotations
 
-import hashlib
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import CorruptModel, StorageError, UnsupportedModel
+from edge_runtime.errors import CorruptModel, UnsupportedModel
 from edge_runtime.package import Weights
-from edge_runtime.package_writer import PackageContents, write_package
 from exporters.architecture import Architecture
-from exporters.export import eos_ids, summarize
+from exporters.export import summarize
 from exporters.families import architecture
+from exporters.foreign.taking import ForeignModel, take
 from exporters.hf_text import read_json, read_text_files
 
 GRAPH, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
@@ -36,36 +34,9 @@ def adopt_openvino(folder: Path, target: Path, *, name: str, provenance: Mapping
     arch = _architecture(folder)
     text = read_text_files(folder, read_json(folder / "config.json"))
     weights = _weights(xml)
-    made_from = {
-        "source": str(folder),
-        "format": "openvino",
-        "sha256": {GRAPH: hashlib.sha256(xml).hexdigest(), WEIGHTS: _sha256(folder / WEIGHTS)},
-        **provenance,
-    }
-    with write_package(target) as writer:
-        if writer.existing is not None:
-            raise StorageError(f"{target} is a package already; choose another folder or remove it")
-        variant = f"openvino-{weights}"
-        place = writer.variant_folder(variant)
-        try:
-            for file in (GRAPH, WEIGHTS):
-                shutil.copyfile(folder / file, place / file)
-        except OSError as error:
-            raise StorageError(f"cannot copy {folder / file}: {error.strerror or error}") from error
-        writer.add_variant(variant, "openvino", weights, GRAPH)
-        writer.commit(
-            PackageContents(
-                name=name,
-                provenance=made_from,
-                architecture=summarize(arch),
-                tokenizer_json=text.tokenizer_json,
-                chat_template=text.chat_template,
-                special_tokens=text.special_tokens,
-                add_bos=text.add_bos,
-                eos_ids=eos_ids(text),
-                generation=text.generation,
-            )
-        )
+    files = [folder / GRAPH, folder / WEIGHTS]
+    found = ForeignModel("openvino", f"openvino-{weights}", "openvino", weights, files, summarize(arch), text)
+    take(found, folder, target, name=name, provenance=provenance)
 
 
 def _graph(folder: Path) -> bytes:
@@ -100,8 +71,3 @@ def _weights(xml: bytes) -> Weights:
         if types & set(names):
             return weights  # type: ignore[return-value]
     return "fp32"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from devices import DecoderOptions, Step, open_decoder
-from edge_runtime.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from edge_runtime.errors import CorruptModel, EdgeError, ModelNotFound, UnsupportedModel
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.recipe import Recipe
 from edge_runtime.sampling import SamplingParams
@@ -75,6 +75,17 @@ def test_onnxruntime_genais_answers(home: Path) -> None:
         with ThreadPoolExecutor(8) as threads:
             together = threads.map(lambda step: llm.generate(ids[: 10 + step], params).token_ids, range(8))
         assert list(together) == alone
+
+
+@pytest.mark.parametrize("folder", [OPTIMUM, GENAI], ids=lambda folder: folder.name)
+def test_it_has_one_variant(home: Path, folder: Path) -> None:
+    """Also where it was opened before, and another is asked for then."""
+    EdgeLLM(str(folder)).close()
+    with pytest.raises(EdgeError, match=r"graph that is made already.*leave device and weights out"):
+        EdgeLLM(str(folder), weights="int8")
+    other = {OPTIMUM: "edge:cpu", GENAI: "openvino:cpu"}[folder]
+    with pytest.raises(EdgeError, match=r"has a graph that is made already"):
+        EdgeLLM(str(folder), other)
 
 
 def test_in_chunks_as_whole(home: Path) -> None:
