@@ -76,7 +76,8 @@ class EdgeLLM:
     is closed; 0: none are written or read (:mod:`edge_runtime.prefix_store`).
     ``workload``: what ``auto`` and ``cpu`` choose a device for, by what ``edge-glm bench`` measured here
     (:data:`edge_runtime.measurements.Workload`). ``tuning``: whether to open the model as ``edge-glm tune`` found best
-    for that, where nothing else is asked for here. ``progress`` hears of downloads and exports.
+    for that, where nothing else is asked for here. ``name``: what requests to a server call it; None: as its package is
+    called. ``progress`` hears of downloads and exports.
 
     **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
     chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an
@@ -108,6 +109,7 @@ class EdgeLLM:
         tuning: bool | Options = True,
         policy: str | Path | None = None,
         offline: bool = False,
+        name: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         if workload not in WORKLOADS:
@@ -146,6 +148,7 @@ class EdgeLLM:
         if first.package.manifest.encoder is not None:
             raise ConfigError(f"{first.package.name} makes embeddings, no text: open it with EdgeEmbedder")
         self._created = int(time.time())
+        self._name = name
         self.tokenizer = tokenizer = _tokenizer(first.package)
         template = ChatTemplate(first.package.chat_template, first.package.manifest.special_tokens)
         grammars = Grammars(tokenizer)
@@ -234,7 +237,7 @@ class EdgeLLM:
 
     @property
     def model_id(self) -> str:
-        return self.package.name
+        return self.package.name if self._name is None else self._name
 
     @property
     def created(self) -> int:

@@ -62,6 +62,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """That a model stays open unused, which was opened on demand."""
     on_demand: bool = False
     """Whether ``serve`` offers all models of this machine beside those that are named."""
+    also_on: str | list[str] = ""
+    """Other devices that ``serve`` offers its models on; several in a text with commas between them."""
     max_new_tokens: int | None = None
     """Of an answer."""
     cors: str | list[str] = ""
@@ -74,13 +76,21 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def origins(self) -> list[str]:
         """``cors``, one by one."""
-        given = self.cors.split(",") if isinstance(self.cors, str) else self.cors
-        return [each.strip() for each in given if each.strip()]
+        return _one_by_one(self.cors)
+
+    @property
+    def other_devices(self) -> list[str]:
+        """``also_on``, one by one."""
+        return _one_by_one(self.also_on)
 
     @property
     def format(self) -> Weights | None:
         """``weights``, for who cannot choose them."""
         return None if self.weights == "auto" else self.weights
+
+
+def _one_by_one(given: str | list[str]) -> list[str]:
+    return [each.strip() for each in (given.split(",") if isinstance(given, str) else given) if each.strip()]
 
 
 class Origin(msgspec.Struct, frozen=True):

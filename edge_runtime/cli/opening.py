@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ import msgspec
 
 from devices.encoder import DEVICES
 from devices.host import host_memory
+from devices.registry import choose_device
 from edge_runtime.cli.progress import Bars
 from edge_runtime.cli.run import open_model
 from edge_runtime.embedder import EdgeEmbedder
@@ -104,11 +105,28 @@ def offers(
     return texts, encoders
 
 
-def _open_text(ref: str, settings: Settings) -> EdgeLLM:
+def offers_elsewhere(models: Mapping[str, EdgeLLM], settings: Settings) -> dict[str, Offer[ServedModel]]:
+    """``models``, by their references, on the other devices that were named; as :func:`offers`. ConfigError,
+    UnknownDevice, DeviceUnavailable."""
+    from edge_runtime.server.shelf import Offer
+
+    if settings.other_devices and settings.policy is not None:
+        raise ConfigError("a policy is for one model on one device: leave --also-on out")
+    found: dict[str, Offer[ServedModel]] = {}
+    for device in settings.other_devices:
+        choose_device(device)  # now, rather than when somebody asks
+        own = msgspec.structs.replace(settings, device=device)
+        for ref, model in models.items():
+            name = f"{model.model_id}@{device}"
+            found[name] = Offer(partial(_open_text, ref, own, name), model.facts, model.created)
+    return found
+
+
+def _open_text(ref: str, settings: Settings, name: str | None = None) -> EdgeLLM:
     if settings.memory_budget is None:
-        return open_model(ref, settings, "many")
+        return open_model(ref, settings, "many", name)
     try:
         half = msgspec.structs.replace(settings, memory_budget=_part(settings.memory_budget, 2))
-        return open_model(ref, half, "many")
+        return open_model(ref, half, "many", name)
     except BudgetError:
-        return open_model(ref, settings, "many")
+        return open_model(ref, settings, "many", name)

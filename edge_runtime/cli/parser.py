@@ -114,6 +114,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="offer all models of this machine, opened when somebody asks (so it is too when there is none named)",
     )
     serve.add_argument(
+        "--also-on",
+        metavar="DEVICE",
+        action="append",
+        help="offer the named models on this device too, as NAME@DEVICE, opened when somebody asks",
+    )
+    serve.add_argument(
         "--keep-alive", metavar="TIME", help="that such a one stays open unused (default: 5m; -1: for ever)"
     )
     _add_limits(serve)

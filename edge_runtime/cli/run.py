@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
 
 
-def open_model(ref: str, settings: Settings, workload: Workload = "one") -> EdgeLLM:
+def open_model(ref: str, settings: Settings, workload: Workload = "one", name: str | None = None) -> EdgeLLM:
     """Load, showing bars for whatever has to be fetched or prepared first, and saying where the device is another."""
     with Bars() as bars:
         llm = EdgeLLM(
@@ -64,6 +64,7 @@ def open_model(ref: str, settings: Settings, workload: Workload = "one") -> Edge
             tuning=settings.tuning,
             policy=settings.policy,
             offline=settings.offline,
+            name=name,
             progress=bars,
         )
     if llm.device not in parse_device(settings.device):

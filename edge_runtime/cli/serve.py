@@ -6,7 +6,7 @@ import argparse
 from contextlib import ExitStack
 
 from devices.host import host_memory
-from edge_runtime.cli.opening import offers, open_served
+from edge_runtime.cli.opening import offers, offers_elsewhere, open_served
 from edge_runtime.errors import ConfigError
 from edge_runtime.keys import KeyRing
 from edge_runtime.memory import parse_budget, parse_bytes
@@ -19,7 +19,7 @@ _NAMES = (
     *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type", "max_prompt"),
     *("batch_invariant", "prompt_lookup", "draft", "draft_device", "prefix_store", "tuning", "policy", "offline"),
     *("host", "port", "api_key", "allow_open", "rate_limit", "max_body", "max_new_tokens", "cors"),
-    *("keep_alive", "on_demand"),
+    *("keep_alive", "on_demand", "also_on"),
 )
 
 
@@ -41,6 +41,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
         opened = {each.model_id for each in models.values()} | {each.model_id for each in embedders.values()}
         texts, encoders = offers(settings, opened) if settings.on_demand or not refs else ({}, {})
+        texts |= offers_elsewhere(models, settings)
         shelf = Shelf(
             list(models.values()),
             list(embedders.values()),

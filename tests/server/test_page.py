@@ -15,6 +15,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from edge_runtime.server.app import create_app
+from edge_runtime.server.shelf import Offer, Shelf
 from tests.server.served import FakeModel, running
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -118,6 +119,25 @@ def test_a_conversation(browser: Browser, served: Served) -> None:
         page.get_by_role("button", name="New chat").click()
         assert answers(page) == []
         done(page)
+
+
+def test_choosing_model_and_device(browser: Browser, served: Served) -> None:
+    other = FakeModel("fake@other:cpu")
+    shelf = Shelf(served.model, (), {"fake@other:cpu": Offer(lambda: other, other.facts, 7)})
+    with running(create_app(shelf)) as url:
+        page = opened(browser, url)
+        expect(page.locator("#device")).to_have_text("on fake:cpu")
+        page.get_by_label("Model").select_option("fake@other:cpu")
+        expect(page.locator("#device")).to_have_text("opened on demand")
+        longest(page, 3)
+        ask(page, "Hi")
+        expect(page.locator(".assistant .about")).to_contain_text("3 tokens")
+        expect(page.locator("#device")).to_have_text("on fake:cpu")  # what that one says of itself
+        assert shelf.texts["fake@other:cpu"].model is other
+        page.reload()
+        expect(page.get_by_label("Model")).to_have_value("fake@other:cpu")  # it is remembered
+        done(page, "devices")
+    shelf.close()
 
 
 def test_stopping(browser: Browser, served: Served) -> None:

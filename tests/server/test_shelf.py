@@ -258,3 +258,36 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert refused.returncode == 1
     assert "there is no server at http://127.0.0.1:9" in refused.stderr
+
+
+def test_the_same_model_on_several_devices(tmp_path: Path) -> None:
+    """``serve --also-on``: a request chooses model and device by one name, and the other opens when it is asked."""
+    environment = {**os.environ, "EDGE_GLM_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-m", "edge_runtime.cli.main", "serve", "synthetic:tiny", "--port", "0"]
+    command += ["--device", "edge:cpu"]
+    with subprocess.Popen(
+        [*command, "--also-on", "openvino:cpu"], env=environment, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stderr is not None
+        url = next(found[1] for line in server.stderr if (found := re.search(r"serving on (\S+)", line)))
+        try:
+            listed = {each["id"]: each.get("placement") for each in httpx.get(f"{url}/v1/models").json()["data"]}
+            assert listed.keys() == {"synthetic:tiny", "synthetic:tiny@openvino:cpu"}
+            assert listed["synthetic:tiny@openvino:cpu"] is None  # not open yet
+            for name, device in (("synthetic:tiny", "edge:cpu"), ("synthetic:tiny@openvino:cpu", "openvino:cpu")):
+                body = {"model": name, "prompt": "Hi", "max_tokens": 2, "temperature": 0}
+                answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["model"] == name
+                open_now = {each["name"]: each["edge_glm"] for each in httpx.get(f"{url}/api/ps").json()["models"]}
+                assert open_now[name]["device"] == device
+                assert open_now[name]["pinned"] == (device == "edge:cpu")
+        finally:
+            server.terminate()
+            server.stderr.close()
+    for device, told in (("toaster", "unknown device 'toaster'"), ("onnxruntime:coreml", "cannot be used here")):
+        done = subprocess.run(
+            [*command, "--also-on", device], env=environment, capture_output=True, encoding="utf-8", timeout=60
+        )
+        assert done.returncode == 1
+        assert told in done.stderr

@@ -6,8 +6,9 @@ const KEPT = "conversation";
 const element = (id) => document.getElementById(id);
 
 export class Chat {
-  constructor(modelName, onRefused) {
+  constructor(modelName, onAnswered, onRefused) {
     this.modelName = modelName;
+    this.onAnswered = onAnswered;
     this.onRefused = onRefused;
     this.running = null; // AbortController of the answer that is made
     this.messages = this.kept();
@@ -99,6 +100,7 @@ export class Chat {
         this.follow(() => said.append(text));
       });
       made.about = describe(about);
+      this.onAnswered();
     } catch (error) {
       if (error.name === "AbortError") {
         made.about = "stopped";

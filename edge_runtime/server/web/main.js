@@ -38,13 +38,19 @@ async function load() {
 const isEncoder = (model) => model.kind === "embedding";
 
 function describe() {
-  const placement = known.find((each) => each.id === select.value)?.placement;
+  const placement = chosen()?.placement;
   element("device").textContent = placement ? `on ${placement.device}` : "opened on demand";
   element("device").title = placement?.reason ?? "";
   localStorage.setItem("model", select.value);
 }
 
-const chat = new Chat(() => select.value, (error) => error.status === 401 && tell(error));
+const chosen = () => known.find((each) => each.id === select.value);
+
+const chat = new Chat(
+  () => select.value,
+  () => chosen()?.placement || load(), // it is open now
+  (error) => error.status === 401 && tell(error),
+);
 const dashboard = new Dashboard(tell);
 
 function show(view) {
