@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
+import signal
 import socket
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
+import anyio.to_thread
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.config import LOGGING_CONFIG
@@ -18,23 +23,23 @@ from edge_runtime.server.protocol import PatientProtocol
 _log = logging.getLogger("uvicorn.error")  # uvicorn sets this one up, so that all lines look alike
 
 GRACE_SECONDS = 10
-"""On shutdown, answers under way get this long."""
+"""On shutdown, answers under way get this long to finish."""
+_ENDING_SECONDS = 5
+"""And this long to say that they did not."""
 
 
 def serve(
     app: Starlette, host: str = "127.0.0.1", port: int = 8000, *, allow_open: bool = False, log_level: str = "info"
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then let answers under way finish (10 s; a second SIGINT ends them at once).
-
-    Returns after SIGINT.
+    """Serve until SIGINT or SIGTERM, then let answers under way finish, and end those with an error that have not after
+    10 s (a second SIGINT ends them at once). Returns then, so that the caller can close the models.
 
     ConfigError if ``host`` is reachable from other machines while ``app`` has no API key (``allow_open`` lets it be),
     and if the address cannot be had.
     """
     listener = listen(app, host, port, allow_open=allow_open)
-    # uvicorn raises the signal again once it is done. After SIGINT the caller should go on to close the models; SIGTERM
-    # ends the process, as whoever sent it expects.
-    with listener, suppress(KeyboardInterrupt):
+    # uvicorn raises the signal again once it is done
+    with listener, suppress(KeyboardInterrupt), _termination_interrupts():
         server = make_server(app, log_level)
         context: ServerContext = app.state.context
         for place in context.shelf.places:
@@ -44,6 +49,37 @@ def serve(
                 _log.info("%s on %s, %s", place.name, place.model.placement["device"], place.model.placement["reason"])
         _log.info("serving on %s (Ctrl-C to quit)", url_of(listener))
         server.run(sockets=[listener])
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """SIGTERM, by which services and containers are stopped, raises KeyboardInterrupt, as SIGINT does."""
+    if threading.current_thread() is not threading.main_thread():  # signals are handled elsewhere
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Server(uvicorn.Server):
+    """Whose answers end with an error where there is no more time for them, rather than in the middle."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.get_running_loop().create_task(self._end_answers())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_answers(self) -> None:
+        await asyncio.sleep(GRACE_SECONDS)
+        context: ServerContext = self.config.app.state.context  # type: ignore[union-attr]
+        for place in context.shelf.places:
+            if place.model is not None:
+                await anyio.to_thread.run_sync(place.model.close)
 
 
 def listen(app: Starlette, host: str, port: int, *, allow_open: bool = False) -> socket.socket:
@@ -79,15 +115,15 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_server(app: Starlette, log_level: str = "info") -> uvicorn.Server:
-    """A uvicorn server for ``run(sockets=[listen(…)])``. What the runtime logs looks like uvicorn's own lines."""
+def make_server(app: Starlette, log_level: str = "info") -> Server:
+    """A server for ``run(sockets=[listen(…)])``. What the runtime logs looks like uvicorn's own lines."""
     loggers = {**LOGGING_CONFIG["loggers"], "edge_glm": {"handlers": ["default"], "level": log_level.upper()}}
-    return uvicorn.Server(
+    return Server(
         uvicorn.Config(
             app,
             log_level=log_level,
             log_config={**LOGGING_CONFIG, "loggers": loggers},
-            timeout_graceful_shutdown=GRACE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS + _ENDING_SECONDS,
             server_header=False,
             http=PatientProtocol,
             ws="none",

@@ -81,7 +81,9 @@ def test_leaving_while_queued_frees_the_place() -> None:
     model.engine.close()
 
 
-def test_interrupt_ends_serve() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_serve(number: signal.Signals) -> None:
+    """And whoever has called it goes on, to close the models."""
     program = (
         "from edge_runtime.server.app import create_app\n"
         "from edge_runtime.server.run import serve\n"
@@ -99,7 +101,7 @@ def test_interrupt_ends_serve() -> None:
         while "serving on http://127.0.0.1:" not in process.stderr.readline():
             assert process.poll() is None
         try:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()  # or leaving the context would wait for a server that does not end
@@ -117,3 +119,29 @@ def test_shutdown_lets_answers_finish() -> None:
     asking.join()
     assert answers[0].json()["usage"]["completion_tokens"] == 30
     model.engine.close()
+
+
+def test_shutdown_tells_answers_that_have_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_runtime.server.run.GRACE_SECONDS", 0.3)
+    model = FakeModel(before_forward=lambda batch: time.sleep(0.05))
+    request = CHAT | {"max_tokens": 400, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+    with running(create_app(model)) as url:
+        bodies = [request, request | {"stream": True}]
+        asking = [
+            threading.Thread(
+                target=lambda body=body: answers.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60))
+            )
+            for body in bodies
+        ]
+        for thread in asking:
+            thread.start()
+        wait_until(lambda: model.engine.stats.running == 2)
+    for thread in asking:
+        thread.join()
+    whole, streamed = sorted(answers, key=lambda answer: "event-stream" in answer.headers["content-type"])
+    assert whole.status_code == 503
+    assert whole.json()["error"]["message"]
+    events = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line.startswith("data: ")]
+    assert len(events) > 2
+    assert any("error" in json.loads(event) for event in events[-2:] if event != "[DONE]"), events[-2:]
