@@ -43,7 +43,7 @@ def _table(found: list[tuple[Device, Facts]]) -> str:
             said = [device.hardware, *own, *(f"{name} {number}" for name, number in known.versions)]
             rows.append([device.name, "ready", ", ".join(said)])
     rows += [[device.name, "-", device.problem or ""] for device, _ in found if not device.ready]
-    return "\n".join([*lines, columns(rows, left=3)])
+    return "\n".join([*lines, columns(rows, "l")])
 
 
 def _free(memory: Memory) -> str:

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.columns import columns
 from edge_runtime.egress.ledger import Ledger, money
 from edge_runtime.errors import LedgerError
 from edge_runtime.paths import home
@@ -19,6 +20,8 @@ def ledger(arguments: argparse.Namespace) -> int:
     path = home().ledger
     if not path.is_file():
         print("nothing has left this device: there is no ledger", file=sys.stderr)
+        if arguments.json:
+            print("[]")
         return 0
     kept = Ledger(path)
     try:
@@ -28,18 +31,19 @@ def ledger(arguments: argparse.Namespace) -> int:
 
 
 def _show(kept: Ledger, arguments: argparse.Namespace) -> int:
-    heading = f"{'row':>5}  {'time':<19}  {'event':<8}{'tier':<14}{'class':<14}{'bytes':>8}{'tokens':>12}{'cost':>12}"
-    print(f"{heading}  outcome")
-    for row in kept.rows(arguments.last or 20):
+    rows = list(kept.rows(arguments.last or 20))
+    if arguments.json:
+        print(json.dumps([_plain(row) for row in rows], indent=2, ensure_ascii=False))
+        return 0
+    cells = [["row", "time", "event", "tier", "class", "bytes", "tokens", "cost", "outcome"]]
+    for row in rows:
         when = datetime.fromtimestamp(row["time"]).strftime("%Y-%m-%d %H:%M:%S")
         size = row["bytes_out"] if row["event"] == "sent" else row["bytes_in"]
         tokens = "" if row["prompt_tokens"] is None else f"{row['prompt_tokens']}+{row['completion_tokens']}"
         cost = f"≤{money(row['cost'])}" if row["event"] == "sent" else money(row["cost"])
         outcome = row["outcome"] or f"sha256 {row['sha256'][:16]}…"
-        print(
-            f"{row['seq']:>5}  {when}  {row['event']:<8}{row['tier']:<14}{row['class']:<14}"
-            f"{size:>8}{tokens:>12}{cost:>12}  {outcome}"
-        )
+        cells.append([str(row["seq"]), when, row["event"], row["tier"], row["class"], str(size), tokens, cost, outcome])
+    print(columns(cells, "rllllrrrl", head=True))
     return 0
 
 

@@ -98,7 +98,7 @@ def list_models(arguments: argparse.Namespace) -> int:
         for model in models
     ]
     if rows:
-        print(columns(rows, left=3))
+        print(columns(rows, "l"))
     return 0
 
 

@@ -197,6 +197,7 @@ def make_parser() -> argparse.ArgumentParser:
     ledger.add_argument("--last", type=int, metavar="N", help="the newest N rows only (show: 20)")
     ledger.add_argument("--head", metavar="HASH", help="verify: a hash that was the last once, and must be there")
     ledger.add_argument("--output", metavar="FILE", help="export: JSON lines (default: standard output)")
+    ledger.add_argument("--json", action="store_true", help="show: print JSON")
 
     deferred = add("deferred", "list requests that are answered later, show or remove one")
     deferred.add_argument("id", metavar="ID", nargs="?", help="show this one")

@@ -78,7 +78,7 @@ def _table(made: Plan) -> str:
         sizes = [*each.parts, each.parts.peak, each.least]
         mark = "*" if each is made.choice else "" if each.fits else "-"
         rows.append([mark, each.device, each.variant, *(f"{size / _MIB:.0f}" for size in sizes), str(each.max_context)])
-    lines = [columns(rows, left=3, head=True)]
+    lines = [columns(rows, "lllr", head=True)]
     budgets = {each.device: each.budget for each in made.candidates if each.budget is not None}
     estimated = "; sizes of files are estimated" if made.estimated else ""
     lines += [f"MiB, within {said}{estimated}" for said in dict.fromkeys(str(budget) for budget in budgets.values())]

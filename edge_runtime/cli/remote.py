@@ -27,7 +27,7 @@ def ps(arguments: argparse.Namespace) -> int:
         used = f", {ours['users']} at work" if ours["users"] else ""
         rows.append([model["name"], ours["device"], format_bytes(model["size"]), left + used])
     if rows:
-        print(columns(rows, left=4))
+        print(columns(rows, "l"))
     return 0
 
 

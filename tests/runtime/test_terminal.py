@@ -88,5 +88,5 @@ def test_cells_are_as_they_are(text: str) -> None:
 
 
 def test_columns_line_up() -> None:
-    assert columns([["long name", "1", "x"], ["b", "22", "yy"]], left=2) == "long name  1    x\nb          22  yy"
+    assert columns([["long name", "1", "x"], ["b", "22", "yy"]], "llr") == "long name  1    x\nb          22  yy"
     assert columns([]) == ""

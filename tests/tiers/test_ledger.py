@@ -298,6 +298,8 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert len(shown) == 3
     assert "answered" in shown[-1]
     assert "10+20" in shown[-1]
+    assert main(["ledger", "show", "--json"]) == 0
+    assert [row["seq"] for row in json.loads(capsys.readouterr().out)] == list(range(1, 9))
     assert main(["ledger", "verify"]) == 0
     assert "the chain is whole" in capsys.readouterr().out
     assert main(["ledger", "export", "--output", str(tmp_path / "out.jsonl")]) == 0
