@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,41 @@ def test_slow_clients_go(monkeypatch: pytest.MonkeyPatch) -> None:
             assert client.get("/health").status_code == 200
             time.sleep(0.5)
             assert client.get("/health").status_code == 200
+    model.engine.close()
+
+
+HEAD = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
+STRANGE_HEADS = {
+    "too long": HEAD + b"X: " + b"a" * 200_000,
+    "too many": HEAD + b"".join(b"X%d: 1\r\n" % number for number in range(20_000)),
+    "a name with a space": HEAD + b"Bad Header: 1\r\n\r\n",
+    "folded": HEAD + b"X: 1\r\n\x00\r\n\r\n",
+    "no host": b"GET /v1/models HTTP/1.1\r\n\r\n",
+    "two hosts": HEAD + b"Host: y\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    "a negative length": b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n{}",
+    "two lengths": b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    "an unknown encoding": b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
+}
+
+
+def test_strange_heads_are_refused() -> None:
+    """With OpenAI's error body, and others do not notice."""
+    model = FakeModel()
+    with running(create_app(model)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        for name, head in STRANGE_HEADS.items():
+            with socket.create_connection((host, int(port)), timeout=20) as client:
+                with suppress(ConnectionError):  # it need not read all of it
+                    client.sendall(head)
+                answer = b""
+                with suppress(ConnectionError):
+                    while part := client.recv(4096):
+                        answer += part
+            status, _, body = answer.partition(b"\r\n\r\n")
+            assert status.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 501 ")), (name, answer)
+            assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}, name
+        assert ask(url).status_code == 200
     model.engine.close()
 
 
