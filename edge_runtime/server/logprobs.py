@@ -21,13 +21,17 @@ def shown(chunk: Chunk, model: ServedModel, params: SamplingParams) -> Sequence[
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob], model: ServedModel) -> dict[str, Any]:
-    """``{"content": [{"token", "logprob", "bytes", "top_logprobs"}], "refusal": None}``."""
-    content = [
+    """``{"content": entries, "refusal": None}``."""
+    return {"content": entries_of(logprobs, model), "refusal": None}
+
+
+def entries_of(logprobs: Sequence[TokenLogprob], model: ServedModel) -> list[dict[str, Any]]:
+    """``[{"token", "logprob", "bytes", "top_logprobs"}]``."""
+    return [
         _entry(item.token_id, item.logprob, model)
         | {"top_logprobs": [_entry(token, logprob, model) for token, logprob in item.top]}
         for item in logprobs
     ]
-    return {"content": content, "refusal": None}
 
 
 def _entry(token_id: int, logprob: float, model: ServedModel) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,7 +33,8 @@ class ResponseEvents:
         data = b""
         if chunk.text:
             data += self._open_message()
-            data += self._event("output_text.delta", **self._in_message(), delta=chunk.text, logprobs=[])
+            logprobs = self._answer.fresh
+            data += self._event("output_text.delta", **self._in_message(), delta=chunk.text, logprobs=logprobs)
         for piece in (chunk.extra or {}).get("tool_calls", ()):
             data += self._call(piece)
         return data
@@ -43,7 +45,8 @@ class ResponseEvents:
         for place, item in enumerate(body["output"]):
             if item["type"] == "message":
                 (part,) = item["content"]
-                data += self._event("output_text.done", **self._in_message(), text=part["text"], logprobs=[])
+                told = {"text": part["text"], "logprobs": part["logprobs"]}
+                data += self._event("output_text.done", **self._in_message(), **told)
                 data += self._event("content_part.done", **self._in_message(), part=part)
             else:
                 told = {"name": item["name"], "arguments": item["arguments"]}
@@ -96,8 +99,8 @@ def failed_event(failure: Failure) -> bytes:
     return _typed("error", {"type": "error", **told})
 
 
-def text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def text_part(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 def _typed(name: str, body: dict[str, Any]) -> bytes:

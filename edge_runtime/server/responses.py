@@ -18,6 +18,7 @@ from edge_runtime.prompts import About
 from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.context import GONE, ServerContext, caller, json_response, read_body
+from edge_runtime.server.logprobs import entries_of, shown
 from edge_runtime.server.response_events import ResponseEvents, failed_event, text_part
 from edge_runtime.server.running import Running, while_connected
 from edge_runtime.server.served import ServedModel
@@ -123,6 +124,11 @@ class ResponseAnswer:
         self._asked = asked
         self._params = params
         self._text: list[str] = []
+        self._logprobs: Messages = []
+        self._waiting: Messages = []
+        """Logprobs of tokens whose text has not come, as it may be a call's."""
+        self.fresh: Messages = []
+        """Logprobs of what the last chunk has added to the text."""
         self._calls: Messages = []
         self._finish: str | None = None
         self.message_at: int | None = None
@@ -132,6 +138,11 @@ class ResponseAnswer:
         if chunk.text and self.message_at is None:
             self.message_at = len(self._calls)
         self._text.append(chunk.text)
+        self._waiting += entries_of(shown(chunk, self._model, self._params), self._model)
+        self.fresh = []
+        if chunk.text:
+            self.fresh, self._waiting = self._waiting, []
+            self._logprobs += self.fresh
         for piece in (chunk.extra or {}).get("tool_calls", ()):
             add_call(self._calls, piece)
         if chunk.finish_reason is not None:
@@ -158,7 +169,7 @@ class ResponseAnswer:
             "id": self.message_id,
             "status": status or self.status,
             "role": "assistant",
-            "content": [] if status == "in_progress" else [text_part(self.text)],
+            "content": [] if status == "in_progress" else [text_part(self.text, self._logprobs)],
         }
 
     def call_items(self) -> Messages:
@@ -202,6 +213,7 @@ class ResponseAnswer:
             "text": {"format": {"type": "text"} if form is None else _form(form)},
             "tool_choice": "auto" if asked.tool_choice is None else asked.tool_choice,
             "tools": asked.tools or [],
+            "top_logprobs": asked.top_logprobs or 0,
             "top_p": params.top_p,
             "truncation": "disabled",
             "usage": usage,

@@ -41,6 +41,8 @@ FORM: Any = {
     }
 }
 
+LOGPROBS: Any = ["message.output_text.logprobs"]
+
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[FakeModel]:
@@ -148,6 +150,41 @@ def test_a_function_is_called_and_answered(client: openai.OpenAI) -> None:
     assert {event.item_id for event in events if hasattr(event, "item_id")} == {events[-1].response.output[0].id}
 
 
+def test_logprobs(client: openai.OpenAI) -> None:
+    """They are a chat's, whole and streamed; of a call there are none."""
+    chat: Any = client.chat.completions.create(
+        model="fake",
+        messages=[{"role": "user", "content": "Hi"}],
+        temperature=0,
+        max_completion_tokens=12,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    expected = [
+        (entry.token, entry.logprob, [top.token for top in entry.top_logprobs])
+        for entry in chat.choices[0].logprobs.content
+    ]
+    assert len(expected) == 12
+
+    def told(entries: Any) -> list[Any]:
+        return [(entry.token, entry.logprob, [top.token for top in entry.top_logprobs]) for entry in entries]
+
+    asked = {"include": LOGPROBS, "top_logprobs": 2}
+    response = create(client, **asked)
+    assert response.output_text == chat.choices[0].message.content
+    assert told(response.output[0].content[0].logprobs) == expected
+    events = list(create(client, stream=True, **asked))
+    pieces = [entry for event in events if event.type == "response.output_text.delta" for entry in event.logprobs]
+    assert told(pieces) == expected
+    (ended,) = [event for event in events if event.type == "response.output_text.done"]
+    assert told(ended.logprobs) == expected
+    assert create(client).output[0].content[0].logprobs == []
+    called = create(
+        client, tools=[TOOL], tool_choice="required", parallel_tool_calls=False, max_output_tokens=200, **asked
+    )
+    assert [item.type for item in called.output] == ["function_call"]
+
+
 def test_a_form(client: openai.OpenAI) -> None:
     schema = {
         "type": "object",
@@ -201,6 +238,9 @@ def test_of_another_key_it_is_not_found() -> None:
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["file_search_call.results"]}, "include"),
+        ({"include": [*LOGPROBS, "reasoning.encrypted_content"]}, "include"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"include": LOGPROBS, "top_logprobs": 21}, "top_logprobs"),
         ({"temperature": 3}, "temperature"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 10_000}, "max_output_tokens"),

@@ -20,15 +20,14 @@ from edge_runtime.tools.wish import ToolWish
 _HARMLESS: Mapping[str, tuple[object, ...]] = {
     "background": (None, False),
     "conversation": (None,),
-    "include": (None, []),
     "max_tool_calls": (None,),
     "prompt": (None,),
     "reasoning": (None, {}, {"effort": None, "summary": None}),
-    "top_logprobs": (None, 0),
     "truncation": (None, "disabled"),
     "service_tier": (None, "auto", "default"),
 }
 """Fields that are not supported → the values that ask for nothing."""
+_LOGPROBS = "message.output_text.logprobs"
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
@@ -71,11 +70,11 @@ class ResponsesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     prompt_cache_retention: Any = None
     background: Any = None
     conversation: Any = None
-    include: Any = None
+    include: list[str] | None = None
     max_tool_calls: Any = None
     prompt: Any = None
     reasoning: Any = None
-    top_logprobs: Any = None
+    top_logprobs: int | None = None
     truncation: Any = None
     service_tier: Any = None
 
@@ -84,6 +83,13 @@ class ResponsesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         refuse_unsupported(self, harmless=_HARMLESS)
         if self.temperature is not None and not 0 <= self.temperature <= 2:
             raise InvalidRequest(f"temperature must be from 0 to 2, not {self.temperature:g}", "temperature")
+        for each in self.include or ():
+            if each != _LOGPROBS:
+                raise InvalidRequest(
+                    f"include: {each[:100]!r} is not supported by this server: leave it out", "include"
+                )
+        if self.top_logprobs and not self.include:
+            raise InvalidRequest(f"top_logprobs needs include to hold {_LOGPROBS}", "top_logprobs")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream to be true", "stream_options")
         if self.text is not None and self.text.verbosity is not None:
@@ -109,14 +115,14 @@ class ResponsesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
                 temperature=self.temperature,
                 top_p=self.top_p,
                 max_tokens=self.max_output_tokens,
+                logprobs=(self.top_logprobs or 0) if self.include else None,
                 grammar=self._grammar(),
             )
         except InvalidRequest as error:
-            if error.param != "max_tokens":
+            name = {"max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}.get(error.param or "")
+            if name is None:
                 raise
-            raise InvalidRequest(
-                str(error).replace("max_tokens", "max_output_tokens", 1), "max_output_tokens"
-            ) from error
+            raise InvalidRequest(str(error).replace(error.param or "", name, 1), name) from error
 
     def about(self, headers: Mapping[str, str]) -> About:
         """What routing may go by."""
