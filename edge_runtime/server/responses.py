@@ -236,7 +236,7 @@ def call_item(call: dict[str, Any], status: str) -> dict[str, Any]:
 
 
 def _form(form: Any) -> dict[str, Any]:
-    fields = ("type", "name", "schema", "description", "strict")
+    fields = ("type", "name", "schema", "description", "strict", "syntax", "definition")
     return {name: value for name in fields if (value := getattr(form, name)) is not None}
 
 

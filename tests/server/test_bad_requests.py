@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import httpx
@@ -96,6 +97,12 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_object", "json_schema": {"name": "x"}}}, "response_format"),
     ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+    ({"response_format": {"type": "grammar", "definition": "a"}}, "response_format.syntax"),
+    ({"response_format": {"type": "grammar", "syntax": "gbnf", "definition": "a"}}, "response_format.syntax"),
+    ({"response_format": {"type": "grammar", "syntax": "lark"}}, "response_format.definition"),
+    ({"response_format": {"type": "grammar", "syntax": "lark", "definition": "start: nothing"}}, "response_format"),
+    ({"response_format": {"type": "grammar", "syntax": "regex", "definition": "(a"}}, "response_format"),
+    ({"response_format": {"type": "json_object", "syntax": "lark"}}, "response_format"),
     ({"response_format": schema_format({}, "two words")}, "response_format.json_schema.name"),
     ({"response_format": schema_format({"type": "strin"})}, "response_format"),
     ({"response_format": schema_format({"not": {"type": "string"}})}, "response_format"),
@@ -187,3 +194,12 @@ def test_nothing_is_left_behind_by_bad_input(http: httpx.Client, model: FakeMode
     wait_until(lambda: model.engine.stats.running == model.engine.stats.waiting == 0)
     assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
     model.decoder.check_integrity()
+
+
+def test_an_exploding_grammar_is_bounded(http: httpx.Client) -> None:
+    """It is found out while the answer is made: an error then, soon, and others are answered."""
+    form = {"type": "grammar", "syntax": "regex", "definition": "(((a{99}){99}){99}){99}"}
+    response = http.post("/v1/chat/completions", json=CHAT | {"response_format": form})  # with a timeout of its own
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "response_format"
+    assert http.post("/v1/chat/completions", json=CHAT).status_code == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import math
+import re
 from typing import Annotated, Any, Literal
 
 import openai
@@ -285,6 +286,19 @@ def test_the_answer_has_the_form_that_is_asked_for(client: openai.OpenAI) -> Non
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert 2 <= len(json.loads(text)) <= 3
+
+
+@pytest.mark.parametrize(
+    ("syntax", "definition"),
+    [("regex", "(ab|cd){2}-[0-9]{3}"), ("lark", "start: WORD WORD /-[0-9]{3}/\nWORD: /ab|cd/")],
+)
+def test_the_answer_keeps_to_a_grammar(client: openai.OpenAI, syntax: str, definition: str) -> None:
+    form: Any = {"type": "grammar", "syntax": syntax, "definition": definition}
+    asked: Any = {"model": "fake", "messages": HELLO, "max_tokens": 50, "response_format": form}
+    texts = [client.chat.completions.create(**asked, seed=seed).choices[0].message.content for seed in range(4)]
+    texts.append(client.responses.create(model="fake", input="Hi", text={"format": form}).output_text)
+    for text in texts:
+        assert re.fullmatch("(ab|cd){2}-[0-9]{3}", text), text
 
 
 def test_an_answer_can_be_sent_back(client: openai.OpenAI) -> None:

@@ -23,20 +23,31 @@ class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A grammar is asked for as OpenAI's custom tools do: ``{"type": "grammar", "syntax": "lark" or "regex",
+    "definition": text}``."""
+
     type: str
     json_schema: JsonSchema | None = None
+    syntax: str | None = None
+    definition: str | None = None
 
     def grammar(self) -> Grammar | None:
         """None: text, of any form. InvalidRequest, with the field's path."""
         if self.type != "json_schema" and self.json_schema is not None:
             raise InvalidRequest(f"a response_format of type {self.type} has no json_schema", "response_format")
+        if self.type != "grammar" and (self.syntax is not None or self.definition is not None):
+            raise InvalidRequest(
+                f"a response_format of type {self.type} has neither syntax nor definition", "response_format"
+            )
+        if self.type == "grammar":
+            return self._grammar()
         if self.type == "text":
             return None
         if self.type == "json_object":
             return Grammar.json_object()
         if self.type != "json_schema":
             raise InvalidRequest(
-                f"response_format.type must be text, json_object or json_schema, not {self.type!r}",
+                f"response_format.type must be text, json_object, json_schema or grammar, not {self.type!r}",
                 "response_format.type",
             )
         wish = self.json_schema
@@ -48,3 +59,12 @@ class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "response_format.json_schema.name",
             )
         return Grammar.json_schema(wish.schema or {}, wish.name, wish.description, wish.strict)
+
+    def _grammar(self) -> Grammar:
+        if not self.definition:
+            raise InvalidRequest("response_format.definition is missing", "response_format.definition")
+        if self.syntax not in ("lark", "regex"):
+            raise InvalidRequest(
+                f"response_format.syntax must be lark or regex, not {self.syntax!r}", "response_format.syntax"
+            )
+        return Grammar.lark(self.definition) if self.syntax == "lark" else Grammar.regex(self.definition)

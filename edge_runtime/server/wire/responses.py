@@ -37,6 +37,8 @@ class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: dict[str, Any] | None = None
     description: str | None = None
     strict: bool | None = None
+    syntax: str | None = None
+    definition: str | None = None
 
 
 class TextWish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -154,7 +156,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
                 raise InvalidRequest("text.format.name is missing", "text.format.name")
             schema = JsonSchema(form.name, form.schema, form.description, form.strict)
         try:
-            return ResponseFormat(form.type, schema).grammar()
+            return ResponseFormat(form.type, schema, form.syntax, form.definition).grammar()
         except InvalidRequest as error:
             text = (
                 str(error)
