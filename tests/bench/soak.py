@@ -48,6 +48,8 @@ SCHEMA = {
     "required": ["city", "large"],
     "additionalProperties": False,
 }
+_SAMPLES = 5
+"""Of memory, evenly over the time: what grows without end shows in them, what heaps keep does not."""
 GROWTH = 1.15
 """Memory may end at so much of what it was after the first answers: heaps keep some of what they had."""
 
@@ -155,10 +157,14 @@ def rss(pid: int) -> float:
     return int(found[1]) / 1024
 
 
-def idle(url: str) -> bool:
+def gauges(url: str, *names: str) -> list[float]:
     page = httpx.get(f"{url}/metrics").text
+    return [float(row.rsplit(" ", 1)[1]) for row in page.splitlines() if row.startswith(names)]
+
+
+def idle(url: str) -> bool:
     names = ("edge_glm_requests_running", "edge_glm_requests_waiting", "edge_glm_kv_cache_running_tokens")
-    return all(float(row.rsplit(" ", 1)[1]) == 0 for row in page.splitlines() if row.startswith(names))
+    return not any(gauges(url, *names))
 
 
 def main() -> int:
@@ -195,10 +201,16 @@ def soak(url: str, pid: int, clients: int, minutes: float, seed: int = 0) -> int
     soaked = Soak(url, httpx.get(f"{url}/v1/models").json()["data"][0]["id"], seed)
     asyncio.run(soaked.learn())
     before = rss(pid)
+    meanwhile: list[float] = []
+
+    async def watch() -> None:
+        for _ in range(_SAMPLES):
+            await asyncio.sleep(60 * minutes / (_SAMPLES + 1))
+            meanwhile.append(rss(pid))
 
     async def run() -> None:
         until = time.monotonic() + 60 * minutes
-        await asyncio.gather(*(soaked.client(until) for _ in range(clients)))
+        await asyncio.gather(watch(), *(soaked.client(until) for _ in range(clients)))
 
     asyncio.run(run())
     deadline = time.monotonic() + 10
@@ -207,7 +219,12 @@ def soak(url: str, pid: int, clients: int, minutes: float, seed: int = 0) -> int
     after = rss(pid)
     told = ", ".join(f"{count} {name}" for name, count in sorted(soaked.counts.items()))
     print(f"{clients} clients, {minutes:g} minutes: {told}, {len(soaked.problems)} wrong")
-    print(f"memory {before:.0f} MiB before, {after:.0f} after; {'nothing' if settled else 'SOMETHING'} left running")
+    kept = sum(gauges(url, "edge_glm_prefix_cache_tokens"))
+    between = ", ".join(f"{each:.0f}" for each in meanwhile)
+    print(
+        f"memory {before:.0f} MiB before, {between} meanwhile, {after:.0f} after; "
+        f"{kept:.0f} tokens of prefixes kept; {'nothing' if settled else 'SOMETHING'} left running"
+    )
     for problem in soaked.problems[:10]:
         print(problem)
     return int(bool(soaked.problems) or not settled or after > GROWTH * before or not soaked.counts["right"])

@@ -66,6 +66,30 @@ def test_leaving_ends_the_generation(path: str, stream: bool, n: int) -> None:
     model.engine.close()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_leaving_frees_the_sequence_within_the_step_that_runs(stream: bool) -> None:
+    gate, blocked, steps = threading.Event(), threading.Event(), 0
+
+    def before(batch: Sequence[Step]) -> None:
+        nonlocal steps
+        steps += 1
+        if steps >= 5:
+            blocked.set()
+            gate.wait(30)
+
+    model = FakeModel(before_forward=before, prefix_cache_bytes=0)
+    request = CHAT | {"stream": stream, "max_tokens": 450, "ignore_eos": True}
+    with running(create_app(model)) as url:
+        with sent(url, "/v1/chat/completions", request):
+            assert blocked.wait(30)
+        # the server has noticed, while the step runs
+        wait_until(lambda: 'outcome="cancelled"' in httpx.get(f"{url}/metrics").text)
+        gate.set()
+        wait_until(lambda: not model.decoder.sequences)
+        assert steps == 5
+    model.engine.close()
+
+
 def test_leaving_while_queued_frees_the_place() -> None:
     gate = threading.Event()
     model = FakeModel(before_forward=lambda batch: bool(gate.wait()) and None)
