@@ -69,7 +69,7 @@ def export(
                     NpuCheckpoint(made, weights) if engine == "openvino-npu" else QuantizedCheckpoint(made, weights)
                 )
                 _write_variant(writer, quantized, variant, engine, weights, report, compression)
-        writer.commit(_contents(made, name or folder.absolute().name, made_from))
+        writer.commit(contents(name or folder.absolute().name, made_from, summarize(made.architecture), made.text))
 
 
 def _named(progress: Progress, variant: str) -> Callable[[int, int], None]:
@@ -177,12 +177,14 @@ def _check_vocabulary(source: Checkpoint) -> None:
         )
 
 
-def _contents(source: Checkpoint, name: str, provenance: dict[str, Any]) -> PackageContents:
-    text = source.text
+def contents(
+    name: str, provenance: dict[str, Any], architecture: ArchitectureSummary, text: TextFiles
+) -> PackageContents:
+    """What a package says beside its variants."""
     return PackageContents(
         name=name,
         provenance=provenance,
-        architecture=summarize(source.architecture),
+        architecture=architecture,
         tokenizer_json=text.tokenizer_json,
         chat_template=text.chat_template,
         special_tokens=text.special_tokens,

@@ -12,9 +12,9 @@ from typing import Any
 from devices.base import Engine
 from edge_runtime.errors import StorageError, UnsupportedModel
 from edge_runtime.package import ArchitectureSummary, Weights
-from edge_runtime.package_writer import PackageContents, write_package
+from edge_runtime.package_writer import write_package
 from exporters.checkpoint import TextFiles
-from exporters.export import eos_ids
+from exporters.export import contents
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,8 @@ def take(model: ForeignModel, source: Path, target: Path, *, name: str, provenan
             except OSError as error:
                 raise StorageError(f"cannot copy {file}: {error.strerror or error}") from error
         writer.add_variant(model.variant, model.engine, model.weights, model.files[0].name)
-        text = model.text
-        writer.commit(
-            PackageContents(
-                name=name,
-                provenance={"source": str(source), "format": model.format, "sha256": hashes, **provenance},
-                architecture=model.architecture,
-                tokenizer_json=text.tokenizer_json,
-                chat_template=text.chat_template,
-                special_tokens=text.special_tokens,
-                add_bos=text.add_bos,
-                eos_ids=eos_ids(text),
-                generation=text.generation,
-            )
-        )
+        told = {"source": str(source), "format": model.format, "sha256": hashes, **provenance}
+        writer.commit(contents(name, told, model.architecture, model.text))
 
 
 def _sha256(path: Path) -> str:
