@@ -79,7 +79,7 @@ class OnnxRuntimeEncoder(Encoder):
     def _run(self, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         with self._errors("embedding"):
             (found,) = self._session.run(["embedding"], inputs)
-        return found  # type: ignore[no-any-return]
+        return np.asarray(found, np.float32)
 
     def close(self) -> None:
         self._session = None

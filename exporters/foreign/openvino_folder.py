@@ -64,10 +64,15 @@ def _architecture(folder: Path) -> Architecture:
     return architecture({key: value for key, value in config.items() if key not in _OTHERS})
 
 
+_NARROW: tuple[tuple[Weights, set[bytes]], ...] = (
+    ("int4", {b"u4", b"i4", b"nf4"}),
+    ("int8", {b"u8", b"i8"}),
+    ("fp16", {b"f16", b"bf16"}),
+)
+"""Formats by types of constants, the narrowest first."""
+
+
 def _weights(xml: bytes) -> Weights:
     """By the narrowest type of its constants."""
     types = set(re.findall(rb'element_type="(\w+)"', xml))
-    for names, weights in (((b"u4", b"i4", b"nf4"), "int4"), ((b"u8", b"i8"), "int8"), ((b"f16", b"bf16"), "fp16")):
-        if types & set(names):
-            return weights  # type: ignore[return-value]
-    return "fp32"
+    return next((weights for weights, names in _NARROW if types & names), "fp32")
