@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from edge_runtime.generation import Generation
 from edge_runtime.request import Chunk, FinishReason, TokenLogprob, Usage
 from edge_runtime.route import Route
 from edge_runtime.tools.pieces import add_call, whole
+from edge_runtime.tracing.trace import Lane, Trace
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,17 @@ class Completion:
     """One per token, if asked for."""
     tool_calls: tuple[ToolCall, ...] = ()
     """What it calls, in place of text or behind it."""
+    timing: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by what was done (:data:`edge_runtime.tracing.trace.Part`), and their ``total`` in wall time."""
 
 
 class ChunkStream:
     """Chunks of one generation; failures raise. Closing or forgetting it cancels the generation."""
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, lane: Lane | None = None) -> None:
+        """``lane``: of a trace that ends with the stream."""
         self._generation = generation
+        self._lane = lane
 
     @property
     def route(self) -> Route:
@@ -57,13 +62,39 @@ class ChunkStream:
         return self
 
     def __next__(self) -> Chunk:
-        return next(self._generation).checked()
+        lane = self._lane
+        if lane is None:
+            return next(self._generation).checked()
+        lane.pause()  # what the reader has done between two chunks counts, too
+        try:
+            chunk = next(self._generation).checked()
+        except BaseException:
+            lane.trace.finish()
+            raise
+        lane.delivered()
+        return chunk
+
+    @property
+    def trace(self) -> Trace | None:
+        """Its spans; None: the caller has a trace of its own."""
+        return None if self._lane is None else self._lane.trace
+
+    @property
+    def timing(self) -> Mapping[str, float]:
+        """So far; see :attr:`Completion.timing`."""
+        if self._lane is None:
+            return {}
+        trace = self._lane.trace
+        return {**{part: each / 1e9 for part, each in trace.parts().items()}, "total": trace.wall / 1e9}
 
     def close(self) -> None:
+        if self._lane is not None:
+            self._lane.trace.finish()
         self._generation.close()
 
 
-def joined(chunks: Iterator[Chunk], route: Route) -> Completion:
+def joined(chunks: Iterator[Chunk], route: Route, timing: Callable[[], Mapping[str, float]] = dict) -> Completion:
+    """``timing``: asked once all chunks have come."""
     parts = list(chunks)
     last = parts[-1]
     assert last.finish_reason is not None
@@ -77,6 +108,7 @@ def joined(chunks: Iterator[Chunk], route: Route) -> Completion:
         route=route,
         logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
         tool_calls=tuple(_calls(parts)),
+        timing=timing(),
     )
 
 

@@ -20,6 +20,7 @@ from edge_runtime.generation import Outlet
 from edge_runtime.request import PLAIN, Chunk, FinishReason, Kind
 from edge_runtime.sampling import Sampler, TokenLogprob, log_sum_exp
 from edge_runtime.tools.reader import CallReader
+from edge_runtime.tracing.trace import Lane
 from edge_runtime.watch import Watch
 
 READING_CHUNK = 64
@@ -42,6 +43,8 @@ class Request(ABC):
     reused: int = 0
     """Tokens that were in the KV cache already when it was admitted."""
     finished: bool = False
+    lane: Lane | None = None
+    """Where its time is written down. None: nobody wants to know."""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -139,6 +142,8 @@ class Completion(Request):
             logits = logits[-1:]
         for row in range(len(logits)):
             self._add(logits[row])
+            if self.lane is not None:
+                self.lane.mark("detokenize")
             if self.finished or row == len(draft) or self.tokens[-1] != draft[row]:
                 break
         if draft and self.lookup is not None:
@@ -147,6 +152,8 @@ class Completion(Request):
     def _add(self, logits: NDArray[np.float32]) -> None:
         sampled = self.sampler(logits, self.tokens, self.prompt_length)
         token = sampled.token_id
+        if self.lane is not None:
+            self.lane.mark("sample")
         if self.watch is not None:
             self.watch.token(logits, token)
         self.tokens.append(token)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -37,6 +38,7 @@ from edge_runtime.sampling import SamplingParams
 from edge_runtime.scheduler import Scheduler, Work
 from edge_runtime.submission import Asking, Completing, Submission, Terms
 from edge_runtime.tools.reader import CallReader
+from edge_runtime.tracing import trace as tracing
 from edge_runtime.watch import Watch
 
 IDLE_S = 0.25
@@ -173,7 +175,9 @@ class Engine:
         Raises InvalidRequest, PromptTooLong (the prompt, or the prompt and ``max_tokens``, over the context),
         Overloaded (queue full), EngineStopped.
         """
-        submission = Completing(_token_list(prompt_ids), params.resolved(), eos_ids, watch, decoding, reading)
+        here = tracing.current()
+        lane = None if here is None else here.trace.lane("engine")
+        submission = Completing(_token_list(prompt_ids), params.resolved(), eos_ids, watch, decoding, reading, lane)
         self._enqueue(submission)
         return EngineGeneration(submission.outlet)
 
@@ -331,9 +335,13 @@ class Engine:
     def _forward(self, batch: list[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
         while batch:
             try:
-                before = self._forwarding.seconds
+                before, started = self._forwarding.seconds, time.perf_counter_ns()
                 with self._forwarding:
                     results = self._decoder.forward([work.step for work in batch])
+                ended = time.perf_counter_ns()
+                for work in batch:
+                    if work.request.lane is not None:
+                        work.request.lane.stepped(work.part, started, ended)
                 if self._drafter is not None:
                     self._drafter.saw([work.step for work in batch], self._forwarding.seconds - before)
                 return batch, results
@@ -353,14 +361,22 @@ class Engine:
             if work.start < request.prompt_length:
                 self._prefilled += min(len(work.step.tokens), request.prompt_length - work.start)
             before = len(request.tokens)
+            if request.lane is not None:
+                request.lane.mark("batch")
             self._take(request, logits, work.draft)
             if work.by_model and self._drafter is not None:
                 self._drafter.pace.fared(len(work.draft), max(len(request.tokens) - before - 1, 0))
             if isinstance(request, Completion) and request.siblings and len(logits):
                 siblings, request.siblings = request.siblings, []
                 for sibling in siblings:
+                    if request.lane is not None:
+                        sibling.lane = request.lane.trace.lane(f"completion {sibling.index}")
                     if self._scheduler.fork(request, sibling):
                         self._take(sibling, logits)
+        now = time.perf_counter_ns()
+        for request in self._scheduler.running:
+            if request.lane is not None and not request.finished:
+                request.lane.step_over(now)
 
     def _take(self, request: Request, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
         before = len(request.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -11,6 +12,7 @@ from msgspec.structs import replace
 
 from edge_runtime.request import LOCAL, Chunk, Usage
 from edge_runtime.route import Route, only_local
+from edge_runtime.tracing.trace import Trace
 
 
 class Generation(Protocol):
@@ -55,7 +57,9 @@ class Outlet:
     A chunk costs the engine one call of a queue and one wake-up; it never waits for its reader.
     """
 
-    def __init__(self, prompt_tokens: int, completions: int) -> None:
+    def __init__(self, prompt_tokens: int, completions: int, trace: Trace | None = None) -> None:
+        """``trace``: is told when a chunk was passed on."""
+        self._trace = trace
         self.cancelled = False
         """The reader's wish, read by the engine before each step."""
         self.listener: Callable[[], None] | None = None
@@ -91,6 +95,8 @@ class Outlet:
         self.sent = True
         if self._dropped:
             return
+        if self._trace is not None:
+            self._trace.put_at = time.perf_counter_ns()
         if chunk.finish_reason is None:
             self._chunks.put(chunk)
         else:

@@ -41,6 +41,7 @@ from edge_runtime.switching import Switching
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.model import LocalModel
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.tracing import trace as tracing
 from edge_runtime.tuning.records import Options
 from edge_runtime.variants import Variants
 
@@ -187,7 +188,7 @@ class EdgeLLM:
         if params.n != 1:
             raise InvalidRequest(f"generate gives one completion, not {params.n}; use stream for several", "n")
         with closing(self._stream(prompt, params, tools, tool_choice)) as chunks:
-            return joined(chunks, chunks.route)
+            return joined(chunks, chunks.route, lambda: chunks.timing)
 
     def stream(
         self,
@@ -353,7 +354,15 @@ class EdgeLLM:
         if tools and not isinstance(asked, Messages):
             raise InvalidRequest("tools need messages, and a model with a chat template", "tools")
         extras = {"tools": list(tools), "tool_choice": tool_choice} if tools else {}
-        return ChunkStream(self._start(TierRequest(asked, params, About(extras=extras))))
+        request = TierRequest(asked, params, About(extras=extras))
+        if tracing.current() is not None:  # the caller's own
+            return ChunkStream(self._start(request))
+        lane = tracing.Trace().lane("caller")
+        token = tracing.enter(lane)
+        try:
+            return ChunkStream(self._start(request), lane)
+        finally:
+            tracing.leave(token)
 
     @property
     def _loaded(self) -> Loaded:

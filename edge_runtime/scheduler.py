@@ -15,6 +15,7 @@ from edge_runtime.errors import DeviceError, OutOfKVCache, OutOfSequences
 from edge_runtime.precision import PrecisionManager
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.request import Kind
+from edge_runtime.tracing.trace import Part
 
 DRAFTED_STEP = 16
 """Tokens of all decoding requests in one step, drafts included; beyond, checking drafts costs what it gains."""
@@ -31,6 +32,12 @@ class Work(msgspec.Struct, frozen=True):
     """The step's last tokens: what may come next, to be checked."""
     by_model: bool = False
     """The draft is a :class:`~edge_runtime.drafting.draft_model.DraftModel`'s."""
+
+    @property
+    def part(self) -> Part:
+        """What its time is spent on. In pairs a decode step feeds two tokens; a preempted request is prefilled anew."""
+        tokens = len(self.request.tokens)
+        return "decode" if tokens > self.request.prompt_length and tokens - self.start <= 2 else "prefill"
 
 
 class Scheduler:
@@ -181,6 +188,8 @@ class Scheduler:
         if self.running and (self._crowded or needed > free or len(self.running) == limits.max_sequences):
             return False
         request.kind = kind
+        if request.lane is not None:
+            request.lane.mark("queue")
         try:
             request.sequence = self._open(request)
         except OutOfSequences as error:
@@ -193,6 +202,8 @@ class Scheduler:
             self.waiting.popleft()
             request.finish("error", error)
             return True
+        if request.lane is not None:
+            request.lane.mark("prefix lookup")
         self.waiting.popleft()
         self.running.append(request)
         request.reused = request.fed

@@ -66,6 +66,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Other devices that ``serve`` offers its models on; several in a text with commas between them."""
     max_new_tokens: int | None = None
     """Of an answer."""
+    otel: bool = False
+    """Whether ``serve`` sends requests' spans to an OpenTelemetry collector."""
     cors: str | list[str] = ""
     """Origins of web pages that may ask; several in a text with commas between them."""
     max_tokens: int | None = None

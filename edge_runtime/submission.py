@@ -21,6 +21,7 @@ from edge_runtime.generation import Outlet
 from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams, make_sampler
 from edge_runtime.tools.reader import CallReader
+from edge_runtime.tracing.trace import Lane
 from edge_runtime.watch import Watch
 
 
@@ -129,10 +130,12 @@ class Completing(Submission):
     """In place of the tokenizer's own."""
     reading: Callable[[], CallReader] | None = None
     """How calls of tools are found in a completion; None: there are none."""
+    lane: Lane | None = None
+    """Of the first completion, whichever engine makes it."""
     outlet: Outlet = field(init=False)
 
     def __post_init__(self) -> None:
-        self.outlet = Outlet(len(self.prompt), self.params.n)
+        self.outlet = Outlet(len(self.prompt), self.params.n, None if self.lane is None else self.lane.trace)
 
     @property
     def sent(self) -> bool:
@@ -167,6 +170,7 @@ class Completing(Submission):
                 lookup=PromptLookup() if terms.prompt_lookup else None,
                 watch=self.watch if index == 0 else None,
                 reader=None if self.reading is None else self.reading(),
+                lane=self.lane if index == 0 else None,
             )
             for index in range(params.n)
         ]

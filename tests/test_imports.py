@@ -82,12 +82,13 @@ def test_exporters_know_packages_and_errors_only(path: Path) -> None:
 
 
 TIERS = {
+    "tracing": (),
     "policy": (),
     "egress": ("policy",),
-    "tiers": ("policy", "egress"),
+    "tiers": ("policy", "egress", "tracing"),
     "stages": ("policy",),
-    "deferred": ("policy", "tiers"),
-    "routing": ("policy", "egress", "tiers", "stages", "deferred"),
+    "deferred": ("policy", "tiers", "tracing"),
+    "routing": ("policy", "egress", "tiers", "stages", "deferred", "tracing"),
 }
 """Part of edge_runtime → those of these parts that it may know."""
 

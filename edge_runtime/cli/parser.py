@@ -122,9 +122,18 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--keep-alive", metavar="TIME", help="that such a one stays open unused (default: 5m; -1: for ever)"
     )
+    serve.add_argument(
+        "--otel",
+        action="store_true",
+        default=None,
+        help="send where time goes by OTLP, to OTEL_EXPORTER_OTLP_ENDPOINT (default: this machine, port 4318)",
+    )
     _add_limits(serve)
 
     ps = add("ps", "list the models that a server has open")
+    ps.add_argument("--requests", action="store_true", help="list its newest requests, and where their time went")
+    ps.add_argument("--limit", type=int, metavar="N", default=20, help="of them (default: 20)")
+    ps.add_argument("--chrome", metavar="FILE", help="write their spans to a file for ui.perfetto.dev")
     ps.add_argument("--json", action="store_true", help="print JSON")
     stop = add("stop", "have a server close a model that it opened on demand")
     stop.add_argument("model", metavar="NAME", help="as `edge-glm ps` calls it")

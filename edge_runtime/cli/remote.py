@@ -5,17 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from edge_runtime.columns import columns
-from edge_runtime.errors import ConfigError, EdgeError
+from edge_runtime.errors import ConfigError, EdgeError, StorageError
 from edge_runtime.memory import format_bytes
 from edge_runtime.settings import load_settings
 
 
 def ps(arguments: argparse.Namespace) -> int:
+    if arguments.limit < 1:
+        raise ConfigError(f"--limit is at least 1, not {arguments.limit}")
+    if arguments.chrome is not None:
+        return _chrome(arguments)
+    if arguments.requests:
+        return _requests(arguments)
     models = _ask(arguments, "GET", "/api/ps")["models"]
     if arguments.json:
         print(json.dumps(models, indent=2))
@@ -28,6 +35,36 @@ def ps(arguments: argparse.Namespace) -> int:
         rows.append([model["name"], ours["device"], format_bytes(model["size"]), left + used])
     if rows:
         print(columns(rows, "l"))
+    return 0
+
+
+def _requests(arguments: argparse.Namespace) -> int:
+    """Each with its longest parts."""
+    traces = _ask(arguments, "GET", f"/traces?limit={arguments.limit}")["data"]
+    if arguments.json:
+        print(json.dumps(traces, indent=2))
+        return 0
+    rows = [["at", "path", "status", "tier", "tokens", "ms", "of which"]]
+    for trace in traces:
+        times = dict(trace["ms"])
+        total = times.pop("total")
+        longest = sorted(times.items(), key=lambda each: -each[1])[:3]
+        tokens = f"{trace['prompt_tokens']}+{trace['completion_tokens']}" if "prompt_tokens" in trace else ""
+        at = datetime.fromtimestamp(trace["started"]).strftime("%H:%M:%S")
+        said = ", ".join(f"{part} {each:.0f}" for part, each in longest)
+        rows.append([at, trace["path"], str(trace["status"]), trace.get("tier", ""), tokens, f"{total:.0f}", said])
+    print(columns(rows, "lllllrl", head=True) if len(rows) > 1 else "no request has ended yet")
+    return 0
+
+
+def _chrome(arguments: argparse.Namespace) -> int:
+    spans = _ask(arguments, "GET", f"/traces?format=chrome&limit={arguments.limit}")
+    path = Path(arguments.chrome)
+    try:
+        path.write_text(json.dumps(spans), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    print(f"{path}: open it at https://ui.perfetto.dev, which reads it in the browser")
     return 0
 
 

@@ -14,12 +14,14 @@ from edge_runtime.paths import home
 from edge_runtime.server.wire.ollama import seconds_of
 from edge_runtime.settings import load_settings
 from edge_runtime.store import Store
+from edge_runtime.tracing.otel import OtelSink
+from edge_runtime.tracing.recorder import Recorder, Sink
 
 _NAMES = (
     *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type", "max_prompt"),
     *("batch_invariant", "prompt_lookup", "draft", "draft_device", "prefix_store", "tuning", "policy", "offline"),
     *("host", "port", "api_key", "allow_open", "rate_limit", "max_body", "max_new_tokens", "cors"),
-    *("keep_alive", "on_demand", "also_on"),
+    *("keep_alive", "on_demand", "also_on", "otel"),
 )
 
 
@@ -50,6 +52,11 @@ def serve(arguments: argparse.Namespace) -> int:
             KEEP_ALIVE if keep_alive is None else keep_alive,
         )
         stack.callback(shelf.close)
+        sinks: list[Sink] = []
+        if settings.otel:
+            sink = OtelSink()
+            stack.callback(sink.close)
+            sinks.append(sink)
         app = create_app(
             shelf,
             api_key=settings.api_key,
@@ -59,6 +66,7 @@ def serve(arguments: argparse.Namespace) -> int:
             max_new_tokens=settings.max_new_tokens,
             origins=settings.origins,
             memory_budget=budget,
+            recorder=Recorder(sinks),
         )
         serve_app(app, settings.host, settings.port, allow_open=settings.allow_open)
     return 0

@@ -30,6 +30,7 @@ from edge_runtime.routing.router import Plan
 from edge_runtime.routing.sources import LocalSource, Source, Speeds
 from edge_runtime.tiers.model import LocalModel
 from edge_runtime.tiers.remote import RemoteRequest, RemoteTier
+from edge_runtime.tracing.trace import Lane, current, enter, leave, span
 
 _log = logging.getLogger("edge_glm.tiers")
 PASSED_ON = (TierError, LedgerError, DeviceError, EngineStopped, Overloaded, PromptTooLong)
@@ -80,6 +81,7 @@ class Conductor:
         """Everything of the answer, or its failure, goes to the job's call."""
         call = job.call
         self._jobs.add(job)
+        enter(call.lane)  # for this task
         try:
             source = await self._choose(job)
             try:
@@ -190,12 +192,29 @@ class Conductor:
     async def _open(self, job: Job, name: str, others: Sequence[str]) -> Source:
         """The tier's answer, begun. _NotEnough where it is local and not good enough, and a remote tier is among
         ``others``; what the tier fails with."""
-        if name in self._remote:
-            return await self._open_remote(job, name)
+        lane = None
+        if job.call.lane is not None:
+            job.call.lane.pause()
+            lane = job.call.lane.trace.lane(f"tier {name}")
+        token = enter(lane)
+        try:
+            if name in self._remote:
+                with span("upstream"):
+                    source: Source = await self._open_remote(job, name)
+            else:
+                source = await self._open_local(job, name, others, lane)
+            source.lane = lane
+            return source
+        finally:
+            leave(token)
+
+    async def _open_local(self, job: Job, name: str, others: Sequence[str], lane: Lane | None) -> Source:
         judged = job.plan.judge and any(other in self._remote for other in others)
         model, prepared = self._local[name], job.prepared[name]
         asked = job.judgement.watched(prepared) if judged else prepared
         source = LocalSource(name, await asyncio.to_thread(model.start, asked))
+        if lane is not None:
+            lane.pause()
         try:
             if judged:
                 job.judgement.begin(model, prepared)
@@ -218,7 +237,10 @@ class Conductor:
         until = job.started + hold.ms / 1e3
         await source.hold(hold.tokens, until)
         self._measured(job, source.tier)
-        verdict = await job.judgement.verdict(source, until)
+        if (lane := current()) is not None:
+            lane.skip()
+        with span("judge"):
+            verdict = await job.judgement.verdict(source, until)
         route.signals = {**route.signals, **verdict.signals}
         route.good = route.good if verdict.good is None else verdict.good
         if not verdict.enough:
@@ -250,6 +272,7 @@ class Conductor:
         try:
             async with aclosing(source.rest()) as chunks:
                 async for chunk in chunks:
+                    source.mark("upstream")
                     text += chunk.text
                     if chunk.error is not None:
                         failure = chunk.error

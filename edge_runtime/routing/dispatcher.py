@@ -33,6 +33,7 @@ from edge_runtime.routing.sources import Speeds
 from edge_runtime.stages.protocols import Conversation
 from edge_runtime.tiers.model import LocalModel
 from edge_runtime.tiers.network import Canceller, NetworkThread, Reach
+from edge_runtime.tracing.trace import current, span
 
 _log = logging.getLogger("edge_glm.policy")
 GRACE_S = 30.0
@@ -105,7 +106,8 @@ class Dispatcher:
 
     def start(self, request: TierRequest) -> Generation:
         """As :meth:`edge_runtime.tiers.model.LocalModel.start`, and TierUnavailable where no tier may be asked."""
-        decision = self.decide(request)
+        with span("route"):
+            decision = self.decide(request)
         plan, route, local = decision.plan, decision.route, decision.regime.local
         if not plan.order:
             raise Router.refusal(request.params, decision.task, decision.candidates, plan)
@@ -279,7 +281,9 @@ class Dispatcher:
 
     def _job(self, decision: Decision) -> tuple[Call, Job]:
         regime, facts, request = decision.regime, decision.facts, decision.facts.request
-        call = Call(facts.tokens, facts.params.n, decision.route, partial(regime.judge.stages.output, facts))
+        here = current()
+        lane = None if here is None else here.trace.lane("conductor")
+        call = Call(facts.tokens, facts.params.n, decision.route, partial(regime.judge.stages.output, facts), lane)
         judgement = regime.judge.judgement(facts, decision.signals, decision.task)
         started = self._network.loop.time()
         return call, Job(call, request, decision.prepared, decision.task, decision.plan, judgement, started)

@@ -15,18 +15,25 @@ from edge_runtime.request import Chunk, Usage
 from edge_runtime.route import Route
 from edge_runtime.stages.protocols import TextFilter
 from edge_runtime.tiers.network import Canceller
+from edge_runtime.tracing.trace import Lane
 
 
 class Call:
     """The asking side of a request, for the coroutine that has it answered."""
 
     def __init__(
-        self, prompt_tokens: int, n: int, route: Route, make_filter: Callable[[], TextFilter | None] = lambda: None
+        self,
+        prompt_tokens: int,
+        n: int,
+        route: Route,
+        make_filter: Callable[[], TextFilter | None] = lambda: None,
+        lane: Lane | None = None,
     ) -> None:
-        """``make_filter``: of what stages make of a completion's text."""
+        """``make_filter``: of what stages make of a completion's text. ``lane``: of the coroutine."""
+        self.lane = lane
         self.route = route
         self._filters = [made for _ in range(n) if (made := make_filter()) is not None]
-        self.outlet = Outlet(prompt_tokens, n)
+        self.outlet = Outlet(prompt_tokens, n, None if lane is None else lane.trace)
         self.decided: Future[Route] = Future()
         """Set before the first chunk is passed on."""
         self.rest: Generation | None = None

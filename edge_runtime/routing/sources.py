@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from edge_runtime.generation import Generation
 from edge_runtime.request import Chunk, Usage
+from edge_runtime.tracing.trace import Lane, Part
 
 
 class Source:
@@ -18,6 +19,8 @@ class Source:
         self.tier = tier
         self.held: list[Chunk] = []
         """Read, not passed on yet."""
+        self.lane: Lane | None = None
+        """Where its time is written down."""
         self._chunks = chunks
         self._reading: asyncio.Task[Chunk | None] | None = None
         """The next chunk, asked for when a wait ran out."""
@@ -76,6 +79,11 @@ class Source:
     async def _read(self) -> Chunk | None:
         return await anext(self._chunks, None)
 
+    def mark(self, part: Part) -> None:
+        """Since the last mark it was ``part``. Of a model here the engine says itself what it does."""
+        if self.lane is not None:
+            self.lane.mark(part)
+
     async def close(self) -> None:
         """End it and wait until nothing of it runs. Idempotent."""
         reading, self._reading = self._reading, None
@@ -99,6 +107,9 @@ class LocalSource(Source):
     @property
     def usage(self) -> Usage:
         return self.generation.usage
+
+    def mark(self, part: Part) -> None:
+        return
 
     async def release(self) -> Generation:
         """Leave the generation to somebody else: nothing of it is being read any more, and what was is held."""

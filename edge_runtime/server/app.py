@@ -28,6 +28,8 @@ from edge_runtime.server.responses import delete_response, get_response, respons
 from edge_runtime.server.served import ServedEmbedder, ServedModel
 from edge_runtime.server.shelf import Shelf
 from edge_runtime.server.tokens import detokenize, tokenize
+from edge_runtime.server.tracing import Tracing, traces
+from edge_runtime.tracing.recorder import Recorder
 
 ROUTES = (
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
@@ -54,6 +56,7 @@ ROUTES = (
     Route("/health/ready", health, methods=["GET"]),
     Route("/health/live", live, methods=["GET"]),
     Route("/metrics", metrics, methods=["GET"]),
+    Route("/traces", traces, methods=["GET"]),
     Route("/openapi.json", openapi, methods=["GET"]),
     Route("/", page, methods=["GET"]),
     Route(f"{PARTS}{{file}}", part, methods=["GET"]),
@@ -71,6 +74,7 @@ def create_app(
     max_new_tokens: int | None = None,
     origins: Sequence[str] = (),
     memory_budget: int | None = None,
+    recorder: Recorder | None = None,
 ) -> Starlette:
     """An application that serves ``models`` and ``embedders``, or a whole shelf; they stay the caller's to close.
 
@@ -78,6 +82,7 @@ def create_app(
     <key>``. ``per_minute``: POSTs that each key, or without keys each address, may send; more get 429. Bodies over
     ``max_body`` bytes get 413. ``max_new_tokens``: what an answer may have at most. ``origins``: web pages that may ask
     (CORS), by scheme, host and port. ``memory_budget``: bytes that the process may take, for /metrics to tell.
+    ``recorder``: keeps the newest requests' traces.
 
     ConfigError if two models have one name, the key is empty or not printable ASCII, or a limit is not positive.
     """
@@ -85,10 +90,12 @@ def create_app(
         raise ConfigError("limits of bodies and answers are at least 1")
     guard = Guard(api_key, keys, per_minute)
     meter = Meter()
+    recorder = recorder or Recorder()
     cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
     app = Starlette(
         routes=list(ROUTES),
         middleware=[
+            Middleware(Tracing, recorder=recorder),
             Middleware(Counting, meter=meter),
             *(cors if origins else ()),
             Middleware(Door, guard=guard, origins=origins),
@@ -97,6 +104,6 @@ def create_app(
     )
     app.router.redirect_slashes = False
     shelf = models if isinstance(models, Shelf) else Shelf(models, embedders)
-    app.state.context = ServerContext(shelf, guard, meter, max_body, max_new_tokens)
+    app.state.context = ServerContext(shelf, guard, meter, max_body, recorder, max_new_tokens)
     meter.serve(shelf.open_texts, memory_budget)
     return app

@@ -22,6 +22,8 @@ from edge_runtime.server.metrics import Meter
 from edge_runtime.server.response_store import ResponseStore
 from edge_runtime.server.shelf import Shelf
 from edge_runtime.tools.pieces import whole
+from edge_runtime.tracing.recorder import Recorder
+from edge_runtime.tracing.trace import span
 
 MIB = 2**20
 BODY_SECONDS = 60.0
@@ -37,6 +39,7 @@ class ServerContext:
     meter: Meter
     max_body: int
     """Bytes."""
+    recorder: Recorder
     max_new_tokens: int | None
     """What an answer may have at most; None: what the context has room for."""
     responses: ResponseStore = field(default_factory=ResponseStore)
@@ -68,7 +71,7 @@ async def read_body(request: Request) -> bytes:
         raise _too_large(limit, int(declared))
     body = bytearray()
     try:
-        with anyio.fail_after(BODY_SECONDS):
+        with span("receive"), anyio.fail_after(BODY_SECONDS):
             async for piece in request.stream():
                 body += piece
                 if len(body) > limit:
@@ -87,7 +90,8 @@ def _too_large(limit: int, size: int) -> HTTPException:
 
 
 def json_response(payload: Any, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(payload), headers=headers, media_type="application/json")
+    with span("serialize"):
+        return Response(msgspec.json.encode(payload), headers=headers, media_type="application/json")
 
 
 def head(prefix: str, kind: str, model_id: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from edge_runtime.server.running import while_connected
 from edge_runtime.server.served import ServedEmbedder
 from edge_runtime.server.wire.embeddings import EmbeddingsRequest
 from edge_runtime.server.wire.parse import parse
+from edge_runtime.tracing.trace import span
 
 Texts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -58,7 +59,8 @@ async def embedded(
 
     async def work() -> None:
         try:
-            found.append(await anyio.to_thread.run_sync(run, abandon_on_cancel=True))
+            with span("embed"):
+                found.append(await anyio.to_thread.run_sync(run, abandon_on_cancel=True))
         finally:
             gone.set()
 

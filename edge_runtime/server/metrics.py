@@ -81,7 +81,7 @@ class Watched:
 
     def __init__(self, meter: Meter, model: str) -> None:
         self._meter = meter
-        self._model = model
+        self.model = model
         self._started = time.perf_counter()
         self._first: dict[tuple[int, int], float] = {}
         self._counts: dict[tuple[int, int], int] = {}
@@ -89,7 +89,7 @@ class Watched:
 
     def chunk(self, number: int, chunk: Chunk) -> None:
         """Of the generation ``number``."""
-        key, now, model = (number, chunk.index), time.perf_counter(), self._model
+        key, now, model = (number, chunk.index), time.perf_counter(), self.model
         if key not in self._first and (chunk.token_ids or chunk.text):
             self._first[key] = now
             self._meter.first_token.labels(model).observe(now - self._started)
@@ -107,11 +107,11 @@ class Watched:
             return
         self._open = False
         tokens = self._meter.tokens
-        tokens.labels(self._model, "prompt").inc(usage.prompt_tokens - usage.cached_tokens)
-        tokens.labels(self._model, "prompt_cached").inc(usage.cached_tokens)
-        tokens.labels(self._model, "completion").inc(usage.completion_tokens)
+        tokens.labels(self.model, "prompt").inc(usage.prompt_tokens - usage.cached_tokens)
+        tokens.labels(self.model, "prompt_cached").inc(usage.cached_tokens)
+        tokens.labels(self.model, "completion").inc(usage.completion_tokens)
         if broken:
-            self._meter.generations.labels(self._model, "", "cancelled").inc()
+            self._meter.generations.labels(self.model, "", "cancelled").inc()
 
 
 class Counting:

@@ -90,7 +90,15 @@ _GETS = {
     "/health/ready": "Whether every model can answer",
     "/health/live": "Whether the process answers",
     "/metrics": "For Prometheus",
+    "/traces": "Where the time of the newest requests went",
 }
+_QUERIES: Mapping[str, Mapping[str, tuple[dict[str, Any], str]]] = {
+    "/traces": {
+        "limit": ({"type": "integer", "minimum": 0, "default": 100}, "How many requests"),
+        "format": ({"enum": ["json", "chrome"]}, "Sums, or all spans in Chrome's trace event format"),
+    }
+}
+"""Path → parameter → schema, and what it is."""
 _DELETES = {
     "/v1/responses/{id}": "Forget a response",
     "/v1/chat/completions/{id}": "Take back a request that is answered later",
@@ -145,6 +153,11 @@ def _plain(path: str, summary: str) -> dict[str, Any]:
     failures = {"404": "There is none", "409": "It is being answered", "503": "Not all models can answer"}
     names = [name for name in ("model", "id") if f"{{{name}}}" in path]
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    failures |= {"400": "The request is refused"} if path in _QUERIES else {}
+    parameters += [
+        {"name": name, "in": "query", "required": False, "schema": schema, "description": words}
+        for name, (schema, words) in _QUERIES.get(path, {}).items()
+    ]
     responses = {"200": {"description": "The answer", "content": content}, **_errors(failures, "Error")}
     return {
         "summary": summary,

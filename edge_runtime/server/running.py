@@ -15,6 +15,7 @@ from edge_runtime.generation import Generation
 from edge_runtime.request import Chunk, Usage
 from edge_runtime.route import Route
 from edge_runtime.server.metrics import Watched
+from edge_runtime.tracing.trace import current, enter, span
 
 Start = Callable[[], Generation]
 """Renders, tokenizes and submits; blocks."""
@@ -51,9 +52,22 @@ class Running:
         self._close()
         if self._generations:
             self._watched.end(self.usage(), broken=not self._whole)
+            self._tell()
         release, self._release = self._release, None
         if release is not None:
             release()
+
+    def _tell(self) -> None:
+        lane, usage, route = current(), self.usage(), self.route
+        if lane is not None:
+            lane.trace.say(
+                model=self._watched.model,
+                tier=route.tier,
+                task=route.task_class,
+                prompt_tokens=usage.prompt_tokens,
+                cached_tokens=usage.cached_tokens,
+                completion_tokens=usage.completion_tokens,
+            )
 
     def _start(self, start: Start) -> None:
         self._generations.append(start())
@@ -72,6 +86,9 @@ class Running:
         async with anyio.create_task_group() as group:
 
             async def pump_one(number: int) -> None:
+                here = current()
+                if here is not None:  # they take turns
+                    enter(here.trace.lane(f"server {number}"))
                 try:
                     await self._pump_one(number, emit)
                 except Exception as error:
@@ -85,17 +102,28 @@ class Running:
         self._whole = True
 
     async def _pump_one(self, number: int, emit: Emit) -> None:
+        lane = current()
+        if lane is not None:
+            lane.pause()
         async for chunk in self._generations[number]:
+            if lane is not None:
+                lane.delivered()
             self._watched.chunk(number, chunk)
             chunk.checked()
             if chunk.finish_reason == "cancelled":
                 raise EngineStopped("the answer was cut off: the server is shutting down")
-            await emit(number, chunk)
+            with span("serialize"):
+                await emit(number, chunk)
 
     async def opened(self) -> None:
         """Wait until it stands who answers. Raises what a request fails with of which nothing was passed on."""
+        lane = current()
+        if lane is not None:
+            lane.pause()
         for generation in self._generations:
             await generation.opened()
+        if lane is not None:
+            lane.skip()
 
     @property
     def route(self) -> Route:

@@ -18,6 +18,7 @@ import anyio.to_thread
 from edge_runtime.errors import BudgetError, ConfigError, EdgeError, InvalidRequest, ModelNotFound
 from edge_runtime.model_facts import ModelFacts
 from edge_runtime.server.served import ServedEmbedder, ServedModel
+from edge_runtime.tracing.trace import enter, leave, span
 
 KEEP_ALIVE = 300.0
 """Seconds that an unused model stays open, as with Ollama."""
@@ -206,8 +207,9 @@ class Shelf:
         place.users += 1  # before anything is waited for, so that nobody closes it meanwhile
         try:
             if place.model is None or place.leaving:
-                async with self._opening:
-                    await self._open(place)
+                with span("load"):
+                    async with self._opening:
+                        await self._open(place)
         except BaseException:
             self._release(place)
             raise
@@ -217,6 +219,13 @@ class Shelf:
     async def _open(self, place: Place[M]) -> None:
         """One model after the other: what the first leaves is what the second can have."""
         place.leaving = False
+        token = enter(None)  # what is opened here works for other requests, too
+        try:
+            await self._open_in_turn(place)
+        finally:
+            leave(token)
+
+    async def _open_in_turn(self, place: Place[M]) -> None:
         while place.model is None:
             offer = place.offer
             assert offer is not None

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from edge_runtime.server.errors import Failure, failure_of
 from edge_runtime.server.running import Running, while_connected
+from edge_runtime.server.tracing import timing_comment
 
 _HEADERS = [
     (b"cache-control", b"no-cache"),
@@ -48,6 +49,7 @@ class EventStream:
         self._produce = produce
         self._end = end
         self._failed = failed
+        self._events = media_type.startswith("text/event-stream")
         self._headers = [(b"content-type", media_type.encode()), *_HEADERS]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,7 +62,7 @@ class EventStream:
             await send({"type": "http.response.start", "status": 200, "headers": [*self._headers, *route]})
             try:
                 await self._produce(self._running, write)
-                await write(self._end)
+                await write((timing_comment(scope) if self._events else b"") + self._end)
             except Exception as error:
                 await write(self._failed(failure_of(error)))
 

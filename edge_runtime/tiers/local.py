@@ -16,6 +16,7 @@ from edge_runtime.template import ChatTemplate
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tools.calling import Calling
 from edge_runtime.tools.calling import unsupported as unsupported_tools
+from edge_runtime.tracing.trace import span
 
 
 class LocalTier:
@@ -61,9 +62,13 @@ class LocalTier:
         prompt = request.prompt
         if isinstance(prompt, Messages):
             # the template spells out bos and every other marker itself
-            return self._tokenizer.encode(self._calling.render(request), parse_special=True)
+            with span("template"):
+                text = self._calling.render(request)
+            with span("tokenize"):
+                return self._tokenizer.encode(text, parse_special=True)
         if isinstance(prompt, Text):
-            return self._tokenizer.encode(prompt.text, add_bos=self._add_bos)
+            with span("tokenize"):
+                return self._tokenizer.encode(prompt.text, add_bos=self._add_bos)
         return list(prompt.ids)
 
     def encode_text(self, text: str) -> list[int]:

@@ -223,6 +223,10 @@ def test_the_dashboard(browser: Browser, served: Served, name: str, more: dict[s
         expect(tiles.nth(4)).to_have_text(re.compile(r"First token, P50\d+(\.\d)? ms"))
         expect(page.locator("#tiers tbody tr")).to_have_text("local100")
         expect(page.locator("#models tbody tr")).to_contain_text("fake:cpu")
+        expect(page.locator("#requests tbody tr")).to_contain_text("/v1/chat/completions")
+        expect(page.locator("#requests .bar")).to_have_attribute(
+            "aria-label", re.compile(r"prompt \d+ ms, answer \d+ ms")
+        )
         for _ in range(4):
             page.evaluate("edgeGlm.dashboard.update()")
         points = page.locator("#plots polyline").first

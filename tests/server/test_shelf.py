@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -247,6 +248,18 @@ def test_the_command(tmp_path: Path) -> None:
             told = tell("ps", "--url", url)
             assert [line.split()[0] for line in told.splitlines()] == ["one", "two", "three"]
             assert "closes in 2" in told or "closes in 300 s" in told
+            head, *rows = tell("ps", "--requests", "--url", url).splitlines()
+            assert head.split() == ["at", "path", "status", "tier", "tokens", "ms", "of", "which"]
+            assert [row.split()[1] for row in rows] == ["/v1/embeddings", "/v1/completions", "/v1/completions"]
+            assert "load" in rows[1]  # it had to be opened
+            assert len(json.loads(tell("ps", "--requests", "--limit", "2", "--json", "--url", url))) == 2
+            spans = tmp_path / "spans.json"
+            assert "ui.perfetto.dev" in tell("ps", "--chrome", str(spans), "--url", url)
+            assert {event["name"] for event in json.loads(spans.read_text())["traceEvents"]} > {
+                "load",
+                "embed",
+                "decode",
+            }
             assert tell("stop", "two", "--url", url) == "two is closed once nobody uses it\n"
             assert [line.split()[0] for line in tell("ps", "--url", url).splitlines()] == ["one", "three"]
             assert tell("stop", "two", "--url", url) == "two was not open\n"

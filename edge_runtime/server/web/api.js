@@ -35,6 +35,11 @@ export async function metrics() {
   return (await request("metrics")).text();
 }
 
+// The newest requests, and where their time went.
+export async function traces(limit) {
+  return (await (await request(`traces?limit=${limit}`)).json()).data;
+}
+
 // Calls onText with each piece; returns {tier, finish, usage, firstMs, seconds}.
 export async function answer(body, signal, onText) {
   const started = performance.now();

@@ -1,9 +1,10 @@
 // What /metrics tells, as tiles and live plots.
 
-import { metrics } from "./api.js";
+import { metrics, traces } from "./api.js";
 
 const EVERY_MS = 2000;
 const POINTS = 150; // five minutes
+const NEWEST = 12; // requests
 const MIB = 2 ** 20;
 
 // Prometheus's text format → [{name, labels, value}].
@@ -67,9 +68,9 @@ export class Dashboard {
   }
 
   async update() {
-    let samples;
+    let samples, newest;
     try {
-      samples = parse(await metrics());
+      [samples, newest] = await Promise.all([metrics().then(parse), traces(NEWEST)]);
     } catch (error) {
       this.onError(error);
       return;
@@ -100,6 +101,7 @@ export class Dashboard {
     this.plot("Requests at work", total(samples, "edge_glm_requests_running"), (value) => value.toFixed(0));
     this.plot("Memory, MiB", memory / MIB, (value) => value.toFixed(0));
     this.tiers(samples);
+    this.requests(newest);
   }
 
   tiles(rows) {
@@ -138,6 +140,18 @@ export class Dashboard {
     card.querySelector("svg").setAttribute("aria-label", `${name} over the last five minutes`);
   }
 
+  requests(newest) {
+    const legend = document.getElementById("parts");
+    legend.replaceChildren(...(newest.length ? kinds({}).map(([kind], index) => swatch(kind, index)) : ["Nothing has been asked yet."]));
+    fill("requests", newest.map((each) => [
+      new Date(each.started * 1000).toLocaleTimeString(),
+      `${each.path}${each.status === 200 ? "" : ` (${each.status})`}`,
+      each.prompt_tokens === undefined ? "" : `${each.prompt_tokens} + ${each.completion_tokens}`,
+      each.ms.total.toFixed(0),
+      bar(each.ms),
+    ]));
+  }
+
   tiers(samples) {
     const rows = new Map();
     for (const { name, labels, value } of samples) {
@@ -150,14 +164,52 @@ export class Dashboard {
   }
 }
 
+// What is shown of a request: its parts, joined to a few kinds.
+const KINDS = [
+  ["waiting", ["queue", "wait", "load", "batch"]],
+  ["prompt", ["template", "tokenize", "prefix lookup", "prefill"]],
+  ["answer", ["decode", "sample", "detokenize"]],
+  ["elsewhere", ["upstream"]],
+];
+
+export function kinds(ms) {
+  const named = KINDS.map(([kind, parts]) => [kind, parts.reduce((sum, part) => sum + (ms[part] ?? 0), 0)]);
+  const all = Object.entries(ms).reduce((sum, [part, value]) => (part === "total" ? sum : sum + value), 0);
+  return [...named, ["the rest", Math.max(all - named.reduce((sum, [, value]) => sum + value, 0), 0)]];
+}
+
 export function fill(id, rows) {
   document.querySelector(`#${id} tbody`).replaceChildren(
     ...rows.map((cells) => {
       const row = document.createElement("tr");
-      for (const text of cells) row.insertCell().textContent = String(text);
+      for (const cell of cells) row.insertCell().append(cell instanceof Node ? cell : String(cell));
       return row;
     }),
   );
+}
+
+function swatch(kind, index) {
+  const part = document.createElement("span");
+  part.className = `swatch part${index}`;
+  part.textContent = kind;
+  return part;
+}
+
+function bar(ms) {
+  const shares = kinds(ms);
+  const all = Math.max(shares.reduce((sum, [, value]) => sum + value, 0), 1e-9);
+  const whole = document.createElement("span");
+  whole.className = "bar";
+  whole.setAttribute("role", "img");
+  whole.setAttribute("aria-label", shares.map(([kind, value]) => `${kind} ${value.toFixed(0)} ms`).join(", "));
+  whole.title = Object.entries(ms).map(([part, value]) => `${part} ${value.toFixed(1)} ms`).join("\n");
+  shares.forEach(([, value], index) => {
+    const part = document.createElement("span");
+    part.className = `part${index}`;
+    part.style.width = `${(100 * value) / all}%`;
+    whole.append(part);
+  });
+  return whole;
 }
 
 const share = (part, whole) => `${whole ? Math.round((100 * part) / whole) : 0} %`;

@@ -1,0 +1,40 @@
+"""The newest requests' traces, as long as they are few."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from edge_runtime.tracing.trace import Trace
+
+MOST_SPANS = 100_000
+"""In all, 32 bytes each."""
+MOST_TRACES = 1_000
+
+
+class Ring:
+    """Any thread may add and read."""
+
+    def __init__(self, spans: int = MOST_SPANS, traces: int = MOST_TRACES) -> None:
+        self._most_spans = spans
+        self._most_traces = traces
+        self._lock = threading.Lock()
+        self._kept: deque[Trace] = deque()
+        self._spans = 0
+
+    def add(self, trace: Trace) -> None:
+        """One that has ended; the oldest give way."""
+        with self._lock:
+            self._kept.append(trace)
+            self._spans += len(trace)
+            while len(self._kept) > self._most_traces or (self._spans > self._most_spans and len(self._kept) > 1):
+                self._spans -= len(self._kept.popleft())
+
+    def newest(self, count: int) -> list[Trace]:
+        """The newest first."""
+        with self._lock:
+            return [each for each, _ in zip(reversed(self._kept), range(count), strict=False)]
+
+    def get(self, id: str) -> Trace | None:
+        with self._lock:
+            return next((each for each in reversed(self._kept) if each.id == id), None)

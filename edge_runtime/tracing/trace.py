@@ -1,0 +1,229 @@
+"""The spans of one request.
+
+A request is worked on by several threads at a time: while the engine decodes a token, the event loop serialises the one
+before. Each of them has a :class:`Lane`, in which time is never counted twice: :meth:`Lane.mark` says what the lane has
+done since its last mark, so that its spans follow each other without gaps. A lane that waits for another marks nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar, Token
+from typing import Literal, NamedTuple, get_args
+
+Part = Literal[
+    "other",  # parsing, changes of threads, whatever has no name of its own
+    "receive",  # the body comes
+    "load",  # the model is opened, or another is closed for it
+    "route",  # a tier is chosen
+    "template",
+    "tokenize",
+    "queue",  # until there is a place and room in the KV cache
+    "prefix lookup",  # and restoring it from the disk
+    "schedule",  # what the engine does between two steps
+    "prefill",  # a chunk of the prompt
+    "decode",  # a step, with whatever else is in its batch
+    "sample",
+    "detokenize",  # and stop strings, calls of tools
+    "batch",  # the others of a step are sampled
+    "wait",  # a step without this request: another prompt's chunk comes first
+    "embed",
+    "judge",  # whether a local answer is good enough
+    "deliver",  # from the engine's thread to the reader
+    "upstream",  # a tier elsewhere
+    "serialize",
+    "send",  # to the client
+]
+PARTS: tuple[Part, ...] = get_args(Part)
+_NUMBER = {part: number for number, part in enumerate(PARTS)}
+
+MOST_SPANS = 50_000
+"""Of one request; of an answer with more only sums are kept from there on."""
+_FIELDS = 4
+
+
+class Span(NamedTuple):
+    """Times in nanoseconds of :func:`time.perf_counter_ns`."""
+
+    part: Part
+    lane: str
+    start: int
+    end: int
+
+
+class Trace:
+    """One request, from its first byte to its last. Spans may come from any thread.
+
+    ``id``: 32 hexadecimal digits, as W3C's Trace Context has them; ``parent``: 16, of the caller's span.
+    """
+
+    def __init__(self, id: str | None = None, parent: str | None = None) -> None:
+        self.id = id or secrets.token_hex(16)
+        self.parent = parent
+        self.about: dict[str, str | int | float] = {}
+        """Of the request: model, path, status, tier, tokens. No content."""
+        self.unix_ns = time.time_ns()
+        self.started = time.perf_counter_ns()
+        self.ended: int | None = None
+        self.put_at: int | None = None
+        """When the newest chunk was passed on to the reader."""
+        self._lanes: list[str] = []
+        self._spans = array("q")
+        """(lane, part, start, end) each, extended whole: one call of C, so that threads need no lock."""
+        self._sums: defaultdict[Part, int] = defaultdict(int)
+
+    def lane(self, name: str, start: int | None = None) -> Lane:
+        """A new one; ``start``: when what it marks first has begun, if not now."""
+        self._lanes.append(name)
+        return Lane(self, len(self._lanes) - 1, time.perf_counter_ns() if start is None else start)
+
+    def add(self, lane: int, part: Part, start: int, end: int) -> None:
+        if len(self._spans) < _FIELDS * MOST_SPANS:
+            self._spans.extend((lane, _NUMBER[part], start, end))
+        else:
+            self._sums[part] += end - start
+
+    def say(self, **about: str | int | float) -> None:
+        """See :attr:`about`."""
+        self.about.update(about)
+
+    def finish(self) -> None:
+        """Idempotent."""
+        if self.ended is None:
+            self.ended = time.perf_counter_ns()
+
+    # --- read ---------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Spans."""
+        return len(self._spans) // _FIELDS
+
+    def __iter__(self) -> Iterator[Span]:
+        fields = iter(self._spans[: _FIELDS * len(self)])
+        for lane, part, start, end in zip(fields, fields, fields, fields, strict=True):
+            yield Span(PARTS[part], self._lanes[lane], start, end)
+
+    @property
+    def wall(self) -> int:
+        """Nanoseconds, until now while it runs."""
+        return (time.perf_counter_ns() if self.ended is None else self.ended) - self.started
+
+    def parts(self) -> Mapping[Part, int]:
+        """Nanoseconds of each, in the order of :data:`PARTS`. Lanes overlap, so that they may add up to more than
+        :attr:`wall`."""
+        sums = dict(self._sums)
+        for span in self:
+            sums[span.part] = sums.get(span.part, 0) + span.end - span.start
+        return {part: sums[part] for part in PARTS if part in sums}
+
+    @property
+    def covered(self) -> float:
+        """The share of :attr:`wall` in which at least one lane said what it did, 0..1."""
+        total, reached = sum(self._sums.values()), self.started
+        for span in sorted(self, key=lambda span: span.start):
+            total += max(span.end - max(span.start, reached), 0)
+            reached = max(reached, span.end)
+        return min(total / max(self.wall, 1), 1.0)
+
+
+class Lane:
+    """What one thread, or one coroutine, does for a request. Of one thread at a time."""
+
+    __slots__ = ("_last", "_number", "_part", "_stepped", "trace")
+
+    def __init__(self, trace: Trace, number: int, start: int) -> None:
+        self.trace = trace
+        self._number = number
+        self._last = start
+        self._part: Part = "other"
+        self._stepped = False
+
+    def mark(self, part: Part, now: int | None = None) -> None:
+        """Since the last mark it was ``part``."""
+        if now is None:
+            now = time.perf_counter_ns()
+        self.trace.add(self._number, part, self._last, now)
+        self._last = now
+
+    def skip(self) -> None:
+        """Since the last mark it has waited for another lane."""
+        self._last = time.perf_counter_ns()
+
+    def begin(self, part: Part) -> Part:
+        """What is done from now on is ``part``; returns what it was until now, for :meth:`end`."""
+        self.mark(self._part)
+        before, self._part = self._part, part
+        return before
+
+    def end(self, before: Part) -> None:
+        self.mark(self._part)
+        self._part = before
+
+    def pause(self) -> None:
+        """What follows is another lane's, until :meth:`skip`."""
+        self.mark(self._part)
+
+    def delivered(self) -> None:
+        """The reader has got the newest chunk: from when it was passed on until now it was on its way."""
+        now, put_at = time.perf_counter_ns(), self.trace.put_at
+        if put_at is not None and put_at > self._last:
+            self.trace.add(self._number, "deliver", put_at, now)
+        self._last = now
+
+    # --- of a step of the engine --------------------------------------------------------------------------------------
+
+    def stepped(self, part: Part, start: int, end: int) -> None:
+        """It was part of the engine's step from ``start`` to ``end``."""
+        self.mark("schedule", start)
+        self.mark(part, end)
+        self._stepped = True
+
+    def step_over(self, now: int) -> None:
+        """The engine's step has ended, with or without it."""
+        self.mark("batch" if self._stepped else "wait", now)
+        self._stepped = False
+
+
+_current: ContextVar[Lane | None] = ContextVar("edge_glm_lane", default=None)
+
+
+def current() -> Lane | None:
+    """The lane of whoever runs here; None: nobody wants to know, or not any more."""
+    lane = _current.get()
+    return None if lane is None or lane.trace.ended is not None else lane
+
+
+def enter(lane: Lane | None) -> Token[Lane | None]:
+    """What runs here from now on, and what it starts, runs in ``lane``; :func:`leave` ends that."""
+    return _current.set(lane)
+
+
+def leave(token: Token[Lane | None]) -> None:
+    _current.reset(token)
+
+
+class span:
+    """``with span("template"):`` what is done inside is that, in the lane that runs here, if there is one."""
+
+    __slots__ = ("_before", "_lane", "_part")
+
+    def __init__(self, part: Part) -> None:
+        self._part: Part = part
+        self._lane: Lane | None = None
+        self._before: Part = "other"
+
+    def __enter__(self) -> None:
+        self._lane = current()
+        if self._lane is not None:
+            self._before = self._lane.begin(self._part)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lane is not None:
+            self._lane.end(self._before)
+
+
+__all__ = ["MOST_SPANS", "PARTS", "Lane", "Part", "Span", "Trace", "current", "enter", "leave", "span"]

@@ -1,0 +1,183 @@
+"""Where a request's time went, as the server tells it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from edge_runtime.server.app import create_app
+from edge_runtime.tracing.recorder import Recorder
+from edge_runtime.tracing.trace import PARTS, Trace
+from tests.server.served import CHAT, TEXT, FakeModel, error_of, running, wait_until
+from tests.server.test_tiers import AWAY
+from tests.server.test_tiers import CHAT as TIERED
+from tests.tiers.house import LOCAL, TieredModel, cloud, house, task
+from tests.tiers.upstream import answers, upstream
+
+STEP_S = 0.004
+"""Of a model slow enough that nanoseconds between two marks do not count."""
+
+
+@pytest.fixture(scope="module")
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(scope="module")
+def url(recorder: Recorder) -> Iterator[str]:
+    model = FakeModel(before_forward=lambda batch: time.sleep(STEP_S))
+    with running(create_app(model, recorder=recorder)) as url:
+        yield url
+    model.engine.close()
+
+
+def newest(recorder: Recorder, before: int) -> Trace:
+    """The trace of the request that was sent after there were ``before``; it ends a moment after its answer."""
+    wait_until(lambda: len(recorder.ring.newest(1000)) > before)
+    return recorder.ring.newest(1)[0]
+
+
+def traced(
+    url: str, recorder: Recorder, path: str, body: dict[str, Any], **headers: str
+) -> tuple[httpx.Response, Trace]:
+    before = len(recorder.ring.newest(1000))
+    response = httpx.post(
+        f"{url}{path}", json=body, headers={key.replace("_", "-"): value for key, value in headers.items()}
+    )
+    return response, newest(recorder, before)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/v1/chat/completions", CHAT | {"stream": True}),
+        ("/v1/chat/completions", CHAT | {"stream": True, "n": 3}),
+        ("/v1/completions", TEXT | {"prompt": ["Hi", "there", "x" * 100]}),
+        ("/v1/responses", {"model": "fake", "input": "Hi", "max_output_tokens": 5}),
+        ("/api/chat", {"model": "fake", "messages": CHAT["messages"], "options": {"num_predict": 5}}),
+    ],
+)
+def test_spans_cover_the_request(url: str, recorder: Recorder, path: str, body: dict[str, Any]) -> None:
+    response, trace = traced(url, recorder, path, body)
+    assert response.status_code == 200
+    assert trace.covered >= 0.99
+    parts = trace.parts()
+    wanted = {"receive", "tokenize", "queue", "prefix lookup", "prefill", "decode", "sample", "detokenize", "send"}
+    assert wanted <= set(parts)
+    assert parts["prefill"] + parts["decode"] >= 3 * STEP_S * 1e9  # three tokens at least
+    assert trace.about["path"] == path
+    assert (trace.about["model"], trace.about["tier"], trace.about["status"]) == ("fake", "local", 200)
+    assert int(trace.about["prompt_tokens"]) > 0
+
+
+def test_a_prompt_in_chunks_has_a_span_for_each(url: str, recorder: Recorder) -> None:
+    """And none of them overlap: they are one thread's."""
+    _, trace = traced(url, recorder, "/v1/completions", TEXT | {"prompt": "chunks " * 9})
+    spans = [each for each in trace if each.lane == "engine"]
+    assert sum(each.part == "prefill" for each in spans) == 4  # 16 at a time
+    assert all(before.end == after.start for before, after in pairwise(spans))
+
+
+def test_who_asks_is_told(url: str, recorder: Recorder) -> None:
+    response, _ = traced(url, recorder, "/v1/chat/completions", CHAT, x_edge_glm_timing="1")
+    header = response.headers["server-timing"]
+    told = {name: float(rest.removeprefix("dur=")) for name, rest in (each.split(";") for each in header.split(", "))}
+    assert told["prefill"] >= STEP_S * 1e3
+    assert told["total"] >= told["prefill"] + told["decode"]
+    assert set(told) <= {part.replace(" ", "-") for part in PARTS} | {"total"}
+
+
+def test_a_stream_ends_with_its_times(url: str, recorder: Recorder) -> None:
+    body = CHAT | {"stream": True}
+    response, _ = traced(url, recorder, "/v1/chat/completions", body, x_edge_glm_timing="yes")
+    lines = [line for line in response.text.splitlines() if line]
+    assert lines[-1] == "data: [DONE]"
+    told = json.loads(lines[-2].removeprefix(": timing "))
+    assert told["decode"] >= 2 * STEP_S * 1e3
+    assert "server-timing" in response.headers
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "NO"])
+def test_who_does_not_ask_is_not(value: str, url: str, recorder: Recorder) -> None:
+    response, _ = traced(url, recorder, "/v1/chat/completions", CHAT | {"stream": True}, x_edge_glm_timing=value)
+    assert "server-timing" not in response.headers
+    assert "timing" not in response.text
+
+
+def test_the_callers_trace_goes_on(url: str, recorder: Recorder) -> None:
+    _, trace = traced(url, recorder, "/v1/chat/completions", CHAT, traceparent=f"00-{'a' * 32}-{'b' * 16}-01")
+    assert (trace.id, trace.parent) == ("a" * 32, "b" * 16)
+
+
+def test_traces(url: str, recorder: Recorder) -> None:
+    traced(url, recorder, "/v1/chat/completions", CHAT)
+    told = httpx.get(f"{url}/traces", params={"limit": 1}).json()["data"]
+    assert [each["id"] for each in told] == [recorder.ring.newest(1)[0].id]
+    assert told[0]["covered"] >= 0.99
+    assert told[0]["ms"]["total"] >= 3 * STEP_S * 1e3
+    chrome = httpx.get(f"{url}/traces?format=chrome").json()
+    assert {event["ph"] for event in chrome["traceEvents"]} == {"M", "X"}
+
+
+@pytest.mark.parametrize("query", ["limit=x", "limit=-1", "limit=²", "format=xml"])
+def test_what_traces_cannot_be_asked(query: str, url: str) -> None:
+    response = httpx.get(f"{url}/traces?{query}")
+    assert response.status_code == 400
+    assert query.split("=")[0] in error_of(response)["message"]
+
+
+def test_no_trace_says_what_was_asked_or_answered(url: str, recorder: Recorder) -> None:
+    secret = "quincunx"
+    body = CHAT | {"messages": [{"role": "user", "content": secret}], "user": secret, "stop": [secret]}
+    _, trace = traced(url, recorder, "/v1/chat/completions", body, authorization=f"Bearer {secret}")
+    assert secret not in str(trace.about)
+    assert secret not in httpx.get(f"{url}/traces?format=chrome").text
+    missing, trace = traced(url, recorder, f"/v1/{secret}", {})
+    assert missing.status_code == 404
+    assert trace.about["path"] == "other"
+
+
+def test_refusals_are_traced_too(url: str, recorder: Recorder) -> None:
+    response, trace = traced(url, recorder, "/v1/chat/completions", CHAT | {"max_tokens": -1})
+    assert response.status_code == trace.about["status"] == 400
+
+
+def test_watching_is_not(url: str, recorder: Recorder) -> None:
+    before = len(recorder.ring.newest(1000))
+    for path in ("/health", "/metrics", "/traces", "/v1/models"):
+        assert httpx.get(f"{url}{path}").status_code == 200
+    assert len(recorder.ring.newest(1000)) == before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tier_elsewhere(stream: bool, tmp_path: Path) -> None:
+    recorder = Recorder()
+    with (
+        upstream(answers("from ", "afar")) as server,
+        house(tmp_path, cloud(server.url) + AWAY) as here,
+        running(create_app(TieredModel(here), recorder=recorder)) as url,
+    ):
+        _, trace = traced(url, recorder, "/v1/chat/completions", TIERED | {"stream": stream})
+        assert trace.about["tier"] == "cloud"
+        assert {"route", "upstream"} <= set(trace.parts())
+        assert any(each.lane == "tier cloud" for each in trace)
+
+
+def test_a_judged_answer_here(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with (
+        upstream(answers("from ", "afar")) as server,
+        house(tmp_path, LOCAL + cloud(server.url) + task(prefer="local")) as here,
+        running(create_app(TieredModel(here), recorder=recorder)) as url,
+    ):
+        _, trace = traced(url, recorder, "/v1/chat/completions", TIERED | {"stream": True})
+        assert {"route", "template", "tokenize", "prefill", "decode"} <= set(trace.parts())
+        assert trace.about["tier"] in ("local", "cloud")

@@ -1,0 +1,185 @@
+"""Spans: who was doing what, counted once, and kept as long as there is room."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from itertools import pairwise
+
+import pytest
+
+from edge_runtime.tracing import trace as tracing
+from edge_runtime.tracing.chrome import chrome_trace
+from edge_runtime.tracing.context import trace_parent
+from edge_runtime.tracing.recorder import Recorder
+from edge_runtime.tracing.ring import Ring
+from edge_runtime.tracing.trace import Trace, current, enter, leave, span
+
+
+def test_a_lane_leaves_no_gaps_and_counts_nothing_twice() -> None:
+    trace = Trace()
+    lane = trace.lane("engine", 100)
+    lane.mark("queue", 150)
+    lane.stepped("prefill", 160, 200)
+    lane.mark("sample", 210)
+    lane.step_over(215)
+    lane.step_over(300)
+    spans = list(trace)
+    assert [(each.part, each.start, each.end) for each in spans] == [
+        ("queue", 100, 150),
+        ("schedule", 150, 160),
+        ("prefill", 160, 200),
+        ("sample", 200, 210),
+        ("batch", 210, 215),
+        ("wait", 215, 300),  # a step without it
+    ]
+    assert trace.parts() == {"queue": 50, "schedule": 10, "prefill": 40, "sample": 10, "batch": 5, "wait": 85}
+
+
+def test_spans_inside_spans_are_taken_out_of_them() -> None:
+    trace = Trace()
+    token = enter(trace.lane("server"))
+    with span("route"):
+        time.sleep(0.002)
+        with span("template"):
+            time.sleep(0.004)
+        time.sleep(0.002)
+    leave(token)
+    parts = [each.part for each in trace if each.part != "other"]
+    assert parts == ["route", "template", "route"]
+    assert all(before.end == after.start for before, after in pairwise(trace))
+
+
+def test_without_a_lane_nothing_is_written() -> None:
+    assert current() is None
+    with span("route"):
+        assert current() is None
+
+
+def test_what_is_covered_is_a_union() -> None:
+    trace = Trace()
+    trace.started = 0
+    trace.add(trace.lane("a", 0)._number, "decode", 0, 60)
+    trace.add(trace.lane("b", 0)._number, "send", 40, 80)
+    trace.ended = 100
+    assert trace.covered == pytest.approx(0.8)
+    assert sum(trace.parts().values()) == 100
+
+
+def test_a_trace_that_has_ended_is_nobodys_any_more() -> None:
+    trace = Trace()
+    token = enter(trace.lane("server"))
+    context = copy_context()  # as a task that outlives the request has it
+    leave(token)
+    trace.finish()
+    assert context.run(current) is None
+    before, wall = len(trace), trace.wall
+    trace.finish()
+    assert (len(trace), trace.wall) == (before, wall)
+
+
+def test_threads_write_at_once() -> None:
+    trace = Trace()
+
+    def write(number: int) -> None:
+        lane = trace.lane(f"{number}", 0)
+        for each in range(1, 2001):
+            lane.mark("decode", each)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    for number in range(8):
+        assert [each.end for each in trace if each.lane == f"{number}"] == list(range(1, 2001))
+
+
+def test_a_very_long_answer_keeps_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "MOST_SPANS", 10)
+    trace = Trace()
+    trace.started = 0
+    lane = trace.lane("engine", 0)
+    for each in range(1, 101):
+        lane.mark("decode", each)
+    trace.ended = 100
+    assert (len(trace), trace.parts(), trace.covered) == (10, {"decode": 100}, 1.0)
+
+
+def test_the_ring_keeps_the_newest() -> None:
+    ring = Ring(spans=25, traces=4)
+    made = []
+    for count in (10, 10, 10, 100, 1, 1, 1, 1, 1):
+        trace = Trace()
+        lane = trace.lane("engine", 0)
+        for each in range(count):
+            lane.mark("decode", each)
+        ring.add(trace)
+        made.append(trace)
+        assert trace in ring.newest(1)  # however large
+    assert ring.newest(9) == made[:-5:-1]
+    assert ring.get(made[-1].id) is made[-1]
+    assert ring.get(made[0].id) is None
+
+
+def test_a_sink_that_fails_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[Trace] = []
+
+    def fails(trace: Trace) -> None:
+        raise OSError("no")
+
+    recorder = Recorder([fails, seen.append])
+    recorder.keep(Trace())
+    recorder.keep(Trace())
+    assert len(seen) == len(recorder.ring.newest(9)) == 2
+    assert caplog.text.count("not passed on any more") == 1
+
+
+def test_chrome_trace() -> None:
+    """As the Trace Event Format has it: complete events in microseconds, lanes as named threads."""
+    trace = Trace()
+    trace.say(path="/v1/chat/completions", model="m")
+    trace.lane("server", trace.started).mark("receive", trace.started + 5_000)
+    trace.lane("engine", trace.started + 5_000).mark("queue", trace.started + 9_000)
+    trace.ended = trace.started + 10_000
+    events = chrome_trace([trace])["traceEvents"]
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {
+        f"/v1/chat/completions m {trace.id[:8]}",
+        "server",
+        "engine",
+    }
+    spans = {event["name"]: event for event in events if event["ph"] == "X"}
+    assert spans["request"]["dur"] == 10
+    assert (spans["receive"]["dur"], spans["queue"]["dur"]) == (5, 4)
+    assert spans["queue"]["ts"] - spans["request"]["ts"] == pytest.approx(5)
+    assert spans["queue"]["tid"] != spans["receive"]["tid"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "00-0-0-00",
+        f"00-{'0' * 32}-{'1' * 16}-01",
+        f"ff-{'1' * 32}-{'1' * 16}-01",
+        f"00-{'g' * 32}-{'1' * 16}-01",
+    ],
+)
+def test_malformed_parents_are_passed_over(header: str | None) -> None:
+    assert trace_parent(header) == (None, None)
+
+
+def test_parents() -> None:
+    assert trace_parent(f"00-{'a' * 32}-{'b' * 16}-01") == ("a" * 32, "b" * 16)
+    assert trace_parent(f"01-{'a' * 32}-{'b' * 16}-01-later") == ("a" * 32, "b" * 16)  # of a version to come
+
+
+def test_lanes_belong_to_who_starts_them() -> None:
+    trace = Trace()
+    token = enter(trace.lane("server"))
+    seen: list[object] = []
+    thread = threading.Thread(target=lambda: seen.append(copy_context().run(current)))
+    thread.start()
+    thread.join()
+    leave(token)
+    assert current() is None
