@@ -243,6 +243,15 @@ class Decoder(Protocol):
 
 
 @runtime_checkable
+class Trimming(Decoder, Protocol):
+    """A decoder that holds memory beyond what its sequences need, once they have needed more."""
+
+    def trim(self) -> None:
+        """Give that memory back to the system. Takes milliseconds, and its pages must be zeroed when they are needed
+        again: for when there is nothing to do."""
+
+
+@runtime_checkable
 class KVChoosing(Decoder, Protocol):
     """A decoder with ``limits.kv_choices``."""
 

@@ -44,6 +44,8 @@ class BlockPool:
         self._users = [0] * num_blocks
         # taken from the end: low ids first, so that memory committed on first touch stays small
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._touched: set[int] = set()
+        """Blocks that were used since their memory was last given back."""
 
     @property
     def free_blocks(self) -> int:
@@ -87,6 +89,18 @@ class BlockPool:
         for block in shared:
             self._users[block] += 1
         return BlockTable(shared, length)
+
+    def take_idle(self) -> list[range]:
+        """Blocks that were used and are free now, as runs of neighbours; each is named once, until it is used again."""
+        idle = sorted(block for block in self._touched if not self._users[block])
+        self._touched.difference_update(idle)
+        runs: list[range] = []
+        for block in idle:
+            if runs and runs[-1].stop == block:
+                runs[-1] = range(runs[-1].start, block + 1)
+            else:
+                runs.append(range(block, block + 1))
+        return runs
 
     def check_integrity(self, tables: Collection[BlockTable]) -> None:
         """Raise AssertionError unless ``tables`` are all the users, and every other block is free."""
@@ -143,6 +157,7 @@ class BlockPool:
     def _take(self) -> int:
         block = self._free.pop()
         self._users[block] = 1
+        self._touched.add(block)
         return block
 
     def _release(self, block: int) -> None:

@@ -55,6 +55,9 @@ class CudaBlocks:
     def write(self, blocks: list[int], arrays: tuple[NDArray[np.generic], ...]) -> None:
         self._move(np.ascontiguousarray(np.stack(arrays)), blocks, to_host=False)
 
+    def release(self, blocks: range) -> None:
+        """Nothing: one allocation, which the GPU keeps whole."""
+
     def form(self, length: int) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and type of each array that :meth:`read` gives."""
         return [((length, *self._block[1:]), self._dtype)] * self._buffers

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.errors import EngineError
-from devices.lazy_memory import lazy_memory
+from devices.lazy_memory import lazy_memory, release_pages
 
 
 class KVBlocks:
@@ -20,7 +20,8 @@ class KVBlocks:
         shape = (blocks, layers, 2, kv_heads, head_bytes)
         size = blocks * layers * 2 * kv_heads * head_bytes
         try:
-            self.values = np.frombuffer(lazy_memory(size), np.uint8).reshape(shape)
+            self._memory = lazy_memory(size)
+            self.values = np.frombuffer(self._memory, np.uint8).reshape(shape)
         except (OSError, MemoryError, OverflowError, ValueError) as error:
             raise EngineError(
                 f"no address space for a KV cache of {size} bytes ({error}); lower kv_tokens or max_sequences"
@@ -31,6 +32,10 @@ class KVBlocks:
     def copy(self, source: int, target: int) -> None:
         """One block to another."""
         self.values[target] = self.values[source]
+
+    def release(self, blocks: range) -> None:
+        """Give back the memory of these."""
+        release_pages(self._memory, blocks.start * self.block_bytes, blocks.stop * self.block_bytes)
 
     def read(self, blocks: list[int], tokens: int) -> tuple[NDArray[np.uint8], ...]:
         """Copies, (len(blocks), kv_heads, head_bytes) each: keys and values, layer by layer."""

@@ -31,6 +31,9 @@ class KVStorage(Protocol):
     def copy(self, source: int, target: int) -> None:
         """One block to another, in every layer, before the next inference."""
 
+    def release(self, blocks: range) -> None:
+        """Give back the memory of these, which nobody uses, where that can be. They may be used again."""
+
 
 @dataclass(frozen=True, eq=False)
 class KVPool:

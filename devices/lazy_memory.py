@@ -16,6 +16,15 @@ def lazy_memory(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
 
 
+def release_pages(memory: mmap.mmap, start: int, stop: int) -> None:
+    """Give back to the system the whole pages within bytes ``start .. stop − 1``, where it takes them; they are zero
+    when they are touched again."""
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = stop if stop == len(memory) else stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
 def small_pages(size: int) -> mmap.mmap:
     """The same, never given in huge pages: where pieces far apart grow at once, each would take 2 MiB."""
     memory = lazy_memory(size)

@@ -6,6 +6,7 @@ Every batch, whatever its mixture of prompt chunks and single tokens, is one inf
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +21,7 @@ from devices.errors import EngineError
 from devices.file_pages import releasing_file_pages
 from devices.kv_pool import KVPool
 from devices.kv_types import KVType, choose_kv_type
-from devices.lazy_memory import small_pages
+from devices.lazy_memory import release_pages, small_pages
 from devices.openvino_graph import (
     ROWS,
     compile_model,
@@ -43,8 +44,10 @@ _PRECISIONS: dict[KVType, str] = {"float32": "f32", "float16": "f16", "int8": "u
 class _Caches:
     """Implements :class:`devices.kv_pool.KVStorage` over keys and values, layer by layer, (blocks, …) each."""
 
-    def __init__(self, caches: list[NDArray[np.generic]], block_size: int) -> None:
+    def __init__(self, caches: list[NDArray[np.generic]], maps: list[mmap.mmap], block_size: int) -> None:
+        """``maps``: the memory of each."""
         self._caches = caches
+        self._maps = maps
         self._block_size = block_size
         self.block_bytes = sum(int(cache[0].nbytes) for cache in caches)
 
@@ -58,6 +61,10 @@ class _Caches:
     def write(self, blocks: list[int], arrays: tuple[NDArray[np.generic], ...]) -> None:
         for cache, array in zip(self._caches, arrays, strict=True):
             cache[blocks] = array
+
+    def release(self, blocks: range) -> None:
+        for cache, memory in zip(self._caches, self._maps, strict=True):
+            release_pages(memory, blocks.start * cache[0].nbytes, blocks.stop * cache[0].nbytes)
 
     def copy(self, source: int, target: int) -> None:
         for cache in self._caches:
@@ -110,6 +117,7 @@ class OpenVinoDecoder(PagedDecoder):
         self._batch_invariant = options.batch_invariant
         self.caches: list[NDArray[np.generic]] = []
         """Keys and values, layer by layer: (blocks, kv_heads, …) in the layout the engine chose."""
+        maps: list[mmap.mmap] = []
         for name in names:
             port = ports[name]
             kind = port.get_element_type().get_type_name()
@@ -117,7 +125,8 @@ class OpenVinoDecoder(PagedDecoder):
                 raise EngineError(f"a KV cache of type {kind} is not supported; set KV_CACHE_PRECISION to u8 or f16")
             dims = [dim.get_length() for dim in list(port.get_partial_shape())[1:]]
             shape = (pool.num_blocks + 1, *dims)  # 1: idle token
-            cache: NDArray[np.generic] = _cache(shape, np.dtype(_STORAGE[kind]))
+            memory, cache = _cache(shape, np.dtype(_STORAGE[kind]))
+            maps.append(memory)
             self.caches.append(cache)
             tensor = self._ov.Tensor(cache, self._ov.Shape(list(cache.shape)), port.get_element_type())
             with engine_errors(f"binding {name}"):
@@ -127,7 +136,7 @@ class OpenVinoDecoder(PagedDecoder):
             f"openvino:{device.lower()}",
             spec,
             options,
-            [KVPool(pool, _Caches(self.caches, block_size))],
+            [KVPool(pool, _Caches(self.caches, maps, block_size))],
             kv_tokens=pool.num_blocks * block_size,
             long_offset=long_offset,
             kv_block=block_size if quantized else 1,  # keys share a scale over the tokens of a block, on x86
@@ -176,6 +185,11 @@ class OpenVinoDecoder(PagedDecoder):
 
     # ---- the end
 
+    def trim(self) -> None:
+        super().trim()
+        with engine_errors("giving memory back"):
+            self._compiled.release_memory()  # what lies between operators is as large as the largest step was
+
     def _release(self) -> None:
         self._request = self._mapped = None
         self.caches.clear()
@@ -183,11 +197,13 @@ class OpenVinoDecoder(PagedDecoder):
         self._compiled = None
 
 
-def _cache(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-    """Zeros, of which only the pages exist that were written to. numpy would ask for huge ones. EngineError."""
+def _cache(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> tuple[mmap.mmap, NDArray[np.generic]]:
+    """Memory, and zeros in it, of which only the pages exist that were written to: numpy would ask for huge ones.
+    EngineError."""
     size = math.prod(shape) * dtype.itemsize
     try:
-        return np.frombuffer(small_pages(size), dtype).reshape(shape)
+        memory = small_pages(size)
+        return memory, np.frombuffer(memory, dtype).reshape(shape)
     except (OSError, MemoryError, OverflowError, ValueError) as error:
         raise EngineError(
             f"no address space for a KV cache of {size} bytes in each layer ({error}); lower kv_tokens"

@@ -186,6 +186,12 @@ class PagedDecoder(SequenceDecoder[PagedSequence]):
 
     # ---- the end
 
+    def trim(self) -> None:
+        """See :class:`devices.base.Trimming`."""
+        for pool in self.pools:
+            for run in pool.blocks.take_idle():
+                pool.storage.release(run)
+
     def check_integrity(self) -> None:
         for pool in self.pools:
             pool.blocks.check_integrity([each.table for each in self._sequences if each.pool is pool])

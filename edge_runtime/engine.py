@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.base import Decoder, DecoderLimits
+from devices.base import Decoder, DecoderLimits, Trimming
 from devices.stopwatch import Stopwatch
 from edge_runtime.completion import Completion, Request
 from edge_runtime.constraints import Grammars
@@ -31,6 +31,7 @@ from edge_runtime.errors import (
     OutOfKVCache,
 )
 from edge_runtime.generation import EngineGeneration, Generation
+from edge_runtime.heap import return_free_heap
 from edge_runtime.inbox import Inbox, Letter
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.prefix_store import PrefixStore
@@ -43,6 +44,8 @@ from edge_runtime.watch import Watch
 
 IDLE_S = 0.25
 """After so long without work prefixes are stored, a segment at a time."""
+TRIM_S = 5.0
+"""After so long without work memory that only a busier time has needed goes back to the system."""
 
 
 Successor = Callable[[EngineError], "Callable[[], Engine] | None"]
@@ -105,6 +108,7 @@ class Engine:
         self._accepted = 0
         self._prefilled = 0
         self._forwarding = Stopwatch()
+        self._trimmed = True
 
         self._live: dict[Request, Submission] = {}
         """Requests taken from the inbox and not let go yet: each is running, or waiting, or waits for a sibling."""
@@ -302,9 +306,19 @@ class Engine:
         return bool(self._live or self._inbox or self._inbox.closing or self._leaving)
 
     def _wait(self) -> None:
-        """For something to do. After a while without, a segment of a prefix is stored."""
-        if not self._inbox.wait(self._busy, IDLE_S if self._cache.unsaved else None):
-            self._cache.save_next()
+        """For something to do. After a while without, a segment of a prefix is stored, or memory given back."""
+        if self._cache.unsaved:
+            if not self._inbox.wait(self._busy, IDLE_S):
+                self._cache.save_next()
+        elif not self._inbox.wait(self._busy, None if self._trimmed else TRIM_S):
+            self._trim()
+
+    def _trim(self) -> None:
+        self._trimmed = True
+        if isinstance(self._decoder, Trimming):
+            with suppress(EdgeError):  # then it stays as it is
+                self._decoder.trim()
+        return_free_heap()
 
     def _take_in(self) -> None:
         for submission, requests in self._inbox.take():
@@ -333,6 +347,7 @@ class Engine:
             self._scheduler.release(request, keep=isinstance(request, Completion))
 
     def _forward(self, batch: list[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
+        self._trimmed = False
         while batch:
             try:
                 before, started = self._forwarding.seconds, time.perf_counter_ns()

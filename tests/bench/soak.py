@@ -24,6 +24,8 @@ from typing import IO, Any
 
 import httpx
 
+from edge_runtime.engine import TRIM_S
+
 QUESTIONS = (
     "What is the capital of France?",
     "Name three primary colours.",
@@ -48,6 +50,8 @@ SCHEMA = {
     "required": ["city", "large"],
     "additionalProperties": False,
 }
+_QUIET_S = TRIM_S + 2
+"""After which memory that only a busier time has needed has gone back to the system."""
 _SAMPLES = 5
 """Of memory, evenly over the time: what grows without end shows in them, what heaps keep does not."""
 GROWTH = 1.15
@@ -176,7 +180,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "edge_runtime.cli.main", "serve", arguments.package]
-    command += ["--device", arguments.device, "--port", "0", "--prefix-store", "0"]
+    command += ["--device", arguments.device, "--port", "0", "--prefix-store", "0", "--batch-invariant"]
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL, env=os.environ) as server,
@@ -200,6 +204,7 @@ def soak(url: str, pid: int, clients: int, minutes: float, seed: int = 0) -> int
     """1 if something is wrong."""
     soaked = Soak(url, httpx.get(f"{url}/v1/models").json()["data"][0]["id"], seed)
     asyncio.run(soaked.learn())
+    time.sleep(_QUIET_S)
     before = rss(pid)
     meanwhile: list[float] = []
 
@@ -216,6 +221,7 @@ def soak(url: str, pid: int, clients: int, minutes: float, seed: int = 0) -> int
     deadline = time.monotonic() + 10
     while not (settled := idle(url)) and time.monotonic() < deadline:
         time.sleep(0.1)
+    time.sleep(_QUIET_S)
     after = rss(pid)
     told = ", ".join(f"{count} {name}" for name, count in sorted(soaked.counts.items()))
     print(f"{clients} clients, {minutes:g} minutes: {told}, {len(soaked.problems)} wrong")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import pytest
 
 from devices.block_pool import BlockPool, BlockTable, Copy
 from devices.errors import OutOfKVCache
+from devices.kv_blocks import KVBlocks
 
 BLOCK = 4
 
@@ -165,3 +168,32 @@ def test_agrees_with_sequences_that_own_their_tokens(seed: int) -> None:
         for t, own in live:
             assert memory[t.blocks].reshape(-1)[: t.length].tolist() == own
     assert refused > 0  # the pool was small enough to run out
+
+
+class TestIdle:
+    def test_what_was_used_and_is_free_is_named_once(self) -> None:
+        pool = BlockPool(8, BLOCK)
+        first, second, third = grown(pool, 8), grown(pool, 4), grown(pool, 8)
+        assert pool.take_idle() == []
+        pool.crop(first, 0)
+        pool.crop(third, 4)
+        assert pool.take_idle() == [range(2), range(4, 5)]
+        assert pool.take_idle() == []
+        again = grown(pool, 4)
+        assert pool.take_idle() == []
+        pool.crop(again, 0)
+        assert sum(map(len, pool.take_idle())) == 1
+        pool.check_integrity([first, second, third, again])
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system takes no pages back")
+def test_released_blocks_are_zero_and_their_neighbours_as_they_were() -> None:
+    blocks = KVBlocks(blocks=9, block_size=4, layers=3, kv_heads=1, head_bytes=1000)  # 6,000 bytes: not whole pages
+    blocks.values[:] = 7
+    blocks.release(range(2, 6))
+    assert (blocks.values[[0, 1, 6, 7, 8]] == 7).all()
+    zeros = int((blocks.values == 0).sum())
+    assert 4 * 6000 - 2 * mmap.PAGESIZE < zeros <= 4 * 6000
+    assert zeros % mmap.PAGESIZE == 0
+    blocks.release(range(8, 9))  # to the very end
+    assert (blocks.values[8].ravel()[-1], blocks.values[7, 0, 0, 0, 0]) == (0, 7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from devices.base import SNAPSHOT_STEP, Decoder, Snapshot, Step
+from devices.base import SNAPSHOT_STEP, Decoder, Snapshot, Step, Trimming
 from devices.errors import ContextOverflow, DeviceError, EngineError, OutOfKVCache, OutOfSequences
 from tests.devices.contract import CHUNK, CONTEXT, SEQUENCES, Open, alone, feed, ids, same
 
@@ -355,3 +355,18 @@ class TestContract:
             else:
                 sequence.close()
         small.check_integrity()
+
+    def test_trimming_changes_nothing_that_counts(self, decoder: Decoder) -> None:
+        if not isinstance(decoder, Trimming):
+            pytest.skip("it holds nothing beyond what its sequences need")
+        expected = alone(decoder, ids(1, 100))
+        kept, gone = decoder.new_sequence(), decoder.new_sequence()
+        feed(decoder, kept, ids(1, 99), [CHUNK])
+        feed(decoder, gone, ids(2, 100), [CHUNK])
+        gone.close()
+        decoder.trim()
+        decoder.trim()
+        same(decoder, feed(decoder, kept, ids(1, 100)[99:], [1]), expected[-1:])
+        same(decoder, alone(decoder, ids(1, 100)), expected)  # in blocks that were given back
+        kept.close()
+        decoder.check_integrity()

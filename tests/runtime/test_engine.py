@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -300,3 +301,21 @@ def test_the_vocabulary_is_learned_by_a_first_token() -> None:
     assert engine.vocab_size == 40
     assert not decoder.sequences
     engine.close()
+
+
+def test_memory_of_busier_times_is_given_back_once_it_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_runtime.engine.TRIM_S", 0.01)
+    trimmed: list[int] = []
+
+    class Trimmed(FakeDecoder):
+        def trim(self) -> None:
+            trimmed.append(len(self.batches))
+
+    with Engine(Trimmed(), LetterTokenizer(), vocab_size=64) as engine:
+        for turn in (1, 2):
+            list(engine.submit([1, 2, 3], SamplingParams(max_tokens=3)))
+            until = time.monotonic() + 30
+            while len(trimmed) < turn and time.monotonic() < until:
+                time.sleep(0.005)
+            time.sleep(0.05)
+            assert len(trimmed) == turn  # not again and again
