@@ -113,7 +113,9 @@ class RoutedGeneration(EngineGeneration):
         return super().usage if rest is None else rest.usage
 
     async def opened(self) -> None:
-        await asyncio.shield(asyncio.wrap_future(self._call.decided))
+        decided = asyncio.wrap_future(self._call.decided)
+        decided.add_done_callback(_looked_at)
+        await asyncio.shield(decided)
 
     def __next__(self) -> Chunk:
         if not self._handed_over:
@@ -150,6 +152,12 @@ class RoutedGeneration(EngineGeneration):
         super().__del__()
         if not self._call.finished:
             self._canceller.cancel()
+
+
+def _looked_at(decided: asyncio.Future[Route]) -> None:
+    """asyncio need not complain of a failure that nobody waits for any more."""
+    if not decided.cancelled():
+        decided.exception()
 
 
 def stamped(chunk: Chunk, tier: str) -> Chunk:

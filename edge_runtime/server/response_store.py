@@ -10,17 +10,27 @@ import msgspec
 
 MOST = 1024
 MOST_BYTES = 64 * 2**20
-"""Of bodies and conversations, as JSON. The oldest go first; nothing outlives the process."""
+"""Of bodies and conversations. The oldest go first; nothing outlives the process."""
 
 
 @dataclass(frozen=True)
 class Kept:
+    """As JSON: Python's objects would take several times as much, and most are never asked for."""
+
     caller: str
     """Whose key it was made with: nobody else finds it."""
-    body: dict[str, Any]
-    conversation: list[dict[str, Any]]
-    """Messages up to and with the response's own, without the instructions."""
-    nbytes: int = 0
+    body: msgspec.Raw
+    _conversation: bytes
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """Messages up to and with the response's own, without the instructions."""
+        found: list[dict[str, Any]] = msgspec.json.decode(self._conversation)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return memoryview(self.body).nbytes + len(self._conversation)
 
 
 class ResponseStore:
@@ -31,10 +41,10 @@ class ResponseStore:
         self._nbytes = 0
 
     def add(self, caller: str, body: dict[str, Any], conversation: list[dict[str, Any]]) -> None:
-        nbytes = len(msgspec.json.encode([body, conversation]))
+        kept = Kept(caller, msgspec.Raw(msgspec.json.encode(body)), msgspec.json.encode(conversation))
         self.remove(body["id"], caller)
-        self._kept[body["id"]] = Kept(caller, body, conversation, nbytes)
-        self._nbytes += nbytes
+        self._kept[body["id"]] = kept
+        self._nbytes += kept.nbytes
         while self._kept and (len(self._kept) > MOST or self._nbytes > MOST_BYTES):
             _, oldest = self._kept.popitem(last=False)
             self._nbytes -= oldest.nbytes

@@ -75,7 +75,8 @@ async def get_response(request: Request) -> Response:
 
 
 async def delete_response(request: Request) -> Response:
-    id = _kept(request).body["id"]
+    _kept(request)
+    id = request.path_params["id"]
     ServerContext.of(request).responses.remove(id, caller(request))
     return json_response({"id": id, "object": "response", "deleted": True})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,3 +235,15 @@ def test_a_client_that_leaves_ends_the_request_at_the_tier(tmp_path: Path) -> No
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=CHAT | {"stream": True}) as response:
             assert response.headers["x-edge-glm-tier"] == "cloud"
         assert server.left.acquire(timeout=5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_who_leaves_before_the_first_word_is_no_failure(
+    streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with upstream(stalls(b"")) as server, served(tmp_path, cloud(server.url) + AWAY) as (_, url):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/chat/completions", json=CHAT | {"stream": streaming}, timeout=0.3)
+        assert server.left.acquire(timeout=5)
+    gc.collect()  # futures complain when they go
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
