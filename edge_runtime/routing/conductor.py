@@ -30,7 +30,7 @@ from edge_runtime.routing.router import Plan
 from edge_runtime.routing.sources import LocalSource, Source, Speeds
 from edge_runtime.tiers.model import LocalModel
 from edge_runtime.tiers.remote import RemoteRequest, RemoteTier
-from edge_runtime.tracing.trace import Lane, current, enter, leave, span
+from edge_runtime.tracing.trace import TIER, Lane, current, enter, leave, span
 
 _log = logging.getLogger("edge_glm.tiers")
 PASSED_ON = (TierError, LedgerError, DeviceError, EngineStopped, Overloaded, PromptTooLong)
@@ -195,7 +195,7 @@ class Conductor:
         lane = None
         if job.call.lane is not None:
             job.call.lane.pause()
-            lane = job.call.lane.trace.lane(f"tier {name}")
+            lane = job.call.lane.trace.lane(f"{TIER}{name}")
         token = enter(lane)
         try:
             if name in self._remote:

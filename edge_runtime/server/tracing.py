@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ ASKED = "x-edge-glm-timing"
 """A request that has this header is told its times: in Server-Timing, and before the end of an event stream in a
 comment."""
 MOST_TOLD = 100
+_NO_TOKEN = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
+"""What a name in that header may not have (RFC 9110)."""
 
 
 class Tracing:
@@ -68,7 +71,7 @@ def _asks(headers: Mapping[str, str]) -> bool:
 
 def server_timing(trace: Trace) -> str:
     """The header of W3C's Server Timing, in milliseconds, of what has been done so far."""
-    parts = [f"{part.replace(' ', '-')};dur={nanoseconds / 1e6:.3f}" for part, nanoseconds in trace.parts().items()]
+    parts = [f"{_NO_TOKEN.sub('-', part)};dur={nanoseconds / 1e6:.3f}" for part, nanoseconds in trace.parts().items()]
     return ", ".join([*parts, f"total;dur={trace.wall / 1e6:.3f}"])
 
 

@@ -39,6 +39,8 @@ Part = Literal[
     "send",  # to the client
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
+TIER = "tier "
+"""What the lane of a tier's answer is called before its name."""
 _NUMBER = {part: number for number, part in enumerate(PARTS)}
 
 MOST_SPANS = 50_000
@@ -112,13 +114,14 @@ class Trace:
         """Nanoseconds, until now while it runs."""
         return (time.perf_counter_ns() if self.ended is None else self.ended) - self.started
 
-    def parts(self) -> Mapping[Part, int]:
-        """Nanoseconds of each, in the order of :data:`PARTS`. Lanes overlap, so that they may add up to more than
-        :attr:`wall`."""
-        sums = dict(self._sums)
+    def parts(self) -> Mapping[str, int]:
+        """Nanoseconds of each, in the order of :data:`PARTS`; of tiers elsewhere one by one, as ``upstream NAME``.
+        Lanes overlap, so that they may add up to more than :attr:`wall`."""
+        sums: dict[tuple[Part, str], int] = {(part, part): sum for part, sum in self._sums.items()}
         for span in self:
-            sums[span.part] = sums.get(span.part, 0) + span.end - span.start
-        return {part: sums[part] for part in PARTS if part in sums}
+            name = f"upstream {span.lane.removeprefix(TIER)}" if span.part == "upstream" else span.part
+            sums[span.part, name] = sums.get((span.part, name), 0) + span.end - span.start
+        return {name: sums[part, name] for part, name in sorted(sums, key=lambda each: _NUMBER[each[0]])}
 
     @property
     def covered(self) -> float:
@@ -226,4 +229,4 @@ class span:
             self._lane.end(self._before)
 
 
-__all__ = ["MOST_SPANS", "PARTS", "Lane", "Part", "Span", "Trace", "current", "enter", "leave", "span"]
+__all__ = ["MOST_SPANS", "PARTS", "TIER", "Lane", "Part", "Span", "Trace", "current", "enter", "leave", "span"]

@@ -167,7 +167,7 @@ def test_a_tier_elsewhere(stream: bool, tmp_path: Path) -> None:
     ):
         _, trace = traced(url, recorder, "/v1/chat/completions", TIERED | {"stream": stream})
         assert trace.about["tier"] == "cloud"
-        assert {"route", "upstream"} <= set(trace.parts())
+        assert {"route", "upstream cloud"} <= set(trace.parts())
         assert any(each.lane == "tier cloud" for each in trace)
 
 

@@ -173,7 +173,8 @@ const KINDS = [
 ];
 
 export function kinds(ms) {
-  const named = KINDS.map(([kind, parts]) => [kind, parts.reduce((sum, part) => sum + (ms[part] ?? 0), 0)]);
+  const of = (kind) => Object.entries(ms).filter(([part]) => kind.includes(part.startsWith("upstream") ? "upstream" : part));
+  const named = KINDS.map(([kind, parts]) => [kind, of(parts).reduce((sum, [, value]) => sum + value, 0)]);
   const all = Object.entries(ms).reduce((sum, [part, value]) => (part === "total" ? sum : sum + value), 0);
   return [...named, ["the rest", Math.max(all - named.reduce((sum, [, value]) => sum + value, 0), 0)]];
 }
