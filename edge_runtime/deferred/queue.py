@@ -67,7 +67,7 @@ class Queue:
         with self._translated():
             private_file(path)
             self._connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-            self._connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
+            self._connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-256;" + _SCHEMA)
 
     def add(self, body: bytes, bounds: Deferred) -> str:
         """Keep a request; returns its id once it is on the disk. QueueFull."""
