@@ -27,3 +27,9 @@ EXPORT const char* edge_kernels_instructions() {
   const edge::Kernels* kernels = edge::choose_kernels();
   return kernels ? kernels->instructions : "";
 }
+
+// See Kernels::multiply; 0 where there is no such instruction set.
+EXPORT int64_t edge_kernels_multiply(int64_t rounds) {
+  const edge::Kernels* kernels = edge::choose_kernels();
+  return kernels ? kernels->multiply(rounds) : 0;
+}

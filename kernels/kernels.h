@@ -139,6 +139,8 @@ struct Kernels {
   void (*finish_share)(const Attention& job, const Tile& tile, const float* total);
   // gate(x[:, :n]) · x[:, n:] for one row of 2·n.
   void (*gated_unit)(const float* x, int64_t n, Gate gate, float* out);
+  // Multiplies bytes that are in registers, and adds them up: what the processor can do at most. Returns how many.
+  int64_t (*multiply)(int64_t rounds);
 };
 
 namespace avx2 {
