@@ -177,7 +177,9 @@ int64_t multiply(int64_t rounds) {
     for (__m512i& sum : sums) sum = _mm512_dpbusd_epi32(sum, codes, x);
   }
   for (int i = 1; i < kSums; ++i) sums[0] = _mm512_add_epi32(sums[0], sums[i]);
-  volatile int kept = _mm_cvtsi128_si32(_mm512_castsi512_si128(sums[0]));  // else nothing would need to be computed
+  int32_t lanes[16];
+  _mm512_storeu_si512(lanes, sums[0]);
+  volatile int32_t kept = lanes[0];  // else nothing would need to be computed
   (void)kept;
   return rounds * kSums * 64;
 }
