@@ -27,9 +27,10 @@ for (const box of document.querySelectorAll("[data-flame]")) {
     pen.textBaseline = "middle";
     const x = (time) => ((time - from) / (to - from)) * width;
     pen.fillStyle = style.getPropertyValue("--quiet");
-    for (let mark = 0; mark <= 4; mark++) {
-      pen.textAlign = mark === 0 ? "left" : mark === 4 ? "right" : "center";
-      pen.fillText(ms(from + ((to - from) * mark) / 4), (width * mark) / 4, ruler / 2);
+    const marks = width < 480 ? 2 : 4;
+    for (let mark = 0; mark <= marks; mark++) {
+      pen.textAlign = mark === 0 ? "left" : mark === marks ? "right" : "center";
+      pen.fillText(ms(from + ((to - from) * mark) / marks), (width * mark) / marks, ruler / 2);
     }
     pen.textAlign = "left";
     rows.forEach((row, place) => {

@@ -37,7 +37,7 @@ def report(profile: Profile) -> str:
         f"<p>{escape(table.conditions(result))}</p>",
         f'<div class="tiles">{"".join(_tiles(result))}</div>',
         card("Parts of latency", _rows(table.parts(result)) + _text(table.covered(result)), "wide"),
-        card("Critical path", "".join(_text(table.path_line(path)) for path in result.critical_paths), "wide"),
+        *(card(table.path_title(path), _rows(table.path_rows(path)), "wide") for path in result.critical_paths),
         *(_flame(chart, place) for place, chart in enumerate(profile.charts)),
         *(
             card(f"Operators: {phase.name}", _text(table.phase_line(phase)) + _rows(table.groups(phase)), "wide")

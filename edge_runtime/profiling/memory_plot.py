@@ -54,9 +54,10 @@ def memory_plot(memory: Memory) -> str:
             named_to = at
     path = " ".join(f"{x(seconds):.1f},{y(nbytes):.1f}" for seconds, nbytes in memory.samples)
     parts.append(f'<polyline class="curve" points="{path}"/>')
+    digits = 1 if end >= 1 else 3
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         at = x(share * end)
-        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{share * end:.1f} s</text>')
+        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{share * end:.{digits}f} s</text>')
     label = "resident memory over time, and what was planned"
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 

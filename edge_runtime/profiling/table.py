@@ -11,6 +11,8 @@ from edge_runtime.profiling.result import CriticalPath, Limits, Memory, Phase, R
 
 MOST_GROUPS = 8
 """Of operators."""
+MOST_LINKS = 6
+"""Of a critical path, where it is told in a line."""
 _LEAST_PART = 0.0005
 """Of wall time; parts with less are told together."""
 
@@ -65,8 +67,8 @@ def parts(result: Result) -> list[list[str]]:
 
 def covered(result: Result) -> str:
     return (
-        f"spans cover {result.covered:.1%} of each request's time at least; lanes overlap, so that shares may add up to "
-        "more, but not on the critical path"
+        f"spans cover {result.covered:.1%} of each request's time at least; lanes overlap, so that shares may make "
+        "more than 100%, those of the critical path do not"
     )
 
 
@@ -81,8 +83,19 @@ def number(value: float) -> str:
 
 def path_line(path: CriticalPath) -> str:
     told = [f"{each.part} {each.share:.1%} ({each.lane or '-'}, {each.links}×)" for each in path.parts]
-    shown = ", ".join(told[:6]) + (f", and {len(told) - 6} more" if len(told) > 6 else "")
-    return f"critical path, {path.request} request of {number(path.wall_ms)} ms: {shown}"
+    shown = ", ".join(told[:MOST_LINKS]) + (f", and {len(told) - MOST_LINKS} more" if len(told) > MOST_LINKS else "")
+    return f"{path_title(path)}: {shown}"
+
+
+def path_title(path: CriticalPath) -> str:
+    return f"Critical path, {path.request} request of {number(path.wall_ms)} ms"
+
+
+def path_rows(path: CriticalPath) -> list[list[str]]:
+    rows = [["part", "by", "ms", "of wall", "stretches"]]
+    return rows + [
+        [each.part, each.lane or "-", number(each.ms), f"{each.share:.1%}", str(each.links)] for each in path.parts
+    ]
 
 
 def phase_line(phase: Phase) -> str:

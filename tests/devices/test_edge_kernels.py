@@ -14,8 +14,10 @@ import pytest
 
 from devices import edge_kernels
 from devices.discovery import list_devices
+from devices.edge_kernels import integer_rate
 from devices.errors import DeviceUnavailable
 from devices.registry import choose_device
+from tests.conftest import usable
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -97,3 +99,8 @@ def test_without_onnxruntime(built: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_where_there_is_a_compiler_there_are_kernels() -> None:
     """Building is optional, so that nothing else would notice that it fails."""
     assert edge_kernels._find().is_file()
+
+
+def test_what_the_instructions_can_do_is_measured() -> None:
+    usable("edge:cpu")
+    assert integer_rate(1, seconds=0.01) > 0
