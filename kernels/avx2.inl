@@ -150,7 +150,7 @@ inline void wide_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec 
 
 constexpr int kNarrowRows = 4, kWideRows = 4;  // rows of activations at once, by the registers there are
 
-int64_t multiply(int64_t rounds) {
+int64_t multiply_bytes(int64_t rounds) {
   constexpr int kSums = 8;  // as many as the registers hold beside what is multiplied, enough to have no wait
   __m256i codes = _mm256_set1_epi8(7), x = _mm256_set1_epi8(-3), sums[kSums];
   for (__m256i& sum : sums) sum = _mm256_setzero_si256();

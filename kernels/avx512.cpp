@@ -167,7 +167,7 @@ inline void wide_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec 
 
 constexpr int kNarrowRows = 12, kWideRows = 4;  // rows of activations at once, by the registers there are
 
-int64_t multiply(int64_t rounds) {
+int64_t multiply_bytes(int64_t rounds) {
   constexpr int kSums = 12;  // more than are on their way at once: 2 begin in a cycle, each takes 4 or 5
   const __m512i codes = _mm512_set1_epi8(7), x = _mm512_set1_epi8(-3);
   __m512i sums[kSums];

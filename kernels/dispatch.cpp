@@ -28,8 +28,9 @@ EXPORT const char* edge_kernels_instructions() {
   return kernels ? kernels->instructions : "";
 }
 
-// See Kernels::multiply; 0 where there is no such instruction set.
-EXPORT int64_t edge_kernels_multiply(int64_t rounds) {
+// See Kernels::multiply_bytes and multiply_floats; 0 where there is no such instruction set.
+EXPORT int64_t edge_kernels_multiply(int64_t rounds, int floats) {
   const edge::Kernels* kernels = edge::choose_kernels();
-  return kernels ? kernels->multiply(rounds) : 0;
+  if (!kernels) return 0;
+  return floats ? kernels->multiply_floats(rounds) : kernels->multiply_bytes(rounds);
 }

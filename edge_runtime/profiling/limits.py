@@ -1,7 +1,7 @@
 """What this machine does at most, for the two roofs of Williams, Waterman and Patterson (*Roofline*, CACM 52(4), 2009).
 
 Every operator needs bytes from memory and operations of the processor; what it takes at least is the longer of both at
-these rates. Measured in about two seconds, by all cores that this process may use.
+these rates. Measured in about a second, by all cores that this process may use.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from devices.edge_kernels import integer_rate
+from devices.edge_kernels import peak_rate
 from devices.errors import DeviceUnavailable
 from devices.host import cores
 from edge_runtime.profiling.result import Limits
@@ -28,10 +28,21 @@ _PRODUCTS_S = 0.3
 
 def measure_limits() -> Limits:
     try:
-        integer: float | None = integer_rate(cores())
+        integer: float | None = peak_rate(cores(), floats=False)
+        floats = peak_rate(cores(), floats=True)
     except DeviceUnavailable:
-        integer = None
-    return Limits(max(read_rates()), float_rate(), integer)
+        integer, floats = None, float_rate()
+    return Limits(max(read_rates()), floats, integer)
+
+
+def higher(one: Limits, two: Limits) -> Limits:
+    """Of two measurements: a limit is what was reached at best."""
+    integers = [each for each in (one.integer_operations, two.integer_operations) if each is not None]
+    return Limits(
+        max(one.bytes, two.bytes),
+        max(one.float_operations, two.float_operations),
+        max(integers, default=None),
+    )
 
 
 def bandwidth() -> float:
@@ -62,7 +73,8 @@ def read_rates() -> list[float]:
 
 
 def float_rate() -> float:
-    """Products and sums per second in a product of float32 matrices by numpy's library: the best of several."""
+    """Products and sums per second in a product of float32 matrices by numpy's library: the best of several. Where
+    there are no kernels of ours, the next best to what the processor can do."""
     matrix = np.ones((_SIDE, _SIDE), np.float32)
     best, end = 0.0, time.perf_counter() + _PRODUCTS_S
     while best == 0.0 or time.perf_counter() < end:

@@ -148,9 +148,9 @@ def phase_of(counted: Counted, limits: Limits, plain_ms: float | None) -> Phase:
 
 def groups(phase: profiling.Phase, work: Work, limits: Limits) -> list[OperatorGroup]:
     """Hottest first."""
-    by_kind: defaultdict[tuple[str, tuple[int, int] | None], list[OperatorTime]] = defaultdict(list)
+    by_kind: defaultdict[tuple[str, tuple[int, int, bool] | None], list[OperatorTime]] = defaultdict(list)
     for each in phase.operators:
-        size = None if each.product is None else (each.product.inner, each.product.outputs)
+        size = None if each.product is None else (each.product.inner, each.product.outputs, each.product.integer)
         by_kind[each.kind, size].append(each)
     found = []
     for (kind, size), operators in by_kind.items():

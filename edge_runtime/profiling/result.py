@@ -57,9 +57,11 @@ class Limits(msgspec.Struct, frozen=True):
     bytes: float
     """Read from memory by all cores."""
     float_operations: float
-    """Products and sums of float32, in a product of matrices by numpy."""
+    """Products and sums of float32 in registers, with the instructions of our kernels; where there are none here, in a
+    product of matrices by numpy."""
     integer_operations: float | None
-    """The same of bytes, in registers, with the instructions of our kernels. None: there are none here."""
+    """The same of bytes in registers. None: there are no kernels here, and products of integers are held against
+    :attr:`float_operations`."""
 
 
 class OperatorGroup(msgspec.Struct, frozen=True):

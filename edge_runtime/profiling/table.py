@@ -11,6 +11,8 @@ from edge_runtime.profiling.result import CriticalPath, Limits, Memory, Phase, R
 
 MOST_GROUPS = 8
 """Of operators."""
+_QUIET = 0.1
+"""Of the cores: what others may use without a word."""
 MOST_LINKS = 6
 """Of a critical path, where it is told in a line."""
 _LEAST_PART = 0.0005
@@ -24,7 +26,7 @@ def table(result: Result) -> str:
         *([path_line(path) for path in result.critical_paths],),
         *([phase_line(phase), columns(groups(phase), "llr", head=True)] for phase in result.phases),
         [f"no operators: {result.no_operators}"] if result.no_operators else [limits_line(result.limits)],
-        [columns(usage(result.usage), "lr", head=True)],
+        [columns(usage(result.usage), "lr", head=True), *crowded(result)],
         list(memory_lines(result.memory)),
         machine_lines(result.machine),
     ]
@@ -147,6 +149,17 @@ def usage(found: list[Usage]) -> list[list[str]]:
             [each.name, number(each.wall_s), f"{each.cpu_s / wall:.2f}", f"{each.other_cpu_s / wall:.2f}", *told]
         )
     return rows
+
+
+def crowded(result: Result) -> Iterator[str]:
+    """Said where others had much of the processor while requests ran."""
+    requests = result.usage[-1]
+    others = requests.other_cpu_s / max(requests.wall_s, 1e-9)
+    if others > _QUIET * result.machine.cores:
+        yield (
+            f"others had {others:.1f} of {result.machine.cores} cores while requests ran: these are times of a shared "
+            "machine"
+        )
 
 
 def memory_lines(memory: Memory) -> Iterator[str]:
