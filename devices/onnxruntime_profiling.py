@@ -74,7 +74,7 @@ class OnnxRuntimeCounters:
                 two.calls - one.calls,
                 two.seconds - one.seconds,
                 tuple(_operators(calls[one.calls : two.calls], products)),
-                tuple(_events(calls[two.calls - 1])),
+                tuple(_events(_typical(calls[one.calls : two.calls]))),
             )
             for one, two in zip(self._began, self._began[1:], strict=False)
             if two.calls > one.calls
@@ -111,6 +111,11 @@ def _operators(calls: Sequence[Call], products: dict[str, Product]) -> Iterator[
         product = products.get(name)
         rows = 0 if product is None else sum(_values(entry) for entry in entries) // product.outputs
         yield OperatorTime(name, kind, sum(each.dur for each in entries) * _SCALE, len(entries), product, rows)
+
+
+def _typical(calls: Sequence[Call]) -> Call:
+    """The one in the middle, by how long they took."""
+    return sorted(calls, key=lambda call: call[0].dur)[len(calls) // 2]
 
 
 def _events(call: Call) -> Iterator[Event]:

@@ -58,8 +58,8 @@ class Phase(NamedTuple):
     seconds: float
     """Inside these calls, as their caller measured them."""
     operators: tuple[OperatorTime, ...]
-    last_call: tuple[Event, ...]
-    """In order; empty where the engine tells sums only."""
+    typical_call: tuple[Event, ...]
+    """That which took as long as most, its operators in order; empty where the engine tells sums only."""
 
 
 class Counters(Protocol):

@@ -27,12 +27,12 @@ def request_chart(trace: Trace, name: str) -> Chart:
 
 
 def call_chart(phase: profiling.Phase) -> Chart | None:
-    """The operators of its last call; None where the engine does not tell when they ran."""
-    if not phase.last_call:
+    """The operators of a call that took as long as most; None where the engine does not tell when they ran."""
+    if not phase.typical_call:
         return None
-    bars = [Bar(each.kind, each.start * 1e6, each.seconds * 1e6) for each in phase.last_call]
-    named = [Bar(each.name, each.start * 1e6, each.seconds * 1e6) for each in phase.last_call]
+    bars = [Bar(each.kind, each.start * 1e6, each.seconds * 1e6) for each in phase.typical_call]
+    named = [Bar(each.name, each.start * 1e6, each.seconds * 1e6) for each in phase.typical_call]
     length = max(bar.start + bar.length for bar in bars)
-    what = "the last decode step" if phase.name == "decode" else f"the last chunk of a prompt ({phase.name})"
+    what = "a decode step" if phase.name == "decode" else "a chunk of a prompt"
     whole = Row("call", [Bar(phase.name, 0.0, length)])
     return Chart(f"operators of {what}", length, [whole, Row("operator", bars), Row("node", named)])

@@ -7,8 +7,8 @@ from html import escape
 from edge_runtime.memory import format_bytes
 from edge_runtime.profiling.result import Memory
 
-WIDTH, HEIGHT = 940, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 150, 26, 42
+WIDTH, HEIGHT = 940, 330
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 150, 56, 42
 _NAME = 15.0
 """Height of a line of text."""
 _MARK = 62.0
@@ -45,13 +45,14 @@ def memory_plot(memory: Memory) -> str:
         at = y(memory.budget)
         parts.append(f'<line class="limit" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{_LEFT + 6}" y="{at - 5:.1f}">budget {format_bytes(memory.budget)}</text>')
-    named_to = -_MARK
+    named_to = [-_MARK] * 3  # in each of three lines above the plot
     for seconds, name in memory.marks:
         at = x(seconds)
         parts.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{y(0):.1f}"/>')
-        if at - named_to >= _MARK:
-            parts.append(f'<text x="{at + 3:.1f}" y="{_TOP - 8}">{escape(name)}</text>')
-            named_to = at
+        free = next((line for line, last in enumerate(named_to) if at - last >= _MARK), None)
+        if free is not None:
+            parts.append(f'<text x="{at + 3:.1f}" y="{_TOP - 8 - free * _NAME:.1f}">{escape(name)}</text>')
+            named_to[free] = at
     path = " ".join(f"{x(seconds):.1f},{y(nbytes):.1f}" for seconds, nbytes in memory.samples)
     parts.append(f'<polyline class="curve" points="{path}"/>')
     digits = 1 if end >= 1 else 3

@@ -92,6 +92,8 @@ def test_a_plan_and_its_budget_are_drawn() -> None:
     assert plot.count("<rect") == 4
     assert 'class="limit"' in plot
     assert "budget 256.0 MiB" in plot
+    for name in ("open", "warm up", "requests", "close"):
+        assert f">{name}</text>" in plot  # though two of them begin together
     far = memory_plot(msgspec.structs.replace(memory, budget=64 << 30))
     assert 'class="limit"' not in far
     assert "polyline" in memory_plot(msgspec.structs.replace(memory, budget=None, planned={}, samples=[(0.0, 1 << 20)]))
