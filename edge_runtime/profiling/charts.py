@@ -22,7 +22,7 @@ def request_chart(trace: Trace, name: str) -> Chart:
     ]
     for span in trace:
         if span.end > span.start:
-            rows[span.lane].append(Bar(span.part, (span.start - trace.started) / 1e3, (span.end - span.start) / 1e3))
+            rows[span.lane].append(Bar(span.name, (span.start - trace.started) / 1e3, (span.end - span.start) / 1e3))
     return Chart(name, trace.wall / 1e3, [Row(lane, bars[:MOST_BARS]) for lane, bars in rows.items()])
 
 

@@ -40,7 +40,7 @@ def chain(trace: Trace) -> list[Link]:
             links.append(Link(UNTOLD, "", end, at))
         if span is None or end == trace.started:
             break
-        links.append(Link(span.part, span.lane, max(span.start, trace.started), end))
+        links.append(Link(span.name, span.lane, max(span.start, trace.started), end))
         at, lane = span.start, span.lane
     return links[::-1]
 

@@ -19,7 +19,7 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class PartTimes(msgspec.Struct, frozen=True):
-    """A part of requests (:data:`edge_runtime.tracing.trace.Part`)."""
+    """A part of requests (:attr:`edge_runtime.tracing.trace.Span.name`)."""
 
     part: str
     ms: Spread

@@ -105,6 +105,15 @@ def test_parts_over_requests() -> None:
     assert found["prefill"].critical == found["prefill"].share
 
 
+def test_tiers_elsewhere_are_told_one_by_one() -> None:
+    lanes: dict[str, list[tuple[Part, int, int]]] = {"tier a": [("upstream", 0, 4)], "tier b": [("upstream", 3, 10)]}
+    found = part_times([make_trace(10, **lanes)])
+    assert [(each.part, each.ms.p50, each.critical) for each in found] == [
+        ("upstream a", 4, pytest.approx(0.3)),
+        ("upstream b", 7, pytest.approx(0.7)),
+    ]
+
+
 def test_a_request_without_a_part_spent_nothing_on_it() -> None:
     without = make_trace(10, engine=[("decode", 0, 10)])
     found = {each.part: each.ms for each in part_times([without, without, two_lanes()])}
