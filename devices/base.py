@@ -79,6 +79,9 @@ class DecoderOptions:
     :attr:`DecoderLimits.invariant` is true that is so anyway, at no cost."""
     cache_dir: Path | None = None
     """Where an engine may keep compiled models. None: it keeps none."""
+    profile: Path | None = None
+    """A folder for what the engine writes while its operators' times are counted, which makes calls slower; the caller
+    removes it. None: nothing is counted. Devices without counters do not care (:class:`devices.profiling.Profiled`)."""
     properties: dict[str, str] = field(default_factory=dict)
     """Further engine properties, passed as they are (OpenVINO properties, ORT session config entries)."""
 

@@ -2,13 +2,17 @@
 
 It is built from ``kernels/`` when Edge-GLM is installed, if there is a C++ compiler for x86-64. Beside
 ``RegisterCustomOps``, which ONNX Runtime calls, it has ``const char* edge_kernels_instructions()``: the instruction set
-that its kernels take on this processor, empty if it has none of those they are made for.
+that its kernels take on this processor, empty if it has none of those they are made for; and
+``int64_t edge_kernels_multiply(int64_t rounds, int floats)``, which multiplies bytes, or floats, in registers and tells
+how many.
 """
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,32 @@ def instructions() -> str:
     DeviceUnavailable as :func:`kernels_library`.
     """
     return _ask(kernels_library())
+
+
+def peak_rate(threads: int, *, floats: bool, seconds: float = 0.2) -> float:
+    """Operations a second (a product and a sum are two) that ``threads`` reach with bytes, or floats, in registers:
+    what products of quantized matrices, or others, can come to at most with these instructions. The best of several
+    tries, ``seconds`` in all.
+
+    DeviceUnavailable as :func:`kernels_library`.
+    """
+    function = _load(kernels_library()).edge_kernels_multiply
+    function.restype, function.argtypes = ctypes.c_int64, (ctypes.c_int64, ctypes.c_int)
+
+    def multiply(rounds: int) -> int:
+        return int(function(rounds, floats))  # which lets go of Python's lock
+
+    rounds, best, end = 1 << 16, 0.0, time.perf_counter() + seconds
+    with ThreadPoolExecutor(threads) as pool:
+        while best == 0.0 or time.perf_counter() < end:
+            started = time.perf_counter()
+            products = sum(pool.map(multiply, [rounds] * threads))
+            took = time.perf_counter() - started
+            if took < seconds / 16:
+                rounds *= 2  # too short to be timed
+            else:
+                best = max(best, 2 * products / took)
+    return best
 
 
 def _find() -> Path:

@@ -19,6 +19,7 @@ from devices.errors import EngineError
 from devices.kv_blocks import KVBlocks
 from devices.kv_pool import KVPool
 from devices.kv_types import KVType, choose_kv_type
+from devices.onnxruntime_profiling import OnnxRuntimeCounters
 from devices.onnxruntime_session import engine_errors, open_session
 from devices.paged_decoder import PagedDecoder, Part, blocks_to_hold, tokens_to_hold
 
@@ -68,6 +69,8 @@ class OnnxRuntimeEdgeDecoder(PagedDecoder):
             long_offset=spec.max_context,
             invariant=True,
         )
+        if options.profile is not None:
+            self.counters = OnnxRuntimeCounters(self._session, spec.model, self._stopwatch)
 
     # ---- running
 

@@ -17,6 +17,7 @@ from devices.dense_decoder import DenseDecoder, DenseSequence
 from devices.errors import EngineError
 from devices.host_kv import HostKV
 from devices.kv_types import KVType, choose_kv_type
+from devices.onnxruntime_profiling import OnnxRuntimeCounters
 from devices.onnxruntime_session import engine_errors, open_session
 
 _TYPES: dict[str, tuple[Any, KVType]] = {
@@ -40,6 +41,8 @@ class OnnxRuntimeGenaiDecoder(DenseDecoder[HostKV]):
         self._wants_positions = "position_ids" in inputs
         self._names = [f"{layer}.{kind}" for layer in range(spec.num_layers) for kind in ("key", "value")]
         super().__init__(device, spec, options, dtype)
+        if options.profile is not None:
+            self.counters = OnnxRuntimeCounters(self._session, spec.model, self._stopwatch)
 
     def _new_kv(self) -> HostKV:
         spec = self._spec

@@ -20,6 +20,7 @@ from devices.errors import EngineError
 from devices.kv_rows import KVRows
 from devices.kv_types import choose_kv_type
 from devices.onnxruntime_binding import LogitsBuffer, RowsBinding
+from devices.onnxruntime_profiling import OnnxRuntimeCounters
 from devices.onnxruntime_session import engine_errors, open_session
 from devices.plugins import PLUGINS
 from devices.row_pool import RowPool
@@ -71,6 +72,8 @@ class OnnxRuntimeDecoder(DenseDecoder[RowKV]):
         super().__init__(device, spec, options, np.float32)
         self._copied = device in PLUGINS
         self._session: Any = open_session(spec, options, device)
+        if options.profile is not None:
+            self.counters = OnnxRuntimeCounters(self._session, spec.model, self._stopwatch)
         # a padded step reaches past the last token that counts
         tokens = self._limits.max_context + _PADDED_STEP
         rows = options.max_sequences + options.batch_invariant

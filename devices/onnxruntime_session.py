@@ -57,6 +57,9 @@ def new_session(
         session_options.enable_mem_pattern = False  # it plans per input shape, and every chunk has its own
         # weights outside the arena: it would round them up to powers of two and never shrink
         session_options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        if options.profile is not None:
+            session_options.enable_profiling = True
+            session_options.profile_file_prefix = str(options.profile / "onnxruntime")
         for key, value in options.properties.items():
             session_options.add_session_config_entry(key, value)
         prepare(session_options)

@@ -29,6 +29,7 @@ from devices.openvino_graph import (
     release_model,
     rope_offset,
 )
+from devices.openvino_profiling import OpenVinoCounters
 
 
 class VariableKV:
@@ -95,6 +96,8 @@ class OpenVinoDenseDecoder(DenseDecoder[VariableKV]):
         defaults = {"INFERENCE_PRECISION_HINT": precision_defaults(model)["INFERENCE_PRECISION_HINT"]}
         self._compiled = compile_model(core, model, device, options, defaults)
         self._spare: list[Any] = []
+        if options.profile is not None:
+            self.counters = OpenVinoCounters(self._compiled, spec.vocab_size, self._stopwatch)
 
     def _new_kv(self) -> VariableKV:
         with engine_errors("creating an inference request"):
@@ -123,6 +126,8 @@ class OpenVinoDenseDecoder(DenseDecoder[VariableKV]):
                 request.set_tensor(name, self._ov.Tensor(values))
             with self._stopwatch:
                 request.infer()
+            if isinstance(self.counters, OpenVinoCounters):
+                self.counters.ran(request, count, step.rows)
             logits = np.array(request.get_output_tensor(0).data, np.float32)
         sequence.grow(count)
         return logits.reshape(step.rows, self._spec.vocab_size)

@@ -119,6 +119,8 @@ def compile_model(core: Any, model: Any, device: str, options: DecoderOptions, d
     """Compile with :func:`compile_properties`."""
     if device == "CPU":
         defaults = {"CPU_RUNTIME_CACHE_CAPACITY": KERNEL_CACHE, **defaults}
+    if options.profile is not None:
+        defaults = {**defaults, "PERF_COUNT": "YES"}
     properties = compile_properties(options, defaults)
     with engine_errors(f"compiling for {device} with {properties}"):
         return core.compile_model(model, device, properties)

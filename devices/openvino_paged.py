@@ -34,6 +34,7 @@ from devices.openvino_graph import (
     rope_offset,
     to_paged_attention,
 )
+from devices.openvino_profiling import OpenVinoCounters
 from devices.paged_decoder import PagedDecoder, Part, tokens_to_hold
 
 _STORAGE = {"u8": np.uint8, "i8": np.int8, "f16": np.float16, "bf16": np.uint16, "f32": np.float32}
@@ -141,6 +142,8 @@ class OpenVinoDecoder(PagedDecoder):
             long_offset=long_offset,
             kv_block=block_size if quantized else 1,  # keys share a scale over the tokens of a block, on x86
         )
+        if options.profile is not None:
+            self.counters = OpenVinoCounters(self._compiled, spec.vocab_size, self._stopwatch)
 
     def _check_room(self, growth: Sequence[tuple[KVPool, int]]) -> None:
         """The pool holds ``kv_tokens`` and not more, so that it says itself when it is full."""
@@ -178,6 +181,8 @@ class OpenVinoDecoder(PagedDecoder):
             with nullcontext() if packed else releasing_file_pages(self._folder), self._stopwatch:
                 self._request.infer()
             self._packed_for.add(tokens.bit_length())
+            if isinstance(self.counters, OpenVinoCounters):
+                self.counters.ran(self._request, sum(counts), sum(part.rows for part in parts))
             logits = self._request.get_output_tensor(0).data
         bounds = np.cumsum([part.rows for part in asked])
         logits = logits.reshape(-1, self._vocab_size)

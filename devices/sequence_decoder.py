@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from devices.base import DecoderLimits, DecoderSequence, Step
 from devices.errors import DeviceError, OutOfSequences
+from devices.profiling import Counters
 from devices.stopwatch import Stopwatch
 
 S = TypeVar("S", bound=DecoderSequence)
@@ -22,6 +23,8 @@ class SequenceDecoder(ABC, Generic[S]):
         self._open = True
         self._sequences: set[S] = set()
         self._stopwatch = Stopwatch()
+        self.counters: Counters | None = None
+        """See :class:`devices.profiling.Profiled`."""
 
     @property
     def limits(self) -> DecoderLimits:
@@ -61,6 +64,7 @@ class SequenceDecoder(ABC, Generic[S]):
         if self._open:
             self._open = False
             self._sequences.clear()
+            self.counters = None
             self._release()
 
     @abstractmethod

@@ -6,10 +6,11 @@ import time
 
 
 class Stopwatch:
-    """A context manager; ``seconds`` adds up the time spent inside. Not reentrant."""
+    """A context manager; ``seconds`` adds up the time spent inside, ``laps`` counts how often. Not reentrant."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.laps = 0
         self._started = 0.0
 
     def __enter__(self) -> None:
@@ -17,3 +18,4 @@ class Stopwatch:
 
     def __exit__(self, *error: object) -> None:
         self.seconds += time.perf_counter() - self._started
+        self.laps += 1

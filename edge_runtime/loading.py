@@ -60,6 +60,8 @@ class Loaded:
     """Tokens."""
     max_context: int
     """Tokens that prompt and answer may have together."""
+    options: DecoderOptions
+    """As it was opened."""
     tuned: str | None = None
     """What ``edge-glm tune`` had found and was taken, in words."""
 
@@ -148,4 +150,4 @@ def load(
         add_bos=package.manifest.add_bos,
         defaults=package.generation,
     )
-    return Loaded(placement, decoder.device, engine, tier, max_prompt, context, found)
+    return Loaded(placement, decoder.device, engine, tier, max_prompt, context, options, found)

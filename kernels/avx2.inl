@@ -149,3 +149,22 @@ inline void wide_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec 
 }
 
 constexpr int kNarrowRows = 4, kWideRows = 4;  // rows of activations at once, by the registers there are
+
+int64_t multiply_bytes(int64_t rounds) {
+  constexpr int kSums = 8;  // as many as the registers hold beside what is multiplied, enough to have no wait
+  __m256i codes = _mm256_set1_epi8(7), x = _mm256_set1_epi8(-3), sums[kSums];
+  for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 8
+    for (__m256i& sum : sums) {
+#if defined(__GNUC__)
+      asm("" : "+x"(codes));  // else products that do not change would be made once
+#endif
+      add_products(sum, codes, x, codes, x);
+    }
+  }
+  for (int i = 1; i < kSums; ++i) sums[0] = _mm256_add_epi32(sums[0], sums[i]);
+  volatile int kept = _mm_cvtsi128_si32(_mm256_castsi256_si128(sums[0]));  // else nothing would need to be computed
+  (void)kept;
+  return rounds * kSums * 64;
+}

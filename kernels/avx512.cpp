@@ -167,6 +167,23 @@ inline void wide_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec 
 
 constexpr int kNarrowRows = 12, kWideRows = 4;  // rows of activations at once, by the registers there are
 
+int64_t multiply_bytes(int64_t rounds) {
+  constexpr int kSums = 12;  // more than are on their way at once: 2 begin in a cycle, each takes 4 or 5
+  const __m512i codes = _mm512_set1_epi8(7), x = _mm512_set1_epi8(-3);
+  __m512i sums[kSums];
+  for (__m512i& sum : sums) sum = _mm512_setzero_si512();
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+    for (__m512i& sum : sums) sum = _mm512_dpbusd_epi32(sum, codes, x);
+  }
+  for (int i = 1; i < kSums; ++i) sums[0] = _mm512_add_epi32(sums[0], sums[i]);
+  int32_t lanes[16];
+  _mm512_storeu_si512(lanes, sums[0]);
+  volatile int32_t kept = lanes[0];  // else nothing would need to be computed
+  (void)kept;
+  return rounds * kSums * 64;
+}
+
 #include "arithmetic.inl"
 #include "attention.inl"
 #include "products.inl"

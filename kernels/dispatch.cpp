@@ -27,3 +27,10 @@ EXPORT const char* edge_kernels_instructions() {
   const edge::Kernels* kernels = edge::choose_kernels();
   return kernels ? kernels->instructions : "";
 }
+
+// See Kernels::multiply_bytes and multiply_floats; 0 where there is no such instruction set.
+EXPORT int64_t edge_kernels_multiply(int64_t rounds, int floats) {
+  const edge::Kernels* kernels = edge::choose_kernels();
+  if (!kernels) return 0;
+  return floats ? kernels->multiply_floats(rounds) : kernels->multiply_bytes(rounds);
+}

@@ -139,6 +139,9 @@ struct Kernels {
   void (*finish_share)(const Attention& job, const Tile& tile, const float* total);
   // gate(x[:, :n]) · x[:, n:] for one row of 2·n.
   void (*gated_unit)(const float* x, int64_t n, Gate gate, float* out);
+  // Multiply numbers that are in registers, and add them up: what the processor can do at most. They return how many.
+  int64_t (*multiply_bytes)(int64_t rounds);
+  int64_t (*multiply_floats)(int64_t rounds);
 };
 
 namespace avx2 {

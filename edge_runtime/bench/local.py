@@ -40,6 +40,10 @@ class MeasuredLLM(EdgeLLM):
         return self._loaded.engine.limits
 
     @property
+    def options(self) -> DecoderOptions:
+        return self._loaded.options
+
+    @property
     def tuned(self) -> str | None:
         return self._loaded.tuned
 

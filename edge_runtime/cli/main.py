@@ -77,6 +77,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         "devices": ("devices", "devices"),
         "plan": ("plan", "plan"),
         "bench": ("bench", "bench"),
+        "profile": ("profile", "profile"),
         "tune": ("tune", "tune"),
         "eval": ("evaluate", "evaluate_model"),
         "route": ("route", "route"),

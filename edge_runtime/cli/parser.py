@@ -198,6 +198,9 @@ def make_parser() -> argparse.ArgumentParser:
     bench = add("bench", "measure a model here, or a server")
     _add_bench(bench)
 
+    profile = add("profile", "show where the time and the memory of requests go, down to the engine's operators")
+    _add_profile(profile)
+
     route = add("route", "say which tier a prompt goes to and why; check a policy; calibrate for a model")
     _add_route(route)
 
@@ -306,6 +309,24 @@ def _add_limits(serve: argparse.ArgumentParser) -> None:
     door.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: what the context holds)")
     door.add_argument(
         "--cors", metavar="ORIGIN", action="append", help="let web pages of this origin ask, as https://app.example"
+    )
+
+
+def _add_profile(profile: argparse.ArgumentParser) -> None:
+    profile.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
+    for add in (add_device, add_weights, add_loading):
+        add(profile)
+    profile.add_argument("--prompt-tokens", type=int, metavar="N", help="default: 512")
+    profile.add_argument("--new-tokens", type=int, metavar="N", help="default: 64")
+    profile.add_argument("--concurrency", type=int, metavar="N", help="requests at once (default: 1)")
+    profile.add_argument("--requests", type=int, metavar="N", default=20, help="after those to warm up (default: 20)")
+    profile.add_argument("--seed", type=int, metavar="N", help="of prompts (default: 0)")
+    profile.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    profile.add_argument(
+        "--html",
+        metavar="FILE",
+        default="profile.html",
+        help="the report, with flame charts and memory over time; written over (default: profile.html)",
     )
 
 

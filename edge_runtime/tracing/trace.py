@@ -56,6 +56,11 @@ class Span(NamedTuple):
     start: int
     end: int
 
+    @property
+    def name(self) -> str:
+        """The part; of a tier elsewhere, which one: ``upstream NAME``."""
+        return f"upstream {self.lane.removeprefix(TIER)}" if self.part == "upstream" else self.part
+
 
 class Trace:
     """One request, from its first byte to its last. Spans may come from any thread.
@@ -119,8 +124,7 @@ class Trace:
         Lanes overlap, so that they may add up to more than :attr:`wall`."""
         sums: dict[tuple[Part, str], int] = {(part, part): sum for part, sum in self._sums.items()}
         for span in self:
-            name = f"upstream {span.lane.removeprefix(TIER)}" if span.part == "upstream" else span.part
-            sums[span.part, name] = sums.get((span.part, name), 0) + span.end - span.start
+            sums[span.part, span.name] = sums.get((span.part, span.name), 0) + span.end - span.start
         return {name: sums[part, name] for part, name in sorted(sums, key=lambda each: _NUMBER[each[0]])}
 
     @property

@@ -13,19 +13,16 @@ agree better.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 
 from edge_runtime.package import Package
+from edge_runtime.profiling.limits import bandwidth
 from tests.bench.peers import last_json
-
-READ_BYTES = 512 << 20
 
 
 def main() -> None:
@@ -77,22 +74,6 @@ def bytes_per_token(package: Package) -> int:
     }
     tied = not any(name.startswith("head") for name in sizes)
     return sum(size for name, size in sizes.items() if tied or not name.startswith("embed"))
-
-
-def bandwidth() -> float:
-    """Bytes per second that all cores together read."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    arrays = [np.ones(READ_BYTES // cores // 4, np.float32) for _ in range(cores)]
-    rates = []
-    for _ in range(7):
-        threads = [threading.Thread(target=np.dot, args=(array, array)) for array in arrays]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        rates.append(READ_BYTES / (time.perf_counter() - started))
-    return statistics.median(rates)
 
 
 if __name__ == "__main__":

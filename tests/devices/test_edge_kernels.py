@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
+import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -16,6 +18,7 @@ from devices import edge_kernels
 from devices.discovery import list_devices
 from devices.errors import DeviceUnavailable
 from devices.registry import choose_device
+from tests.conftest import usable
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -97,3 +100,13 @@ def test_without_onnxruntime(built: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_where_there_is_a_compiler_there_are_kernels() -> None:
     """Building is optional, so that nothing else would notice that it fails."""
     assert edge_kernels._find().is_file()
+
+
+@pytest.mark.parametrize("instructions", ["", "avx2"])
+def test_what_the_instructions_can_do_is_measured(instructions: str) -> None:
+    usable("edge:cpu")
+    script = "from devices.edge_kernels import peak_rate as p; print(*(p(1, floats=f, seconds=0.01) for f in (0, 1)))"
+    environment = {**os.environ, "EDGE_KERNELS_INSTRUCTIONS": instructions}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    integers, floats = map(float, done.stdout.split())
+    assert integers > floats > 1e8  # bytes lie four to a float

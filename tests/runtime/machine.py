@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 
-from devices.base import Step
+from devices.base import DecoderOptions, Step
 from devices.discovery import Device
 from devices.errors import DeviceUnavailable, EngineError
 from edge_runtime.engine import Engine, Successor
@@ -77,7 +77,7 @@ class Machine:
             max_prompt=limits.max_prompt,
             max_context=limits.max_context,
         )
-        return Loaded(placement, name, engine, tier, limits.max_prompt, limits.max_context)
+        return Loaded(placement, name, engine, tier, limits.max_prompt, limits.max_context, DecoderOptions())
 
     def start(self) -> Failover:
         return Failover(self.place, self.load, self.place({}))

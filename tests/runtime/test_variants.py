@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from devices.base import DecoderOptions
 from devices.discovery import Device
 from edge_runtime.budgets import Budget
 from edge_runtime.engine import Engine, Successor
@@ -151,7 +152,7 @@ class Box:
             max_prompt=limit,
             max_context=limit,
         )
-        return Loaded(placement, CPU.name, engine, tier, limit, limit)
+        return Loaded(placement, CPU.name, engine, tier, limit, limit, DecoderOptions())
 
     def start(self, length: int) -> Generation:
         return self.switching.start(TierRequest(TokenIds(prompt(1, length)), GREEDY))

@@ -1,0 +1,204 @@
+"""Table and page, from a profile with round numbers; the page in a real browser, without any network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from edge_runtime.profiling.html import report
+from edge_runtime.profiling.memory_plot import memory_plot
+from edge_runtime.profiling.result import Result
+from edge_runtime.profiling.table import table
+from tests.benchmarking.test_report import Page as Parsed
+from tests.profiling.profiles import make_profile
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+PICTURES = os.environ.get("EDGE_GLM_TEST_PICTURES")
+"""A folder for screenshots, for who wants to look."""
+
+
+def squeezed(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_table() -> None:
+    lines = squeezed(table(make_profile().result))
+    assert lines[0] == "tiny & co int4 on edge:cpu"
+    assert "decode 5.00 18.50 19.70 8.00 28.7% 28.7%" in lines
+    assert "QuantizedMatMul 576 → 3072 30 2.00 50.0% 61% 2%" in lines
+    assert "Kind0 1 0.010 0.2% - -" in lines
+    assert "3 more kinds 3 0.030 0.8%" in lines
+    assert (
+        "prefill: 2 calls of 256 tokens, 150.0 ms each (148.0 ms with nothing counted), 98.0% of it in operators"
+        in lines
+    )
+    assert "decode: 32 calls of 1 token, 4.00 ms each, 97.5% of it in operators" in lines
+    assert "open 0.500 1.20 0.20 10 2 5,000 0" in lines
+    assert "requests 2.00 2.00 0.00 100 - 7 -" in lines
+    assert any(
+        line.startswith("Critical path, median request of 29.00 ms: prefill 34.5% (engine, 1×)") for line in lines
+    )
+    assert any(
+        line.startswith("peak memory 170.0 MiB of 179.0 MiB planned for this work (base 80.0 MiB") for line in lines
+    )
+    assert "budget 256.0 MiB, 200.0 MiB with a full KV cache" in lines
+    assert any("50.0 GB/s of memory, 250 G float operations/s, 2,000 G integer operations/s" in line for line in lines)
+
+
+def test_a_shared_machine_is_told() -> None:
+    result = make_profile().result
+    assert "shared machine" not in table(result)
+    crowded = msgspec.structs.replace(result, usage=[msgspec.structs.replace(result.usage[-1], other_cpu_s=3.0)])
+    assert "others had 1.5 of 2 cores while requests ran" in table(crowded)
+    assert "others had 1.5 of 2 cores" in report(msgspec.structs.replace(make_profile(), result=crowded))
+
+
+def test_what_is_missing_is_said() -> None:
+    text = table(make_profile(phases=[], no_operators="npu has no counters").result)
+    assert "no operators: npu has no counters" in text
+    assert "GB/s" not in text
+    page = report(make_profile(phases=[], no_operators="npu has <no> counters"))
+    assert "npu has &lt;no&gt; counters" in page
+
+
+def test_page_needs_nothing_else() -> None:
+    profile = make_profile()
+    text = report(profile)
+    assert "http:" not in text
+    assert "https:" not in text
+    page = Parsed(text)
+    assert not page.tags & {"link", "img", "iframe", "object", "embed", "base", "video", "audio"}
+    assert not [name for name, _ in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert "url(" not in text
+    assert "import" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert "Some <Attention>" in page.text
+    shown, _ = json.JSONDecoder().raw_decode(page.text, page.text.index("{\n"))
+    assert msgspec.convert(shown, Result) == profile.result
+
+
+def test_a_plan_and_its_budget_are_drawn() -> None:
+    memory = make_profile().result.memory
+    plot = memory_plot(memory)
+    assert plot.count("<rect") == 4
+    assert 'class="limit"' in plot
+    assert "budget 256.0 MiB" in plot
+    for name in ("open", "warm up", "requests", "close"):
+        assert f">{name}</text>" in plot  # though two of them begin together
+    far = memory_plot(msgspec.structs.replace(memory, budget=64 << 30))
+    assert 'class="limit"' not in far
+    assert "polyline" in memory_plot(msgspec.structs.replace(memory, budget=None, planned={}, samples=[(0.0, 1 << 20)]))
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here")
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+class Shown:
+    """The page, every request and complaint of which is noted."""
+
+    def __init__(self, browser: Browser, folder: Path, **more: Any) -> None:
+        path = folder / "profile.html"
+        path.write_text(report(make_profile()), encoding="utf-8")
+        self.page: Page = browser.new_context(**more).new_page()
+        self.page.set_default_timeout(15_000)
+        self.problems: list[str] = []
+        self.page.on(
+            "request", lambda request: self.problems.append(request.url) if request.url != path.as_uri() else None
+        )
+        self.page.on("console", lambda message: self.problems.append(message.text))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.goto(path.as_uri())
+        self.chart = self.page.locator("canvas.flame").first
+
+    def window(self) -> tuple[float, float]:
+        """What of the first chart is shown, in microseconds."""
+        found: list[float] = self.chart.evaluate("canvas => [+canvas.dataset.from, +canvas.dataset.to]")
+        return found[0], found[1]
+
+    def colours(self) -> set[str]:
+        """Of the pixels of the first chart."""
+        script = """canvas => { const found = new Set();
+            const made = new OffscreenCanvas(canvas.width, canvas.height);
+            const copy = made.getContext("2d", { willReadFrequently: true });
+            copy.drawImage(canvas, 0, 0);
+            const data = copy.getImageData(0, 0, canvas.width, canvas.height).data;
+            for (let i = 0; i < data.length; i += 4) if (data[i + 3] === 255) found.add(data.slice(i, i + 3).join());
+            return [...found]; }"""
+        return set(self.chart.evaluate(script))
+
+    def done(self, name: str) -> None:
+        if PICTURES:
+            self.page.screenshot(path=str(Path(PICTURES) / f"profile-{name}.png"), full_page=True)
+        assert self.problems == []
+        self.page.context.close()
+
+
+def test_the_flame_chart_is_drawn_and_can_be_zoomed(browser: Browser, tmp_path: Path) -> None:
+    shown = Shown(browser, tmp_path)
+    page, chart = shown.page, shown.chart
+    assert page.locator("canvas.flame").count() == 2
+    assert shown.window() == (0, 29_000)
+    assert len(shown.colours()) > 6  # a colour for each part
+    box = chart.bounding_box()
+    assert box is not None
+    # rows: request, critical path, caller, engine; the engine's prefill is from 5 to 15 of 29 ms
+    prefill = (box["width"] * 10 / 29, 20 + 3 * 38 + 14 + 10)
+    chart.hover(position={"x": prefill[0], "y": prefill[1]})
+    expect(page.locator(".told").first).to_have_text("engine: prefill, 10.000 ms at 5.000 ms")
+    page.get_by_role("button", name="zoom in").first.click()
+    assert shown.window() == (7_250, 21_750)
+    chart.focus()
+    page.keyboard.press("ArrowRight")
+    assert shown.window() == (10_150, 24_650)
+    page.get_by_role("button", name="all").first.click()
+    assert shown.window() == (0, 29_000)
+    chart.hover(position={"x": prefill[0], "y": prefill[1]})
+    page.mouse.wheel(0, -100)
+    page.wait_for_function("document.querySelector('canvas.flame').dataset.to < 29000")
+    start, end = shown.window()
+    assert start < 10_000 < end  # what lay under the pointer is there still
+    page.mouse.down()
+    page.mouse.move(box["x"] + prefill[0] + 50, box["y"] + prefill[1])
+    page.mouse.up()
+    assert shown.window()[0] < start
+    shown.done("light")
+
+
+def test_the_page_is_dark_where_the_system_is(browser: Browser, tmp_path: Path) -> None:
+    light, dark = (Shown(browser, tmp_path, color_scheme=scheme) for scheme in ("light", "dark"))
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert light.page.evaluate(background) == "rgb(247, 247, 245)"
+    assert dark.page.evaluate(background) == "rgb(19, 21, 23)"
+    assert not light.colours() & dark.colours() - {"0,0,0", "255,255,255"}
+    before = dark.colours()
+    dark.page.emulate_media(color_scheme="light")
+    assert dark.colours() != before
+    dark.page.emulate_media(color_scheme="dark")
+    light.done("again")
+    dark.done("dark")
+
+
+def test_a_phone_has_it_without_scrolling_sideways(browser: Browser, tmp_path: Path) -> None:
+    shown = Shown(browser, tmp_path, viewport={"width": 375, "height": 700}, device_scale_factor=2, has_touch=True)
+    assert shown.page.evaluate("document.documentElement.scrollWidth") == 375
+    assert len(shown.colours()) > 6
+    shown.done("phone")
