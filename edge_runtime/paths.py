@@ -63,6 +63,10 @@ class Home:
         return self.cache / "prefixes"
 
 
+DURABLE = "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-256;"
+"""How a database of SQLite is opened that must outlive a power cut; a quarter of a MiB is cached."""
+
+
 def private_file(path: Path) -> None:
     """Make it, if it is not there, readable by its user only."""
     path.parent.mkdir(parents=True, exist_ok=True)

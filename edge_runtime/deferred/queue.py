@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_runtime.errors import QueueFull, StorageError
-from edge_runtime.paths import private_file
+from edge_runtime.paths import DURABLE, private_file
 from edge_runtime.policy.rules import Deferred
 
 State = Literal["queued", "running", "done", "failed"]
@@ -67,7 +67,7 @@ class Queue:
         with self._translated():
             private_file(path)
             self._connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-            self._connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-256;" + _SCHEMA)
+            self._connection.executescript(DURABLE + _SCHEMA)
 
     def add(self, body: bytes, bounds: Deferred) -> str:
         """Keep a request; returns its id once it is on the disk. QueueFull."""

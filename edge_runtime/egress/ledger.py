@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge_runtime.errors import LedgerError
-from edge_runtime.paths import private_file
+from edge_runtime.paths import DURABLE, private_file
 
 BILLION = 10**9
 Period = Literal["day", "month"]
@@ -121,7 +121,7 @@ class Ledger:
         with _translated(path):
             private_file(path)
             self._connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-            self._connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-256;" + _SCHEMA)
+            self._connection.executescript(DURABLE + _SCHEMA)
 
     def send(self, sending: Sending, caps: Sequence[Cap] = ()) -> int:
         """Write that it is about to leave; returns the row's number. OverCap: it may not."""
