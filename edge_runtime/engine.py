@@ -9,7 +9,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
 
@@ -31,8 +30,9 @@ from edge_runtime.errors import (
     OutOfKVCache,
 )
 from edge_runtime.generation import EngineGeneration, Generation
+from edge_runtime.handover import HandOver, InHand, Open, Succession, Successor
 from edge_runtime.heap import return_free_heap
-from edge_runtime.inbox import Inbox, Letter
+from edge_runtime.inbox import Inbox
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.prefix_store import PrefixStore
 from edge_runtime.sampling import SamplingParams
@@ -46,21 +46,6 @@ IDLE_S = 0.25
 """After so long without work prefixes are stored, a segment at a time."""
 TRIM_S = 5.0
 """After so long without work memory that only a busier time has needed goes back to the system."""
-
-
-Successor = Callable[[EngineError], "Callable[[], Engine] | None"]
-"""Asked when the device has failed, on the engine's thread: what opens another engine, once this one has let go of its
-device. None: there is none, and this engine goes on as well as it can."""
-
-
-class _HandOver(Exception):
-    """There is somebody to hand over to."""
-
-    def __init__(self, why: str, open_successor: Callable[[], Engine], error: EngineError | None = None) -> None:
-        """``error``: what those get who have had something already; None: there are none."""
-        super().__init__(why)
-        self.open_successor = open_successor
-        self.error = error
 
 
 class Engine:
@@ -110,13 +95,9 @@ class Engine:
         self._forwarding = Stopwatch()
         self._trimmed = True
 
-        self._live: dict[Request, Submission] = {}
-        """Requests taken from the inbox and not let go yet: each is running, or waiting, or waits for a sibling."""
-
+        self._live = InHand()
         self._inbox = Inbox(max_queue, lambda: len(self._scheduler.waiting))
-        self._leaving: Callable[[], Engine] | None = None
-        """What opens the engine that shall take this one's place."""
-        self._left: Future[None] = Future()
+        self._succession = Succession(self._inbox)
 
         self._thread = threading.Thread(target=self._run, name="edge-glm engine", daemon=True)
         self._thread.start()
@@ -202,18 +183,14 @@ class Engine:
             except EdgeError as error:
                 submission.fail(error)
 
-    def replace(self, open_successor: Callable[[], Engine]) -> None:
+    def replace(self, open_successor: Open) -> None:
         """Let another engine take over between requests: this one ends what it has begun and closes, and what came
         meanwhile is answered by the other, which ``open_successor`` opens then, on this one's thread.
 
         Returns when it has. What ``open_successor`` raises, and then nobody has taken over; EngineStopped, if this one
         ends otherwise before; ValueError, if it is to be replaced already.
         """
-        if self._leaving is not None:
-            raise ValueError("another engine is to take over already")
-        self._leaving = open_successor
-        self._inbox.wake()
-        self._left.result()
+        self._succession.ask(open_successor)
 
     def close(self) -> None:
         """End every request with EngineStopped and close the decoder. Idempotent."""
@@ -248,7 +225,7 @@ class Engine:
         try:
             while self._collect():
                 self._postprocess(*self._forward(self._scheduler.next()))  # keeps no logits: the next take their place
-        except _HandOver as end:
+        except HandOver as end:
             self._hand_over(end)
         except BaseException as cause:
             error = EngineStopped(f"the engine's thread died: {type(cause).__name__}: {cause}; open the model again")
@@ -257,44 +234,20 @@ class Engine:
         else:
             self._stop(EngineStopped("the engine has been closed"))
 
-    def _hand_over(self, end: _HandOver) -> None:
+    def _hand_over(self, end: HandOver) -> None:
         """Let go of the device, then have the successor answer what nobody has had anything of; end the rest."""
-        unsent = self._let_go_of_device(end.error)
-        error = EngineStopped(f"{end}, and another has taken over")
-        successor = None
-        try:
-            successor = end.open_successor()
-        except BaseException as cause:  # whatever it is, somebody waits
-            error = EngineStopped(f"{end}, and nothing takes its place: {cause}")
-            error.__cause__ = cause
-        unsent += [letter.submission for letter in self._inbox.stop(error)]
-        if successor is not None and end.error is None:
-            self._left.set_result(None)
-        else:
-            self._left.set_exception(error.__cause__ or error)
-        if successor is not None:
-            successor.resume(unsent)
-            return
-        for submission in unsent:
-            submission.fail(error)
-
-    def _let_go_of_device(self, error: EngineError | None) -> list[Submission]:
-        """End what was begun; returns what was not."""
-        unsent = [each for each in dict.fromkeys(self._live.values()) if not each.sent]
-        for request, submission in self._live.items():
-            if submission.sent:
-                request.finish("error", error)
-        self._forget_requests()
+        unsent = self._live.end_begun(end.error)
+        self._scheduler.forget()
         with suppress(EdgeError):  # it has failed already
             self._close_device()
-        return unsent
+        self._succession.hand_over(end, unsent)
 
     def _collect(self) -> bool:
         """Wait for something to do, take in new requests and let go what is over. False: the engine is closing."""
         while not self._busy():
             self._wait()
-        if self._leaving is not None:
-            self._leave(self._leaving)
+        if self._succession.wanted is not None:
+            self._leave(self._succession.wanted)
         elif self._inbox:
             self._take_in()
         over = [request for request in self._live if request.finished or request.cancelled]
@@ -303,7 +256,7 @@ class Engine:
         return not self._inbox.closing
 
     def _busy(self) -> bool:
-        return bool(self._live or self._inbox or self._inbox.closing or self._leaving)
+        return bool(self._live or self._inbox or self._inbox.closing or self._succession.wanted)
 
     def _wait(self) -> None:
         """For something to do. After a while without, a segment of a prefix is stored, or memory given back."""
@@ -321,29 +274,25 @@ class Engine:
         return_free_heap()
 
     def _take_in(self) -> None:
-        for submission, requests in self._inbox.take():
-            self._scheduler.add(requests[0])
-            self._live.update(dict.fromkeys(requests, submission))
+        for letter in self._inbox.take():
+            self._scheduler.add(letter.requests[0])
+            self._live.take(letter)
 
-    def _leave(self, open_successor: Callable[[], Engine]) -> None:
+    def _leave(self, open_successor: Open) -> None:
         """Once what has been begun is over; who only waits yet, waits for the successor."""
-        begun = {self._live[request] for request in self._scheduler.running}
-        put_back = [each for each in dict.fromkeys(self._live.values()) if each not in begun and not each.sent]
-        letters = {each: [request for request, of in self._live.items() if of is each] for each in put_back}
-        self._inbox.put_back([Letter(each, requests) for each, requests in letters.items()])
-        for requests in letters.values():
-            for request in requests:
-                del self._live[request]
-                self._scheduler.release(request, keep=False)
+        letters = self._live.not_begun(self._scheduler.running)
+        self._inbox.put_back(letters)
+        for request in [request for letter in letters for request in letter.requests]:
+            self._live.drop(request)
+            self._scheduler.release(request, keep=False)
         if not self._live and not self._inbox.closing:
-            raise _HandOver(f"{self._decoder.device} was replaced", open_successor)
+            raise HandOver(f"{self._decoder.device} was replaced", open_successor)
 
     def _let_go(self, requests: Sequence[Request]) -> None:
         """Free what they hold."""
         for request in requests:
             request.finish("cancelled")  # unless it has finished otherwise
-        for request in [request for request in self._live if request.finished]:
-            del self._live[request]
+        for request in self._live.drop_finished():
             self._scheduler.release(request, keep=isinstance(request, Completion))
 
     def _forward(self, batch: list[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
@@ -364,7 +313,7 @@ class Engine:
                 batch = self._scheduler.make_room(batch, error)
             except DeviceError as error:  # the batch's sequences are undefined now, the others are sound
                 if isinstance(error, EngineError) and (open_successor := self._successor(error)) is not None:
-                    raise _HandOver(f"{self._decoder.device} failed ({error})", open_successor, error) from error
+                    raise HandOver(f"{self._decoder.device} failed ({error})", open_successor, error) from error
                 for work in batch:
                     self._fail(work.request, error)
                 batch = []
@@ -413,11 +362,10 @@ class Engine:
         self._scheduler.release(request, keep=False)
 
     def _stop(self, error: EngineStopped) -> None:
-        unread = [request for letter in self._inbox.stop(error) for request in letter.requests]
-        self._left.set_exception(error)
-        for request in [*self._live, *unread]:
+        for request in self._succession.none(error):
             request.finish("error", error)
-        self._forget_requests()
+        self._live.end(error)
+        self._scheduler.forget()
         self._close_device()
 
     def _close_device(self) -> None:
@@ -428,14 +376,9 @@ class Engine:
         finally:
             self._decoder.close()  # its sequences die with it
 
-    def _forget_requests(self) -> None:
-        self._live.clear()
-        self._scheduler.waiting.clear()
-        self._scheduler.running.clear()
-
 
 def _token_list(ids: Sequence[int]) -> list[int]:
     return [int(token) for token in ids]
 
 
-__all__ = ["Engine", "EngineStats", "Generation"]
+__all__ = ["Engine", "EngineStats", "Generation", "Successor"]

@@ -177,7 +177,7 @@ class Failover:
     # --- failing, on the thread of the engine that has failed ---------------------------------------------------------
 
     def _succeed(self, failed: Placement, error: EngineError) -> Callable[[], Engine] | None:
-        """See :data:`edge_runtime.engine.Successor`."""
+        """See :data:`edge_runtime.handover.Successor`."""
         name, reason = failed.device.name, f"it failed ({_short(error)})"
         with self._lock:
             others = tuple(each for each in self._loaded if each.placement is not failed)

@@ -173,6 +173,11 @@ class Scheduler:
         else:
             sequence.close()
 
+    def forget(self) -> None:
+        """There is nobody any more; their sequences die with the decoder."""
+        self.waiting.clear()
+        self.running.clear()
+
     def _admit_waiting(self) -> None:
         """As many as there is room for, one prompt after the other."""
         while self.waiting and not any(request.pending > 1 for request in self.running):
