@@ -6,6 +6,7 @@ Any thread may submit; only the engine's thread touches the decoder, its sequenc
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.base import Decoder, DecoderLimits, Trimming
+from devices.base import Decoder, DecoderLimits, Step, Trimming
 from devices.stopwatch import Stopwatch
 from edge_runtime.completion import Completion, Request
 from edge_runtime.constraints import Grammars
@@ -35,8 +36,9 @@ from edge_runtime.heap import return_free_heap
 from edge_runtime.inbox import Inbox
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.prefix_store import PrefixStore
+from edge_runtime.recovery import Recovery
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.scheduler import Scheduler, Work
+from edge_runtime.scheduler import NotStarted, Scheduler, Work
 from edge_runtime.submission import Asking, Completing, Submission, Terms
 from edge_runtime.tools.reader import CallReader
 from edge_runtime.tracing import trace as tracing
@@ -46,6 +48,7 @@ IDLE_S = 0.25
 """After so long without work prefixes are stored, a segment at a time."""
 TRIM_S = 5.0
 """After so long without work memory that only a busier time has needed goes back to the system."""
+_log = logging.getLogger("edge_glm.engine")
 
 
 class Engine:
@@ -59,7 +62,9 @@ class Engine:
     (:mod:`edge_runtime.drafting.draft_model`). ``grammars``: of its tokenizer; None: an answer can be held to none.
     ``batch_invariant``: see :class:`edge_runtime.scheduler.Scheduler`, ``in_pairs``; the decoder's option is its half.
 
-    When the device fails (EngineError), the requests of that step end with the error. With a ``successor`` all requests
+    A step that fails is run again, its requests one by one: what fails alone, too, ends with the error, the others end
+    as they would have. A device that fails at anything, keeps failing, or gives no numbers, is at fault itself
+    (:mod:`edge_runtime.recovery`): then the requests of that step end with the error. With a ``successor`` all requests
     of which something was sent do, and the others are answered by the engine that it opens.
     """
 
@@ -87,6 +92,9 @@ class Engine:
         self._cache = PrefixCache(prefix_cache_bytes, kv_block=limits.kv_block, store=prefix_store)
         self._drafter = draft
         self._scheduler = Scheduler(decoder, self._cache, in_pairs=batch_invariant, drafter=self._drafter)
+        self._recovery = Recovery(decoder, self._scheduler, self._run_decoder)
+        self._without_numbers: dict[Request, EngineError] = {}
+        """Requests of the step that has just been run, and what is wrong with their logits."""
         self._ids = itertools.count()
         self._generated = 0
         self._drafted = 0
@@ -223,8 +231,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._collect():
-                self._postprocess(*self._forward(self._scheduler.next()))  # keeps no logits: the next take their place
+            while self._step():
+                pass
         except HandOver as end:
             self._hand_over(end)
         except BaseException as cause:
@@ -233,6 +241,18 @@ class Engine:
             self._stop(error)
         else:
             self._stop(EngineStopped("the engine has been closed"))
+
+    def _step(self) -> bool:
+        """False: the engine is closing."""
+        try:
+            if not self._collect():
+                return False
+            self._postprocess(*self._forward(self._scheduler.next()))  # keeps no logits: the next take their place
+        except NotStarted as end:
+            self._recover([end.request], end.error)
+        except DeviceError as error:  # of a sequence; nothing says that the others are sound
+            self._recover(self._scheduler.running, error)
+        return True
 
     def _hand_over(self, end: HandOver) -> None:
         """Let go of the device, then have the successor answer what nobody has had anything of; end the rest."""
@@ -301,23 +321,38 @@ class Engine:
             try:
                 before, started = self._forwarding.seconds, time.perf_counter_ns()
                 with self._forwarding:
-                    results = self._decoder.forward([work.step for work in batch])
+                    results = self._run_decoder([work.step for work in batch])
                 ended = time.perf_counter_ns()
                 for work in batch:
                     if work.request.lane is not None:
                         work.request.lane.stepped(work.part, started, ended)
                 if self._drafter is not None:
                     self._drafter.saw([work.step for work in batch], self._forwarding.seconds - before)
+                self._recovery.went_well()
                 return batch, results
             except OutOfKVCache as error:
                 batch = self._scheduler.make_room(batch, error)
-            except DeviceError as error:  # the batch's sequences are undefined now, the others are sound
-                if isinstance(error, EngineError) and (open_successor := self._successor(error)) is not None:
-                    raise HandOver(f"{self._decoder.device} failed ({error})", open_successor, error) from error
-                for work in batch:
-                    self._fail(work.request, error)
+            except Exception as error:  # the batch's sequences are undefined now, the others are sound
+                self._recover([work.request for work in batch], error)
                 batch = []
         return [], []
+
+    def _run_decoder(self, steps: Sequence[Step]) -> list[NDArray[np.float32]]:
+        return self._decoder.forward(steps)
+
+    def _recover(self, requests: Sequence[Request], cause: Exception) -> None:
+        """From a step of ``requests`` that has failed."""
+        requests = list(requests)
+        fault = self._recovery.failed(requests, cause)
+        if fault is not None:
+            self._put_aside(requests, fault)
+
+    def _put_aside(self, requests: Sequence[Request], fault: EngineError) -> None:
+        """The device, if another can take over; else ``requests``, whose step it was, end."""
+        if (open_successor := self._successor(fault)) is not None:
+            raise HandOver(f"{self._decoder.device} failed ({fault})", open_successor, fault) from fault
+        for request in requests:
+            self._fail(request, fault)
 
     def _postprocess(self, batch: list[Work], results: list[NDArray[np.float32]]) -> None:
         for work, logits in zip(batch, results, strict=True):
@@ -330,6 +365,8 @@ class Engine:
             self._take(request, logits, work.draft)
             if work.by_model and self._drafter is not None:
                 self._drafter.pace.fared(len(work.draft), max(len(request.tokens) - before - 1, 0))
+            if request in self._without_numbers:
+                continue
             if isinstance(request, Completion) and request.siblings and len(logits):
                 siblings, request.siblings = request.siblings, []
                 for sibling in siblings:
@@ -341,13 +378,32 @@ class Engine:
         for request in self._scheduler.running:
             if request.lane is not None and not request.finished:
                 request.lane.step_over(now)
+        if self._without_numbers:
+            self._judge([work.request for work in batch if work.step.rows])
+
+    def _judge(self, requests: Sequence[Request]) -> None:
+        """Whose fault it is that some of ``requests``, which have all got logits, have got no numbers."""
+        broken, self._without_numbers = self._without_numbers, {}
+        cause = next(iter(broken.values()))
+        fault = self._recovery.gave_no_numbers(list(broken), cause, others=any(each not in broken for each in requests))
+        if fault is not None:
+            self._put_aside(list(broken), fault)
 
     def _take(self, request: Request, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
         before = len(request.tokens)
         try:
             request.take(logits, draft)
-        except EdgeError as error:  # of the numbers, or of a grammar that has become too complex
+        except EngineError as error:
+            self._without_numbers[request] = error
+            return
+        except EdgeError as error:  # such as of a grammar that has become too complex
             self._fail(request, error)
+            return
+        except Exception as error:  # a bug that this answer has met; the others go on
+            _log.exception("an answer could not go on")
+            failure = EngineError(f"the answer could not go on: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._fail(request, failure)
             return
         new = len(request.tokens) - before
         self._generated += new

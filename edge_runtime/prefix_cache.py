@@ -113,7 +113,7 @@ class PrefixCache:
             return self._hand_out(entry, length)
         try:
             fork = entry.sequence.fork(length)
-        except (OutOfSequences, OutOfKVCache):
+        except DeviceError:
             return self._hand_out(entry, length)
         entry.wanted = max(entry.wanted, length)
         self._entries.remove(entry)
