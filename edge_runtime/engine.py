@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.base import Decoder, DecoderLimits, Step, Trimming
+from devices.base import Decoder, DecoderLimits, Trimming
 from devices.stopwatch import Stopwatch
 from edge_runtime.completion import Completion, Request
 from edge_runtime.constraints import Grammars
@@ -29,9 +29,11 @@ from edge_runtime.errors import (
     EngineError,
     EngineStopped,
     OutOfKVCache,
+    StepTimeout,
 )
 from edge_runtime.generation import EngineGeneration, Generation
-from edge_runtime.handover import HandOver, InHand, Open, Succession, Successor
+from edge_runtime.handover import CLOSED, Estate, HandOver, Open, Successor
+from edge_runtime.heartbeat import HEARTBEAT, Heartbeat
 from edge_runtime.heap import return_free_heap
 from edge_runtime.inbox import Inbox
 from edge_runtime.prefix_cache import PrefixCache
@@ -39,6 +41,7 @@ from edge_runtime.prefix_store import PrefixStore
 from edge_runtime.recovery import Recovery
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.scheduler import NotStarted, Scheduler, Work
+from edge_runtime.step_watch import STEP_TIMEOUT_S, Abandoned, StepWatch
 from edge_runtime.submission import Asking, Completing, Submission, Terms
 from edge_runtime.tools.reader import CallReader
 from edge_runtime.tracing import trace as tracing
@@ -48,6 +51,8 @@ IDLE_S = 0.25
 """After so long without work prefixes are stored, a segment at a time."""
 TRIM_S = 5.0
 """After so long without work memory that only a busier time has needed goes back to the system."""
+CLOSING_S = 5.0
+"""So long closing waits for the step that runs."""
 _log = logging.getLogger("edge_glm.engine")
 
 
@@ -65,7 +70,9 @@ class Engine:
     A step that fails is run again, its requests one by one: what fails alone, too, ends with the error, the others end
     as they would have. A device that fails at anything, keeps failing, or gives no numbers, is at fault itself
     (:mod:`edge_runtime.recovery`): then the requests of that step end with the error. With a ``successor`` all requests
-    of which something was sent do, and the others are answered by the engine that it opens.
+    of which something was sent do, and the others are answered by the engine that it opens. A step that does not end is
+    such a failure, too: ``step_timeout`` seconds are what each may take at least, more where steps were slow
+    (:mod:`edge_runtime.step_watch`); None: whatever it takes. ``heartbeat``: what looks after that.
     """
 
     def __init__(
@@ -81,12 +88,18 @@ class Engine:
         draft: DraftModel | None = None,
         grammars: Grammars | None = None,
         batch_invariant: bool = False,
+        step_timeout: float | None = STEP_TIMEOUT_S,
+        heartbeat: Heartbeat = HEARTBEAT,
         successor: Successor = lambda error: None,
     ) -> None:
         self._decoder = decoder
         self._successor = successor
         limits = decoder.limits
         self._terms = Terms.of(decoder, tokenizer, vocab_size, prompt_lookup, grammars)
+        self._watch = None if step_timeout is None else StepWatch(step_timeout, heartbeat, self._give_up)
+        self._run_decoder = decoder.forward if self._watch is None else self._watch.guard(decoder)
+        if self._watch is not None and draft is not None:
+            draft.guard(self._watch.guard)
         if prefix_cache_bytes is None:
             prefix_cache_bytes = limits.kv_tokens * limits.kv_bytes_per_token
         self._cache = PrefixCache(prefix_cache_bytes, kv_block=limits.kv_block, store=prefix_store)
@@ -103,9 +116,9 @@ class Engine:
         self._forwarding = Stopwatch()
         self._trimmed = True
 
-        self._live = InHand()
         self._inbox = Inbox(max_queue, lambda: len(self._scheduler.waiting))
-        self._succession = Succession(self._inbox)
+        self._estate = Estate(decoder, draft, self._scheduler, self._cache, self._inbox)
+        self._live = self._estate.live
 
         self._thread = threading.Thread(target=self._run, name="edge-glm engine", daemon=True)
         self._thread.start()
@@ -129,6 +142,11 @@ class Engine:
     def alive(self) -> bool:
         """False once closed, or when its thread has died."""
         return self._inbox.open
+
+    @property
+    def failure(self) -> str | None:
+        """Why it answers no more, if nobody has closed it and nothing has taken its place."""
+        return self._estate.failure
 
     @property
     def idle(self) -> bool:
@@ -198,13 +216,16 @@ class Engine:
         Returns when it has. What ``open_successor`` raises, and then nobody has taken over; EngineStopped, if this one
         ends otherwise before; ValueError, if it is to be replaced already.
         """
-        self._succession.ask(open_successor)
+        self._estate.replace(open_successor)
 
     def close(self) -> None:
-        """End every request with EngineStopped and close the decoder. Idempotent."""
+        """End every request with EngineStopped and close the decoder. Idempotent. A step that does not end soon is not
+        waited for; then the decoder is closed once it does."""
         self._inbox.close()
+        if self._watch is not None:
+            self._watch.hurry(CLOSING_S)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._estate.settled.wait()
 
     def __enter__(self) -> Engine:
         return self
@@ -233,14 +254,19 @@ class Engine:
         try:
             while self._step():
                 pass
+        except Abandoned:
+            self._estate.close_late()
+            return
         except HandOver as end:
-            self._hand_over(end)
+            self._estate.hand_over(end)
         except BaseException as cause:
             error = EngineStopped(f"the engine's thread died: {type(cause).__name__}: {cause}; open the model again")
             error.__cause__ = cause
-            self._stop(error)
+            self._estate.failure = str(error)
+            self._estate.close(error)
         else:
-            self._stop(EngineStopped("the engine has been closed"))
+            self._estate.close(EngineStopped(CLOSED))
+        self._unwatch()
 
     def _step(self) -> bool:
         """False: the engine is closing."""
@@ -254,20 +280,12 @@ class Engine:
             self._recover(self._scheduler.running, error)
         return True
 
-    def _hand_over(self, end: HandOver) -> None:
-        """Let go of the device, then have the successor answer what nobody has had anything of; end the rest."""
-        unsent = self._live.end_begun(end.error)
-        self._scheduler.forget()
-        with suppress(EdgeError):  # it has failed already
-            self._close_device()
-        self._succession.hand_over(end, unsent)
-
     def _collect(self) -> bool:
         """Wait for something to do, take in new requests and let go what is over. False: the engine is closing."""
         while not self._busy():
             self._wait()
-        if self._succession.wanted is not None:
-            self._leave(self._succession.wanted)
+        if self._estate.wanted is not None:
+            self._leave(self._estate.wanted)
         elif self._inbox:
             self._take_in()
         over = [request for request in self._live if request.finished or request.cancelled]
@@ -276,7 +294,7 @@ class Engine:
         return not self._inbox.closing
 
     def _busy(self) -> bool:
-        return bool(self._live or self._inbox or self._inbox.closing or self._succession.wanted)
+        return bool(self._live or self._inbox or self._inbox.closing or self._estate.wanted)
 
     def _wait(self) -> None:
         """For something to do. After a while without, a segment of a prefix is stored, or memory given back."""
@@ -299,12 +317,8 @@ class Engine:
             self._live.take(letter)
 
     def _leave(self, open_successor: Open) -> None:
-        """Once what has been begun is over; who only waits yet, waits for the successor."""
-        letters = self._live.not_begun(self._scheduler.running)
-        self._inbox.put_back(letters)
-        for request in [request for letter in letters for request in letter.requests]:
-            self._live.drop(request)
-            self._scheduler.release(request, keep=False)
+        """Once what has been begun is over."""
+        self._estate.put_back()
         if not self._live and not self._inbox.closing:
             raise HandOver(f"{self._decoder.device} was replaced", open_successor)
 
@@ -336,9 +350,6 @@ class Engine:
                 self._recover([work.request for work in batch], error)
                 batch = []
         return [], []
-
-    def _run_decoder(self, steps: Sequence[Step]) -> list[NDArray[np.float32]]:
-        return self._decoder.forward(steps)
 
     def _recover(self, requests: Sequence[Request], cause: Exception) -> None:
         """From a step of ``requests`` that has failed."""
@@ -417,20 +428,14 @@ class Engine:
         request.finish("error", error)
         self._scheduler.release(request, keep=False)
 
-    def _stop(self, error: EngineStopped) -> None:
-        for request in self._succession.none(error):
-            request.finish("error", error)
-        self._live.end(error)
-        self._scheduler.forget()
-        self._close_device()
+    def _give_up(self, error: StepTimeout) -> None:
+        """On a thread of its own: the engine's hangs."""
+        self._estate.abandon(error, self._successor)
+        self._unwatch()
 
-    def _close_device(self) -> None:
-        try:
-            self._cache.close()
-            if self._drafter is not None:
-                self._drafter.close()
-        finally:
-            self._decoder.close()  # its sequences die with it
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
 
 
 def _token_list(ids: Sequence[int]) -> list[int]:

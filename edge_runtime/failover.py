@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.engine import Engine, Successor
-from edge_runtime.errors import DeviceUnavailable, EdgeError, EngineError, EngineStopped, PromptTooLong
+from edge_runtime.errors import DeviceUnavailable, EdgeError, EngineError, EngineStopped, PromptTooLong, StepTimeout
 from edge_runtime.generation import Generation
 from edge_runtime.loading import Loaded
 from edge_runtime.placement import Placement
@@ -188,8 +188,9 @@ class Failover:
             _log.warning("%s failed, %s takes over: %s", name, others[0].device, error)
             return lambda: others[0].engine
         following = self._after(failed, reason)
-        if following is None:  # it may recover, and there is nothing better
-            del self._aside[name]
+        if following is None:
+            if not isinstance(error, StepTimeout):  # it may recover, and there is nothing better
+                del self._aside[name]
             return None
         _log.warning("%s failed, %s takes over: %s", name, following.device.name, error)
         return lambda: self._take_over(failed, following)

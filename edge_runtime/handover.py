@@ -1,19 +1,28 @@
-"""One engine takes another's place: its device has failed, or somebody wants another in its stead."""
+"""How an engine ends: another takes its place, because its device has failed or somebody wants it replaced, or none."""
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from devices.base import Decoder
 from edge_runtime.completion import Request
-from edge_runtime.errors import EdgeError, EngineError, EngineStopped
+from edge_runtime.drafting.draft_model import DraftModel
+from edge_runtime.errors import EdgeError, EngineError, EngineStopped, StepTimeout
 from edge_runtime.inbox import Inbox, Letter
+from edge_runtime.prefix_cache import PrefixCache
+from edge_runtime.scheduler import Scheduler
 from edge_runtime.submission import Submission
 
 if TYPE_CHECKING:
     from edge_runtime.engine import Engine
 
+_log = logging.getLogger("edge_glm.engine")
+CLOSED = "the engine has been closed"
 Open = Callable[[], "Engine"]
 Successor = Callable[[EngineError], Open | None]
 """Asked when the device has failed: what opens another engine, once this one has let go of its device. None: there is
@@ -83,24 +92,91 @@ class InHand:
         return [each for each in dict.fromkeys(self._submissions.values()) if not each.sent]
 
 
-class Succession:
-    """Of an engine: who is to take its place, and how those who wait come to that."""
+class Estate:
+    """What an engine has, and who gets it, whichever way it ends."""
 
-    def __init__(self, inbox: Inbox) -> None:
-        self._inbox = inbox
+    def __init__(
+        self, decoder: Decoder, drafter: DraftModel | None, scheduler: Scheduler, cache: PrefixCache, inbox: Inbox
+    ) -> None:
+        self.live = InHand()
         self.wanted: Open | None = None
         """What opens the engine that shall take this one's place, once what has been begun is over."""
-        self._done: Future[None] = Future()
+        self.failure: str | None = None
+        """Why nobody answers any more, if nobody has wanted that."""
+        self.settled = threading.Event()
+        """All who waited have been told, or have been handed over."""
+        self._decoder = decoder
+        self._drafter = drafter
+        self._scheduler = scheduler
+        self._cache = cache
+        self._inbox = inbox
+        self._replaced: Future[None] = Future()
 
-    def ask(self, open_successor: Open) -> None:
+    # --- any thread ---------------------------------------------------------------------------------------------------
+
+    def replace(self, open_successor: Open) -> None:
         """As :meth:`edge_runtime.engine.Engine.replace`."""
         if self.wanted is not None:
             raise ValueError("another engine is to take over already")
         self.wanted = open_successor
         self._inbox.wake()
-        self._done.result()
+        self._replaced.result()
 
-    def hand_over(self, end: HandOver, unsent: Sequence[Submission]) -> None:
+    # --- the engine's thread ------------------------------------------------------------------------------------------
+
+    def put_back(self) -> None:
+        """Who only waits yet, waits for the successor."""
+        letters = self.live.not_begun(self._scheduler.running)
+        self._inbox.put_back(letters)
+        for request in [request for letter in letters for request in letter.requests]:
+            self.live.drop(request)
+            self._scheduler.release(request, keep=False)
+
+    def hand_over(self, end: HandOver) -> None:
+        """Let go of the device, then have the successor answer what nobody has had anything of; end the rest."""
+        unsent = self.live.end_begun(end.error)
+        self._scheduler.forget()
+        with suppress(EdgeError):  # it has failed already
+            self._close_device()
+        self._pass_on(end, unsent)
+        self.settled.set()
+
+    def close(self, error: EngineStopped) -> None:
+        """All end with ``error``."""
+        self._end_all(error)
+        self._close_device()
+        self.settled.set()
+
+    # --- another thread, since the engine's hangs in the decoder ------------------------------------------------------
+
+    def abandon(self, error: StepTimeout, successor: Successor) -> None:
+        """Hand over, or end all, without the device. Should the thread come back, :meth:`close_late` is left to it."""
+        _log.error("%s", error)
+        open_successor = None if self._inbox.closing else successor(error)
+        if open_successor is not None:
+            unsent = self.live.end_begun(error)
+            self._scheduler.forget()
+            self._cache.abandon()
+            self._pass_on(HandOver(str(error), open_successor, error), unsent)
+        else:
+            if not self._inbox.closing:
+                self.failure = f"{error}, and no other device can take over: start the program anew"
+            self._end_all(EngineStopped(self.failure or CLOSED))
+            self._cache.abandon()
+        self.settled.set()
+
+    def close_late(self) -> None:
+        """The engine's thread has come back after all, and nothing but the decoder is its own any more."""
+        _log.warning("%s has come back, and is closed", self._decoder.device)
+        with suppress(Exception):
+            if self._drafter is not None:
+                self._drafter.close()
+        with suppress(Exception):
+            self._decoder.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _pass_on(self, end: HandOver, unsent: Sequence[Submission]) -> None:
         """Have the successor answer ``unsent`` and what is in the inbox. Where none opens, all are told."""
         error = EngineStopped(f"{end}, and another has taken over")
         successor = None
@@ -109,19 +185,30 @@ class Succession:
         except BaseException as cause:  # whatever it is, somebody waits
             error = EngineStopped(f"{end}, and nothing takes its place: {cause}")
             error.__cause__ = cause
+            self.failure = str(error)
         waiting = [*unsent, *(letter.submission for letter in self._inbox.stop(error))]
         if successor is not None and end.error is None:
-            self._done.set_result(None)
+            self._replaced.set_result(None)
         else:
-            self._done.set_exception(error.__cause__ or error)
+            self._replaced.set_exception(error.__cause__ or error)
         if successor is not None:
             successor.resume(waiting)
             return
         for submission in waiting:
             submission.fail(error)
 
-    def none(self, error: EngineStopped) -> list[Request]:
-        """The engine ends without one; returns what it has not taken."""
-        unread = [request for letter in self._inbox.stop(error) for request in letter.requests]
-        self._done.set_exception(error)
-        return unread
+    def _end_all(self, error: EngineStopped) -> None:
+        for letter in self._inbox.stop(error):
+            for request in letter.requests:
+                request.finish("error", error)
+        self._replaced.set_exception(error)
+        self.live.end(error)
+        self._scheduler.forget()
+
+    def _close_device(self) -> None:
+        try:
+            self._cache.close()
+            if self._drafter is not None:
+                self._drafter.close()
+        finally:
+            self._decoder.close()  # its sequences die with it

@@ -209,6 +209,12 @@ class PrefixCache:
                 self._save_segment(entry, left)
         self._store.close()
 
+    def abandon(self) -> None:
+        """Its sequences belong to a device that hangs: touch none of them any more."""
+        self._entries.clear()
+        if self._store is not None:
+            self._store.close()
+
     def _save_segment(self, entry: _Entry, timeout: float = 0) -> None:
         """The next one of ``entry``, unless it is in the store already."""
         assert self._store is not None

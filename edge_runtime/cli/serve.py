@@ -21,7 +21,7 @@ _NAMES = (
     *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type", "max_prompt"),
     *("batch_invariant", "prompt_lookup", "draft", "draft_device", "prefix_store", "tuning", "policy", "offline"),
     *("host", "port", "api_key", "allow_open", "rate_limit", "max_body", "max_new_tokens", "cors"),
-    *("keep_alive", "on_demand", "also_on", "otel"),
+    *("keep_alive", "on_demand", "also_on", "otel", "step_timeout"),
 )
 
 

@@ -191,7 +191,7 @@ def test_what_runs_ends_on_the_variant_it_was_begun_with(box: Box) -> None:
     answers: list[Answer] = []
     asking = threading.Thread(target=lambda: answers.append(collect(box.start(100))[0]))
     asking.start()
-    while box.failover.loaded[0].engine._succession.wanted is None:
+    while box.failover.loaded[0].engine._estate.wanted is None:
         pass
     gate.open.set()
     asking.join(60)

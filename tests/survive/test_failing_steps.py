@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -44,6 +45,10 @@ def silent(decoder: FakeDecoder) -> FakeDecoder:
     """It never says the poisonous token itself."""
     decoder.table[:, POISON] = -100
     return decoder
+
+
+def _at(steps: Iterator[int], place: int, batch: Sequence[Step]) -> bool:
+    return next(steps) == place
 
 
 def error_of(answer: Answer) -> str:
@@ -109,7 +114,7 @@ def test_a_step_that_fails_once_is_noticed_by_nobody(params: SamplingParams) -> 
         expected = [text_of(collect(healthy.submit(each, params), params.n)) for each in prompts]
     for failing in (0, 1, 4, 9, 15):
         steps = iter(range(10**6))
-        decoder = FakeDecoder(before_forward=Throwing(lambda batch, steps=steps, at=failing: next(steps) == at))
+        decoder = FakeDecoder(before_forward=Throwing(partial(_at, steps, failing)))
         with serving(decoder) as engine:
             generations = [engine.submit(each, params) for each in prompts]
             assert [text_of(collect(each, params.n)) for each in generations] == expected
