@@ -33,8 +33,8 @@ from edge_runtime.errors import (
 )
 from edge_runtime.generation import EngineGeneration, Generation
 from edge_runtime.handover import CLOSED, Estate, HandOver, Open, Successor
-from edge_runtime.heartbeat import HEARTBEAT, Heartbeat
 from edge_runtime.heap import return_free_heap
+from edge_runtime.heartbeat import HEARTBEAT, Heartbeat
 from edge_runtime.inbox import Inbox
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.prefix_store import PrefixStore

@@ -22,7 +22,9 @@ class Heartbeat:
         """``clock``: monotonic seconds."""
         self.interval = interval
         self.awake = 0.0
-        """Seconds, as of the last beat. Of the time between two beats no more counts than twice the interval."""
+        """Seconds, as of the last beat. Of the time between two beats no more counts than twice the interval, as long
+        as there is somebody to beat for."""
+        self._slept = 0.0
         self._clock = clock
         self._last = clock()
         self._lock = threading.Lock()
@@ -37,6 +39,7 @@ class Heartbeat:
             self._next_number += 1
             self._calls[number] = regularly
             if self._thread is None:
+                self._count()
                 self._thread = threading.Thread(target=self._beat_on, name="edge-glm heartbeat", daemon=True)
                 self._thread.start()
 
@@ -46,17 +49,34 @@ class Heartbeat:
 
         return leave
 
+    def now(self) -> float:
+        """Seconds in which this process was awake."""
+        with self._lock:
+            self._count()
+            return self.awake
+
+    @property
+    def slept(self) -> float:
+        """Seconds in which it was not, though the clock went on."""
+        with self._lock:
+            self._count()
+            return self._slept
+
     def beat(self) -> None:
         with self._lock:
-            now = self._clock()
-            self.awake += min(max(now - self._last, 0.0), 2 * self.interval)
-            self._last = now
+            self._count()
             calls = list(self._calls.values())
         for call in calls:
             try:
                 call()
             except Exception:  # the others must still be called
                 _log.exception("something that looks after the service regularly has failed")
+
+    def _count(self) -> None:
+        now = self._clock()
+        passed = max(now - self._last, 0.0)
+        counted = passed if self._thread is None else min(passed, 2 * self.interval)
+        self.awake, self._slept, self._last = self.awake + counted, self._slept + passed - counted, now
 
     def _beat_on(self) -> None:
         """As long as anybody wants to be called."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from devices.base import Decoder, Step
 from edge_runtime.errors import StepTimeout
 from edge_runtime.heartbeat import Heartbeat
+from edge_runtime.stuck import free, stuck
 
 STEP_TIMEOUT_S = 30.0
 """That every step may take, however short it should be."""
@@ -28,14 +29,6 @@ _FORGETTING = 0.99
 """What the slowest step still counts after another one."""
 
 Forward = Callable[[Sequence[Step]], "list[NDArray[np.float32]]"]
-
-
-_hanging: set[threading.Thread] = set()
-
-
-def hanging() -> bool:
-    """Whether a thread is still inside a step that it was given up for."""
-    return bool(_hanging)
 
 
 class Abandoned(BaseException):
@@ -121,7 +114,7 @@ class StepWatch:
         with self._lock:
             self._running = None
             if self.abandoned:
-                _hanging.discard(threading.current_thread())
+                free(threading.current_thread())
                 raise Abandoned
 
     def _look(self) -> None:
@@ -133,7 +126,7 @@ class StepWatch:
             if taken <= self._allowed:
                 return
             self.abandoned = True
-            _hanging.add(thread)
+            stuck(thread)
         error = StepTimeout(
             f"{device} hangs: a step of {tokens} token{'s' * (tokens != 1)} has taken {taken:.0f} s and may take "
             f"{self._allowed:.0f} s (--step-timeout); its thread is given up"

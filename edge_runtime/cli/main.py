@@ -13,20 +13,14 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from edge_runtime.cli.parser import make_parser
+from edge_runtime.stuck import leave
 
 OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (error), 2 (usage), 130 (Ctrl-C)."""
-    code = _run(argv)
-    watch = sys.modules.get("edge_runtime.step_watch")
-    if watch is not None and watch.hanging():
-        # the interpreter would tear an engine down in which a thread still hangs
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return leave(_run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -20,7 +20,8 @@ from edge_runtime.generation import Generation
 from edge_runtime.heartbeat import Heartbeat
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.app import create_app
-from edge_runtime.step_watch import PATIENCE, UNMEASURED, Abandoned, StepPace, StepWatch, hanging
+from edge_runtime.step_watch import PATIENCE, UNMEASURED, Abandoned, StepPace, StepWatch
+from edge_runtime.stuck import any_stuck
 from tests.fake_decoder import FakeDecoder
 from tests.runtime.helpers import GREEDY, LetterTokenizer, collect, greedy, prompt
 from tests.runtime.machine import Machine, submit
@@ -62,7 +63,7 @@ def hung(
     finally:
         hanging_step.go_on.set()
         failover.close()
-        wait_until(lambda: not hanging())
+        wait_until(lambda: not any_stuck())
 
 
 def begun_and_hung(failover: Failover, hanging_step: Hanging) -> Generation:
@@ -124,7 +125,7 @@ def test_without_another_device_everybody_is_told() -> None:
         assert "start the program anew" in engine.failure
         with pytest.raises(EngineStopped, match="start the program anew"):
             submit(failover, prompt(2, 9))
-        assert hanging()
+        assert any_stuck()
         failover.close()  # does not wait for it
         assert not first.closed
 
@@ -228,7 +229,7 @@ def test_whether_a_step_has_ended_in_time_is_decided_once() -> None:
     with pytest.raises(Abandoned):
         forward([step])
     assert told.wait(60)
-    assert not hanging()
+    assert not any_stuck()
     watch.close()
 
 
@@ -257,4 +258,4 @@ def test_health_tells_a_watchdog_to_start_the_process_anew() -> None:
         assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 503
     model.close()
     hanging_step.go_on.set()
-    wait_until(lambda: not hanging())
+    wait_until(lambda: not any_stuck())
