@@ -14,6 +14,8 @@ class Condition(msgspec.Struct, frozen=True):
     """Why it answers no more, though nobody has closed it: only a new process can help."""
     aside: Mapping[str, str] = {}
     """Devices that were put aside, and why."""
+    memory: str | None = None
+    """What is tight."""
 
 
 WELL = Condition()

@@ -105,7 +105,7 @@ class Engine:
         self._cache = PrefixCache(prefix_cache_bytes, kv_block=limits.kv_block, store=prefix_store)
         self._drafter = draft
         self._scheduler = Scheduler(decoder, self._cache, in_pairs=batch_invariant, drafter=self._drafter)
-        self._recovery = Recovery(decoder, self._scheduler, self._run_decoder)
+        self._recovery = Recovery(decoder, self._scheduler, self._run_decoder, successor)
         self._without_numbers: dict[Request, EngineError] = {}
         """Requests of the step that has just been run, and what is wrong with their logits."""
         self._ids = itertools.count()
@@ -117,6 +117,9 @@ class Engine:
         self._trimmed = True
 
         self._inbox = Inbox(max_queue, lambda: len(self._scheduler.waiting))
+        self._kv_limits: tuple[int | None, int | None] = (None, None)
+        """Of running requests, and of finished ones."""
+        self._limited: tuple[int | None, int | None] = self._kv_limits
         self._estate = Estate(decoder, draft, self._scheduler, self._cache, self._inbox)
         self._live = self._estate.live
 
@@ -152,6 +155,23 @@ class Engine:
     def idle(self) -> bool:
         """Nothing runs, and nothing waits."""
         return not self._live and self._inbox.queued == 0
+
+    @property
+    def kv_bytes_used(self) -> int:
+        """Of KV cache, by what runs and by what is kept for prompts that begin alike; about."""
+        tokens = sum(request.fed for request in list(self._scheduler.running)) + self._cache.tokens
+        return tokens * self.limits.kv_bytes_per_token
+
+    @property
+    def kv_limit(self) -> int | None:
+        """As :meth:`limit_kv` has set it."""
+        return self._kv_limits[0]
+
+    def limit_kv(self, nbytes: int | None, cached: int | None = None) -> None:
+        """Use no more KV cache than that from now on, and of it for finished sequences no more than ``cached``; None:
+        what there is."""
+        self._kv_limits = nbytes, cached
+        self._inbox.wake()
 
     @property
     def stats(self) -> EngineStats:
@@ -275,9 +295,9 @@ class Engine:
                 return False
             self._postprocess(*self._forward(self._scheduler.next()))  # keeps no logits: the next take their place
         except NotStarted as end:
-            self._recover([end.request], end.error)
+            self._recovery.failed([end.request], end.error)
         except DeviceError as error:  # of a sequence; nothing says that the others are sound
-            self._recover(self._scheduler.running, error)
+            self._recovery.failed(self._scheduler.running, error)
         return True
 
     def _collect(self) -> bool:
@@ -288,13 +308,18 @@ class Engine:
             self._leave(self._estate.wanted)
         elif self._inbox:
             self._take_in()
+        if self._limited != self._kv_limits:
+            self._limited = self._kv_limits
+            self._scheduler.kv_limit = self._limited[0]
+            self._cache.limit(self._limited[1])
         over = [request for request in self._live if request.finished or request.cancelled]
         if over:
             self._let_go(over)
         return not self._inbox.closing
 
     def _busy(self) -> bool:
-        return bool(self._live or self._inbox or self._inbox.closing or self._estate.wanted)
+        limited = self._limited != self._kv_limits
+        return bool(self._live or self._inbox or self._inbox.closing or self._estate.wanted or limited)
 
     def _wait(self) -> None:
         """For something to do. After a while without, a segment of a prefix is stored, or memory given back."""
@@ -347,23 +372,9 @@ class Engine:
             except OutOfKVCache as error:
                 batch = self._scheduler.make_room(batch, error)
             except Exception as error:  # the batch's sequences are undefined now, the others are sound
-                self._recover([work.request for work in batch], error)
+                self._recovery.failed([work.request for work in batch], error)
                 batch = []
         return [], []
-
-    def _recover(self, requests: Sequence[Request], cause: Exception) -> None:
-        """From a step of ``requests`` that has failed."""
-        requests = list(requests)
-        fault = self._recovery.failed(requests, cause)
-        if fault is not None:
-            self._put_aside(requests, fault)
-
-    def _put_aside(self, requests: Sequence[Request], fault: EngineError) -> None:
-        """The device, if another can take over; else ``requests``, whose step it was, end."""
-        if (open_successor := self._successor(fault)) is not None:
-            raise HandOver(f"{self._decoder.device} failed ({fault})", open_successor, fault) from fault
-        for request in requests:
-            self._fail(request, fault)
 
     def _postprocess(self, batch: list[Work], results: list[NDArray[np.float32]]) -> None:
         for work, logits in zip(batch, results, strict=True):
@@ -390,15 +401,8 @@ class Engine:
             if request.lane is not None and not request.finished:
                 request.lane.step_over(now)
         if self._without_numbers:
-            self._judge([work.request for work in batch if work.step.rows])
-
-    def _judge(self, requests: Sequence[Request]) -> None:
-        """Whose fault it is that some of ``requests``, which have all got logits, have got no numbers."""
-        broken, self._without_numbers = self._without_numbers, {}
-        cause = next(iter(broken.values()))
-        fault = self._recovery.gave_no_numbers(list(broken), cause, others=any(each not in broken for each in requests))
-        if fault is not None:
-            self._put_aside(list(broken), fault)
+            broken, self._without_numbers = self._without_numbers, {}
+            self._recovery.gave_no_numbers(broken, [work.request for work in batch if work.step.rows])
 
     def _take(self, request: Request, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
         before = len(request.tokens)

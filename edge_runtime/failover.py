@@ -65,6 +65,11 @@ class Failover:
         return self._loaded
 
     @property
+    def in_host_memory(self) -> list[Engine]:
+        """Those in use whose KV cache is in this machine's memory, rather than in an accelerator's own."""
+        return [each.engine for each in self._loaded if each.placement.device.name.endswith(":cpu")]
+
+    @property
     def aside(self) -> Mapping[str, str]:
         """Devices that are not in use → why."""
         return MappingProxyType(self._aside)

@@ -28,6 +28,7 @@ from edge_runtime.loading import Loaded, Loading, load
 from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import WORKLOADS, Measurements, Workload
 from edge_runtime.memory import parse_budget, parse_bytes
+from edge_runtime.memory_watch import MemoryWatch
 from edge_runtime.model_facts import ModelFacts, facts_of
 from edge_runtime.package import Package, Variant, WeightsWish
 from edge_runtime.paths import home
@@ -168,7 +169,9 @@ class EdgeLLM:
             ),
             first=first,
         )
-        self.local = LocalModel(self._failover, Switching(self._failover, variants, auto))
+        switching = Switching(self._failover, variants, auto)
+        self.local = LocalModel(self._failover, switching)
+        self._memory = MemoryWatch(lambda: self._failover.in_host_memory, switching.relieve)
         self._tiers: Dispatcher | None = None
         if policy is not None:
             try:
@@ -257,7 +260,7 @@ class EdgeLLM:
 
     @property
     def condition(self) -> Condition:
-        return Condition(self._loaded.engine.failure, dict(self._failover.aside))
+        return Condition(self._loaded.engine.failure, dict(self._failover.aside), self._memory.told)
 
     @property
     def stats(self) -> EngineStats:
@@ -336,6 +339,7 @@ class EdgeLLM:
         """End every request and free the model. Idempotent."""
         if self._tiers is not None:
             self._tiers.close()
+        self._memory.close()
         self._failover.close()
         return_free_heap()
 

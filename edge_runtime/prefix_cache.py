@@ -57,7 +57,7 @@ class PrefixCache:
         ``min_tokens``: shorter prefixes are not worth a fork, which copies on some devices. ``kv_block``: see
         :class:`devices.base.DecoderLimits`. ``store`` belongs to the cache from now on.
         """
-        self._max_bytes = max_bytes
+        self._max_bytes = self._most_bytes = max_bytes
         self._min_tokens = max(min_tokens, 1)
         self._kv_block = kv_block
         self._store = store
@@ -179,6 +179,12 @@ class PrefixCache:
             return False
         self._drop(self._entries[0])
         return True
+
+    def limit(self, nbytes: int | None) -> None:
+        """Hold no more than that, for now; None: what it may."""
+        self._max_bytes = self._most_bytes if nbytes is None else min(self._most_bytes, nbytes)
+        while self.nbytes > self._max_bytes:
+            self._drop(self._entries[0])
 
     def clear(self) -> None:
         while self.evict():

@@ -7,7 +7,7 @@ so that the answers are the ones that they would have been.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from devices.base import Decoder, Step
 from edge_runtime.completion import Request
 from edge_runtime.errors import DeviceError, EdgeError, EngineError, OutOfKVCache, OutOfSequences
+from edge_runtime.handover import HandOver, Successor
 from edge_runtime.scheduler import Scheduler
 
 STRIKES = 3
@@ -29,11 +30,12 @@ Forward = Callable[[Sequence[Step]], "list[NDArray[np.float32]]"]
 class Recovery:
     """Of one engine; belongs to its thread."""
 
-    def __init__(self, decoder: Decoder, scheduler: Scheduler, forward: Forward) -> None:
+    def __init__(self, decoder: Decoder, scheduler: Scheduler, forward: Forward, successor: Successor) -> None:
         """``forward``: the decoder's, as the engine calls it."""
         self._decoder = decoder
         self._scheduler = scheduler
         self._forward = forward
+        self._successor = successor
         self._strikes = 0
         self._sound = 0
 
@@ -44,50 +46,50 @@ class Recovery:
             if self._sound >= SOUND_STEPS:
                 self._strikes = 0
 
-    def failed(self, requests: Sequence[Request], cause: Exception) -> EngineError | None:
-        """A step of ``requests`` has raised ``cause``; their sequences are undefined.
-
-        None: the device is sound. They are to be run again, each alone, unless it was one that was alone already:
-        then it has ended with an error. Otherwise the error of the device.
+    def failed(self, requests: Sequence[Request], cause: Exception) -> None:
+        """A step of ``requests`` has raised ``cause``; their sequences are undefined. They are to be run again, each
+        alone, unless it was one that was alone already: then it ends with an error. HandOver: the device is at fault.
         """
-        error = _of_device(self._decoder.device, cause)
-        again = [request for request in requests if self._scheduler.is_apart(request)]
+        requests, error = list(requests), _of_device(self._decoder.device, cause)
+        again = len(requests) == 1 and self._scheduler.is_apart(requests[0])
         self._scheduler.set_apart(requests)
         if not self._is_sound():
-            return error
-        if len(requests) == 1 and again:
-            (request,) = again
+            self._put_aside(requests, error)
+        elif again:
             self._strikes = max(self._strikes - 1, 0)  # its first failure is explained now
-            self._end(
-                request, EngineError(f"{self._decoder.device} fails at this request, though not at others: {cause}")
-            )
-            return None
-        return self._strike(error)
+            words = f"{self._decoder.device} fails at this request, though not at others: {cause}"
+            self._end(requests, EngineError(words))
+        elif self._strike():
+            self._put_aside(requests, error)
 
-    def gave_no_numbers(self, requests: Sequence[Request], cause: EngineError, others: bool) -> EngineError | None:
-        """The logits of ``requests`` hold none; ``others``: of the same step some did.
+    def gave_no_numbers(self, broken: Mapping[Request, EngineError], requests: Sequence[Request]) -> None:
+        """In a step that gave ``requests`` their logits, some of these were no numbers; what is wrong with whose. Those
+        end with an error. HandOver: the device is at fault."""
+        error = EngineError(f"{self._decoder.device}: {next(iter(broken.values()))}")
+        others = any(each not in broken for each in requests)
+        if (not others and (len(broken) > 1 or not self._is_sound())) or self._strike():
+            self._put_aside(list(broken), error)
+        else:
+            self._end(list(broken), error)
 
-        None: the device is sound, and they have ended with an error. Otherwise the device's.
-        """
-        error = EngineError(f"{self._decoder.device}: {cause}")
-        if not others and (len(requests) > 1 or not self._is_sound()):
-            return error
-        if (fault := self._strike(error)) is not None:
-            return fault
-        for request in requests:
-            self._end(request, error)
-        return None
+    def _put_aside(self, requests: Sequence[Request], fault: EngineError) -> None:
+        """The device, if another can take over; else ``requests``, whose step it was, end."""
+        if (open_successor := self._successor(fault)) is not None:
+            raise HandOver(f"{self._decoder.device} failed ({fault})", open_successor, fault) from fault
+        self._end(requests, fault)
 
-    def _strike(self, error: EngineError) -> EngineError | None:
+    def _strike(self) -> bool:
+        """Whether it was one too many."""
         self._strikes, self._sound = self._strikes + 1, 0
         if self._strikes < STRIKES:
-            return None
+            return False
         self._strikes = 0
-        return error
+        return True
 
-    def _end(self, request: Request, error: EdgeError) -> None:
-        request.finish("error", error)
-        self._scheduler.release(request, keep=False)
+    def _end(self, requests: Sequence[Request], error: EdgeError) -> None:
+        for request in requests:
+            request.finish("error", error)
+            self._scheduler.release(request, keep=False)
 
     def _is_sound(self) -> bool:
         """Whether the device gives numbers for a token that asks nothing of it."""

@@ -13,6 +13,7 @@ from devices.base import Decoder, DecoderSequence, KVChoosing, Step
 from edge_runtime.completion import Completion, Request
 from edge_runtime.drafting.draft_model import DraftModel
 from edge_runtime.errors import DeviceError, EdgeError, EngineError, OutOfKVCache, OutOfSequences
+from edge_runtime.memory import format_bytes
 from edge_runtime.precision import PrecisionManager
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.request import Kind
@@ -69,6 +70,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
+        self.kv_limit: int | None = None
+        """Bytes of KV cache that requests may have for now, where that is less than there is."""
         self._decoder = decoder
         self._cache = cache
         self._drafter = drafter
@@ -89,6 +92,8 @@ class Scheduler:
         DeviceError."""
         if self._limits.rope_switch is not None:
             self._switch_rope(self._limits.rope_switch)
+        if self.kv_limit is not None:
+            self._keep_within()
         if self._apart and (alone := self._next_apart()):
             return alone
         if self.waiting:
@@ -246,13 +251,38 @@ class Scheduler:
         """Of KV cache, by what running requests hold."""
         bytes_per_token = self._limits.bytes_per_token
         held = (bytes_per_token(other.kind.kv_type) * (len(other.tokens) + 1) for other in self.running)
-        return self._limits.kv_bytes - sum(held)
+        most = self._limits.kv_bytes
+        return (most if self.kv_limit is None else min(most, self.kv_limit)) - sum(held)
+
+    def _keep_within(self) -> None:
+        """The limit, which has come to be lower than what runs: the youngest wait until there is room again, and one
+        that is alone ends where it is."""
+        while self.running and self._free_bytes() < 0:
+            youngest = _youngest(self.running)
+            if len(self.running) > 1:
+                self._preempt(youngest)
+                continue
+            if len(youngest.tokens) > youngest.prompt_length:
+                youngest.finish("length")
+            else:
+                youngest.finish("error", self._too_little(youngest))
+            self.release(youngest, keep=False)
+
+    def _too_little(self, request: Request) -> OutOfKVCache:
+        return OutOfKVCache(
+            f"memory has become short: {format_bytes(self.kv_limit or 0)} are left for the KV cache, and "
+            f"{len(request.tokens)} tokens need more; try a shorter prompt, or again later"
+        )
 
     def _start(self, request: Request) -> bool:
         """Out of those that wait. False: there is no place. It may end with an error. NotStarted."""
         request.kind = self._kind(request, self._free_bytes())
         if request.lane is not None:
             request.lane.mark("queue")
+        if self.kv_limit is not None and not self.running and not self._fits(request):
+            self.waiting.remove(request)
+            request.finish("error", self._too_little(request))
+            return True
         try:
             request.sequence = self._open(request)
         except EngineError as error:
