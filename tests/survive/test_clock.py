@@ -41,6 +41,7 @@ WALL_CLOCKS = {
     "edge_runtime/server/context.py": "when an answer was made, which is shown",
     "edge_runtime/server/ollama.py": "when an answer was made, and until when a model stays, which are shown",
     "edge_runtime/server/responses.py": "when an answer was made, which is shown",
+    "edge_runtime/tracing/trace.py": "when a request came, which is shown",
     "edge_runtime/template_sandbox.py": "what day it is, which templates say",
     # what must last beyond a process, with a way to live with jumps
     "edge_runtime/deferred/queue.py": "when a request was put in; set with the clock",
