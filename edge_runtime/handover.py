@@ -152,7 +152,12 @@ class Estate:
     def abandon(self, error: StepTimeout, successor: Successor) -> None:
         """Hand over, or end all, without the device. Should the thread come back, :meth:`close_late` is left to it."""
         _log.error("%s", error)
-        open_successor = None if self._inbox.closing else successor(error)
+        open_successor = None
+        if not self._inbox.closing:
+            try:
+                open_successor = successor(error)
+            except Exception:  # somebody waits
+                _log.exception("nobody knows what could take over")
         if open_successor is not None:
             unsent = self.live.end_begun(error)
             self._scheduler.forget()

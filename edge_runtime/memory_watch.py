@@ -69,7 +69,9 @@ class MemoryWatch:
             self._share_out(memory, shrunk, anew=False)
         if not self._relieved and (self._relieving is None or not self._relieving.is_alive()):
             within = int(memory.total * USABLE) if shrunk else None
-            self._relieving = threading.Thread(target=self._have_relieved, args=(within,), name="edge-glm memory")
+            self._relieving = threading.Thread(
+                target=self._have_relieved, args=(within,), name="edge-glm memory", daemon=True
+            )
             self._relieving.start()
 
     def _share_out(self, memory: Memory, shrunk: bool, anew: bool) -> None:

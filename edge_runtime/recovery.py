@@ -93,18 +93,19 @@ class Recovery:
 
     def _is_sound(self) -> bool:
         """Whether the device gives numbers for a token that asks nothing of it."""
-        try:
-            sequence = self._decoder.new_sequence(1)
-        except OutOfSequences:
-            return True
-        except Exception:  # whatever it is, it fails
-            return False
+        while True:
+            try:
+                return self._runs_a_token()
+            except (OutOfSequences, OutOfKVCache):
+                if not self._scheduler.give_way():
+                    return True  # it counts, at least
+            except Exception:  # whatever it is, it fails
+                return False
+
+    def _runs_a_token(self) -> bool:
+        sequence = self._decoder.new_sequence(1)
         try:
             (logits,) = self._forward([Step(sequence, np.zeros(1, np.int64), 1)])
-        except OutOfKVCache:
-            return True
-        except Exception:
-            return False
         finally:
             with suppress(DeviceError):
                 sequence.close()

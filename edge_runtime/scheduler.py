@@ -183,6 +183,10 @@ class Scheduler:
                 self._put_back(request)
                 self._apart[request] = len(request.tokens)
 
+    def give_way(self) -> bool:
+        """Drop the prefix that was not used for longest; False: there is none."""
+        return self._cache.evict()
+
     def is_apart(self, request: Request) -> bool:
         """Its step has failed, and it has not got over that yet."""
         return request in self._apart

@@ -141,6 +141,19 @@ def test_a_device_that_fails_at_everything_is_given_up_after_one_more_step() -> 
     failover.close()
 
 
+def test_a_device_with_one_sequence_is_given_up_as_well() -> None:
+    """Though the prefix cache has that one: it must give it up for the step that tells."""
+    first, second = FakeDecoder(max_sequences=1), FakeDecoder()
+    failover = Machine(first, second).start()
+    collect(submit(failover, prompt(1, 40)))
+    broken = Throwing(lambda batch: True)
+    first.before_forward = broken
+    tokens = prompt(2, 20)
+    assert collect(submit(failover, tokens))[0].tokens == greedy(second, tokens, 12)
+    assert list(failover.aside) == ["fake:0"]
+    failover.close()
+
+
 def test_a_device_that_keeps_failing_is_put_aside_though_it_recovers() -> None:
     steps = iter(range(10**6))
     first, second = FakeDecoder(max_context=4096, kv_tokens=8192), FakeDecoder(max_context=4096, kv_tokens=8192)
@@ -195,6 +208,16 @@ def test_where_forking_fails_it_is_computed_anew() -> None:
         for _ in range(2):
             answers = collect(engine.submit(prompt(1, 30), SamplingParams(temperature=0, n=2, max_tokens=12)), 2)
             assert [answer.tokens for answer in answers] == [greedy(decoder, prompt(1, 30), 12)] * 2
+
+
+def test_a_cache_full_of_prefixes_makes_room_for_the_step_that_tells() -> None:
+    decoder = silent(FakeDecoder(max_sequences=2, kv_tokens=160, max_context=150))
+    with serving(decoder) as engine:
+        for seed in range(2):
+            collect(engine.submit(clean(seed, 60), GREEDY))
+        decoder.before_forward = Throwing(poisoned)
+        assert "at this request" in error_of(collect(engine.submit([*clean(3, 60), POISON], GREEDY))[0])
+        assert collect(engine.submit(clean(4, 60), GREEDY))[0].tokens == greedy(decoder, clean(4, 60), 12)
 
 
 def test_a_device_that_gives_out_no_sequences_is_put_aside() -> None:

@@ -143,6 +143,23 @@ def test_the_next_device_may_not_open() -> None:
         assert "no driver" in str(failover.loaded[0].engine.failure)
 
 
+def test_whoever_should_take_over_may_not_know_either(caplog: pytest.LogCaptureFixture) -> None:
+    def ask(error: EngineError) -> None:
+        raise RuntimeError("a bug")
+
+    hands, hanging_step = Hands(), Hanging(armed=True)
+    decoder = FakeDecoder(before_forward=hanging_step)
+    engine = Engine(decoder, LetterTokenizer(), vocab_size=64, heartbeat=hands.heartbeat, successor=ask)
+    generation = engine.submit(prompt(1, 9), GREEDY)
+    assert hanging_step.hangs.wait(60)
+    hands.wait(30 * UNMEASURED + 2)
+    assert collect(generation)[0].finish_reason == "error"
+    assert "a bug" in caplog.text
+    hanging_step.go_on.set()
+    wait_until(lambda: decoder.closed)
+    engine.close()
+
+
 def test_a_step_that_is_merely_slow_comes_to_its_end() -> None:
     with hung(FakeDecoder()) as (failover, first, hanging_step, hands):
         hanging_step.armed.set()
