@@ -9,6 +9,7 @@ import psutil
 
 from devices.base import DecoderOptions
 from devices.discovery import Device, facts, probe_device
+from devices.host import host_memory
 from devices.kv_types import KVWish
 from devices.names import KNOWN, RUNNABLE
 from edge_runtime.errors import BudgetError
@@ -33,13 +34,14 @@ class Budget(NamedTuple):
 
 
 def resolve(size: BudgetSize | None, device: Device) -> Budget | None:
-    """``size`` on ``device``; where none is given, a share of what is free there.
+    """``size`` on ``device``, or what memory there is, if that is less; where none is given, a share of what is free.
 
     None: nobody asks, and nothing is known of the device's memory. ConfigError for a percentage of such a one.
     """
     memory = facts(device).memory if size is None or size.percent is not None else None
     if size is not None:
-        return Budget(size.within(lambda: None if memory is None else memory.total))
+        given = size.within(lambda: None if memory is None else memory.total)
+        return Budget(min(given, host_memory().total) if device.name.endswith(":cpu") else given)
     return None if memory is None else Budget(int(memory.free * DEFAULT_SHARE), asked=False)
 
 

@@ -18,7 +18,7 @@ from edge_runtime.drafting.prompt_lookup import PromptLookup
 from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Outlet
 from edge_runtime.request import PLAIN, Chunk, FinishReason, Kind
-from edge_runtime.sampling import Sampler, TokenLogprob, log_sum_exp
+from edge_runtime.sampling import Sampler, TokenLogprob, check_largest, log_sum_exp
 from edge_runtime.tools.reader import CallReader
 from edge_runtime.tracing.trace import Lane
 from edge_runtime.watch import Watch
@@ -241,6 +241,8 @@ class Reading(Request):
             first = self.fed - len(logits)
             for row, (position, following) in zip(logits, self._following(first), strict=False):
                 self._scores[position] = row[following] - log_sum_exp(row)
+        elif self.pending == 0:
+            check_largest(float(logits[-1].max()))
         if self.pending == 0:
             self.finished = True
             with suppress(InvalidStateError):  # cancelled at this moment

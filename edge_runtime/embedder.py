@@ -15,6 +15,7 @@ from devices.encoder import DEVICES, EncoderSpec, open_encoder
 from devices.host import host_memory
 from devices.names import parse_device
 from devices.registry import choose
+from edge_runtime.condition import WELL, Condition
 from edge_runtime.errors import (
     BudgetError,
     ConfigError,
@@ -105,6 +106,10 @@ class EdgeEmbedder:
     @property
     def ready(self) -> bool:
         return self._open
+
+    @property
+    def condition(self) -> Condition:
+        return WELL
 
     @property
     def placement(self) -> Mapping[str, str]:

@@ -6,10 +6,10 @@ Any thread may submit; only the engine's thread touches the decoder, its sequenc
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
 
@@ -29,14 +29,19 @@ from edge_runtime.errors import (
     EngineError,
     EngineStopped,
     OutOfKVCache,
+    StepTimeout,
 )
 from edge_runtime.generation import EngineGeneration, Generation
+from edge_runtime.handover import CLOSED, Estate, HandOver, Open, Successor
 from edge_runtime.heap import return_free_heap
-from edge_runtime.inbox import Inbox, Letter
+from edge_runtime.heartbeat import HEARTBEAT, Heartbeat
+from edge_runtime.inbox import Inbox
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.prefix_store import PrefixStore
+from edge_runtime.recovery import Recovery
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.scheduler import Scheduler, Work
+from edge_runtime.scheduler import NotStarted, Scheduler, Work
+from edge_runtime.step_watch import STEP_TIMEOUT_S, Abandoned, StepWatch
 from edge_runtime.submission import Asking, Completing, Submission, Terms
 from edge_runtime.tools.reader import CallReader
 from edge_runtime.tracing import trace as tracing
@@ -46,21 +51,9 @@ IDLE_S = 0.25
 """After so long without work prefixes are stored, a segment at a time."""
 TRIM_S = 5.0
 """After so long without work memory that only a busier time has needed goes back to the system."""
-
-
-Successor = Callable[[EngineError], "Callable[[], Engine] | None"]
-"""Asked when the device has failed, on the engine's thread: what opens another engine, once this one has let go of its
-device. None: there is none, and this engine goes on as well as it can."""
-
-
-class _HandOver(Exception):
-    """There is somebody to hand over to."""
-
-    def __init__(self, why: str, open_successor: Callable[[], Engine], error: EngineError | None = None) -> None:
-        """``error``: what those get who have had something already; None: there are none."""
-        super().__init__(why)
-        self.open_successor = open_successor
-        self.error = error
+CLOSING_S = 5.0
+"""So long closing waits for the step that runs."""
+_log = logging.getLogger("edge_glm.engine")
 
 
 class Engine:
@@ -74,8 +67,12 @@ class Engine:
     (:mod:`edge_runtime.drafting.draft_model`). ``grammars``: of its tokenizer; None: an answer can be held to none.
     ``batch_invariant``: see :class:`edge_runtime.scheduler.Scheduler`, ``in_pairs``; the decoder's option is its half.
 
-    When the device fails (EngineError), the requests of that step end with the error. With a ``successor`` all requests
-    of which something was sent do, and the others are answered by the engine that it opens.
+    A step that fails is run again, its requests one by one: what fails alone, too, ends with the error, the others end
+    as they would have. A device that fails at anything, keeps failing, or gives no numbers, is at fault itself
+    (:mod:`edge_runtime.recovery`): then the requests of that step end with the error. With a ``successor`` all requests
+    of which something was sent do, and the others are answered by the engine that it opens. A step that does not end is
+    such a failure, too: ``step_timeout`` seconds are what each may take at least, more where steps were slow
+    (:mod:`edge_runtime.step_watch`); None: whatever it takes. ``heartbeat``: what looks after that.
     """
 
     def __init__(
@@ -91,17 +88,26 @@ class Engine:
         draft: DraftModel | None = None,
         grammars: Grammars | None = None,
         batch_invariant: bool = False,
+        step_timeout: float | None = STEP_TIMEOUT_S,
+        heartbeat: Heartbeat = HEARTBEAT,
         successor: Successor = lambda error: None,
     ) -> None:
         self._decoder = decoder
         self._successor = successor
         limits = decoder.limits
         self._terms = Terms.of(decoder, tokenizer, vocab_size, prompt_lookup, grammars)
+        self._watch = None if step_timeout is None else StepWatch(step_timeout, heartbeat, self._give_up)
+        self._run_decoder = decoder.forward if self._watch is None else self._watch.guard(decoder)
+        if self._watch is not None and draft is not None:
+            draft.guard(self._watch.guard)
         if prefix_cache_bytes is None:
             prefix_cache_bytes = limits.kv_tokens * limits.kv_bytes_per_token
         self._cache = PrefixCache(prefix_cache_bytes, kv_block=limits.kv_block, store=prefix_store)
         self._drafter = draft
         self._scheduler = Scheduler(decoder, self._cache, in_pairs=batch_invariant, drafter=self._drafter)
+        self._recovery = Recovery(decoder, self._scheduler, self._run_decoder, successor)
+        self._without_numbers: dict[Request, EngineError] = {}
+        """Requests of the step that has just been run, and what is wrong with their logits."""
         self._ids = itertools.count()
         self._generated = 0
         self._drafted = 0
@@ -110,13 +116,12 @@ class Engine:
         self._forwarding = Stopwatch()
         self._trimmed = True
 
-        self._live: dict[Request, Submission] = {}
-        """Requests taken from the inbox and not let go yet: each is running, or waiting, or waits for a sibling."""
-
         self._inbox = Inbox(max_queue, lambda: len(self._scheduler.waiting))
-        self._leaving: Callable[[], Engine] | None = None
-        """What opens the engine that shall take this one's place."""
-        self._left: Future[None] = Future()
+        self._kv_limits: tuple[int | None, int | None] = (None, None)
+        """Of running requests, and of finished ones."""
+        self._limited: tuple[int | None, int | None] = self._kv_limits
+        self._estate = Estate(decoder, draft, self._scheduler, self._cache, self._inbox)
+        self._live = self._estate.live
 
         self._thread = threading.Thread(target=self._run, name="edge-glm engine", daemon=True)
         self._thread.start()
@@ -142,9 +147,31 @@ class Engine:
         return self._inbox.open
 
     @property
+    def failure(self) -> str | None:
+        """Why it answers no more, if nobody has closed it and nothing has taken its place."""
+        return self._estate.failure
+
+    @property
     def idle(self) -> bool:
         """Nothing runs, and nothing waits."""
         return not self._live and self._inbox.queued == 0
+
+    @property
+    def kv_bytes_used(self) -> int:
+        """Of KV cache, by what runs and by what is kept for prompts that begin alike; about."""
+        tokens = sum(request.fed for request in list(self._scheduler.running)) + self._cache.tokens
+        return tokens * self.limits.kv_bytes_per_token
+
+    @property
+    def kv_limit(self) -> int | None:
+        """As :meth:`limit_kv` has set it."""
+        return self._kv_limits[0]
+
+    def limit_kv(self, nbytes: int | None, cached: int | None = None) -> None:
+        """Use no more KV cache than that from now on, and of it for finished sequences no more than ``cached``; None:
+        what there is."""
+        self._kv_limits = nbytes, cached
+        self._inbox.wake()
 
     @property
     def stats(self) -> EngineStats:
@@ -202,24 +229,23 @@ class Engine:
             except EdgeError as error:
                 submission.fail(error)
 
-    def replace(self, open_successor: Callable[[], Engine]) -> None:
+    def replace(self, open_successor: Open) -> None:
         """Let another engine take over between requests: this one ends what it has begun and closes, and what came
         meanwhile is answered by the other, which ``open_successor`` opens then, on this one's thread.
 
         Returns when it has. What ``open_successor`` raises, and then nobody has taken over; EngineStopped, if this one
         ends otherwise before; ValueError, if it is to be replaced already.
         """
-        if self._leaving is not None:
-            raise ValueError("another engine is to take over already")
-        self._leaving = open_successor
-        self._inbox.wake()
-        self._left.result()
+        self._estate.replace(open_successor)
 
     def close(self) -> None:
-        """End every request with EngineStopped and close the decoder. Idempotent."""
+        """End every request with EngineStopped and close the decoder. Idempotent. A step that does not end soon is not
+        waited for; then the decoder is closed once it does."""
         self._inbox.close()
+        if self._watch is not None:
+            self._watch.hurry(CLOSING_S)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._estate.settled.wait()
 
     def __enter__(self) -> Engine:
         return self
@@ -246,64 +272,54 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._collect():
-                self._postprocess(*self._forward(self._scheduler.next()))  # keeps no logits: the next take their place
-        except _HandOver as end:
-            self._hand_over(end)
+            while self._step():
+                pass
+        except Abandoned:
+            self._estate.close_late()
+            return
+        except HandOver as end:
+            self._estate.hand_over(end)
         except BaseException as cause:
             error = EngineStopped(f"the engine's thread died: {type(cause).__name__}: {cause}; open the model again")
             error.__cause__ = cause
-            self._stop(error)
+            self._estate.failure = str(error)
+            self._estate.close(error)
         else:
-            self._stop(EngineStopped("the engine has been closed"))
+            self._estate.close(EngineStopped(CLOSED))
+        self._unwatch()
 
-    def _hand_over(self, end: _HandOver) -> None:
-        """Let go of the device, then have the successor answer what nobody has had anything of; end the rest."""
-        unsent = self._let_go_of_device(end.error)
-        error = EngineStopped(f"{end}, and another has taken over")
-        successor = None
+    def _step(self) -> bool:
+        """False: the engine is closing."""
         try:
-            successor = end.open_successor()
-        except BaseException as cause:  # whatever it is, somebody waits
-            error = EngineStopped(f"{end}, and nothing takes its place: {cause}")
-            error.__cause__ = cause
-        unsent += [letter.submission for letter in self._inbox.stop(error)]
-        if successor is not None and end.error is None:
-            self._left.set_result(None)
-        else:
-            self._left.set_exception(error.__cause__ or error)
-        if successor is not None:
-            successor.resume(unsent)
-            return
-        for submission in unsent:
-            submission.fail(error)
-
-    def _let_go_of_device(self, error: EngineError | None) -> list[Submission]:
-        """End what was begun; returns what was not."""
-        unsent = [each for each in dict.fromkeys(self._live.values()) if not each.sent]
-        for request, submission in self._live.items():
-            if submission.sent:
-                request.finish("error", error)
-        self._forget_requests()
-        with suppress(EdgeError):  # it has failed already
-            self._close_device()
-        return unsent
+            if not self._collect():
+                return False
+            self._postprocess(*self._forward(self._scheduler.next()))  # keeps no logits: the next take their place
+        except NotStarted as end:
+            self._recovery.failed([end.request], end.error)
+        except DeviceError as error:  # of a sequence; nothing says that the others are sound
+            self._recovery.failed(self._scheduler.running, error)
+        return True
 
     def _collect(self) -> bool:
         """Wait for something to do, take in new requests and let go what is over. False: the engine is closing."""
         while not self._busy():
             self._wait()
-        if self._leaving is not None:
-            self._leave(self._leaving)
+        if self._estate.wanted is not None:
+            self._leave(self._estate.wanted)
         elif self._inbox:
             self._take_in()
+        if self._limited != self._kv_limits:
+            self._limited = self._kv_limits
+            self._scheduler.kv_limit = self._limited[0]
+            self._cache.limit(self._limited[1])
         over = [request for request in self._live if request.finished or request.cancelled]
         if over:
             self._let_go(over)
         return not self._inbox.closing
 
     def _busy(self) -> bool:
-        return bool(self._live or self._inbox or self._inbox.closing or self._leaving)
+        limited = self._limited != self._kv_limits
+        return bool(self._live or self._inbox or self._inbox.closing or self._estate.wanted or limited)
 
     def _wait(self) -> None:
         """For something to do. After a while without, a segment of a prefix is stored, or memory given back."""
@@ -321,29 +337,21 @@ class Engine:
         return_free_heap()
 
     def _take_in(self) -> None:
-        for submission, requests in self._inbox.take():
-            self._scheduler.add(requests[0])
-            self._live.update(dict.fromkeys(requests, submission))
+        for letter in self._inbox.take():
+            self._scheduler.add(letter.requests[0])
+            self._live.take(letter)
 
-    def _leave(self, open_successor: Callable[[], Engine]) -> None:
-        """Once what has been begun is over; who only waits yet, waits for the successor."""
-        begun = {self._live[request] for request in self._scheduler.running}
-        put_back = [each for each in dict.fromkeys(self._live.values()) if each not in begun and not each.sent]
-        letters = {each: [request for request, of in self._live.items() if of is each] for each in put_back}
-        self._inbox.put_back([Letter(each, requests) for each, requests in letters.items()])
-        for requests in letters.values():
-            for request in requests:
-                del self._live[request]
-                self._scheduler.release(request, keep=False)
+    def _leave(self, open_successor: Open) -> None:
+        """Once what has been begun is over."""
+        self._estate.put_back()
         if not self._live and not self._inbox.closing:
-            raise _HandOver(f"{self._decoder.device} was replaced", open_successor)
+            raise HandOver(f"{self._decoder.device} was replaced", open_successor)
 
     def _let_go(self, requests: Sequence[Request]) -> None:
         """Free what they hold."""
         for request in requests:
             request.finish("cancelled")  # unless it has finished otherwise
-        for request in [request for request in self._live if request.finished]:
-            del self._live[request]
+        for request in self._live.drop_finished():
             self._scheduler.release(request, keep=isinstance(request, Completion))
 
     def _forward(self, batch: list[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
@@ -352,21 +360,19 @@ class Engine:
             try:
                 before, started = self._forwarding.seconds, time.perf_counter_ns()
                 with self._forwarding:
-                    results = self._decoder.forward([work.step for work in batch])
+                    results = self._run_decoder([work.step for work in batch])
                 ended = time.perf_counter_ns()
                 for work in batch:
                     if work.request.lane is not None:
                         work.request.lane.stepped(work.part, started, ended)
                 if self._drafter is not None:
                     self._drafter.saw([work.step for work in batch], self._forwarding.seconds - before)
+                self._recovery.went_well()
                 return batch, results
             except OutOfKVCache as error:
                 batch = self._scheduler.make_room(batch, error)
-            except DeviceError as error:  # the batch's sequences are undefined now, the others are sound
-                if isinstance(error, EngineError) and (open_successor := self._successor(error)) is not None:
-                    raise _HandOver(f"{self._decoder.device} failed ({error})", open_successor, error) from error
-                for work in batch:
-                    self._fail(work.request, error)
+            except Exception as error:  # the batch's sequences are undefined now, the others are sound
+                self._recovery.failed([work.request for work in batch], error)
                 batch = []
         return [], []
 
@@ -381,6 +387,8 @@ class Engine:
             self._take(request, logits, work.draft)
             if work.by_model and self._drafter is not None:
                 self._drafter.pace.fared(len(work.draft), max(len(request.tokens) - before - 1, 0))
+            if request in self._without_numbers:
+                continue
             if isinstance(request, Completion) and request.siblings and len(logits):
                 siblings, request.siblings = request.siblings, []
                 for sibling in siblings:
@@ -392,13 +400,25 @@ class Engine:
         for request in self._scheduler.running:
             if request.lane is not None and not request.finished:
                 request.lane.step_over(now)
+        if self._without_numbers:
+            broken, self._without_numbers = self._without_numbers, {}
+            self._recovery.gave_no_numbers(broken, [work.request for work in batch if work.step.rows])
 
     def _take(self, request: Request, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
         before = len(request.tokens)
         try:
             request.take(logits, draft)
-        except EdgeError as error:  # of the numbers, or of a grammar that has become too complex
+        except EngineError as error:
+            self._without_numbers[request] = error
+            return
+        except EdgeError as error:  # such as of a grammar that has become too complex
             self._fail(request, error)
+            return
+        except Exception as error:  # a bug that this answer has met; the others go on
+            _log.exception("an answer could not go on")
+            failure = EngineError(f"the answer could not go on: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._fail(request, failure)
             return
         new = len(request.tokens) - before
         self._generated += new
@@ -412,30 +432,18 @@ class Engine:
         request.finish("error", error)
         self._scheduler.release(request, keep=False)
 
-    def _stop(self, error: EngineStopped) -> None:
-        unread = [request for letter in self._inbox.stop(error) for request in letter.requests]
-        self._left.set_exception(error)
-        for request in [*self._live, *unread]:
-            request.finish("error", error)
-        self._forget_requests()
-        self._close_device()
+    def _give_up(self, error: StepTimeout) -> None:
+        """On a thread of its own: the engine's hangs."""
+        self._estate.abandon(error, self._successor)
+        self._unwatch()
 
-    def _close_device(self) -> None:
-        try:
-            self._cache.close()
-            if self._drafter is not None:
-                self._drafter.close()
-        finally:
-            self._decoder.close()  # its sequences die with it
-
-    def _forget_requests(self) -> None:
-        self._live.clear()
-        self._scheduler.waiting.clear()
-        self._scheduler.running.clear()
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
 
 
 def _token_list(ids: Sequence[int]) -> list[int]:
     return [int(token) for token in ids]
 
 
-__all__ = ["Engine", "EngineStats", "Generation"]
+__all__ = ["Engine", "EngineStats", "Generation", "Successor"]

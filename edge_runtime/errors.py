@@ -7,6 +7,7 @@
     │   ├── UnknownDevice            no such device name
     │   ├── DeviceUnavailable        known, but not usable here
     │   ├── EngineError              the engine refused or failed
+    │   │   └── StepTimeout          it hangs
     │   ├── OutOfSequences           max_sequences open
     │   ├── OutOfKVCache             no KV cache left for the step
     │   └── ContextOverflow          a sequence would pass the context
@@ -46,6 +47,10 @@ from devices.errors import (
     OutOfSequences,
     UnknownDevice,
 )
+
+
+class StepTimeout(EngineError):
+    """A step takes so long that its thread is given up."""
 
 
 class ModelError(EdgeError):
@@ -178,6 +183,7 @@ __all__ = [
     "PromptTooLong",
     "QueueFull",
     "RequestError",
+    "StepTimeout",
     "StorageError",
     "TemplateError",
     "TierError",

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.engine import Engine, Successor
-from edge_runtime.errors import DeviceUnavailable, EdgeError, EngineError, EngineStopped, PromptTooLong
+from edge_runtime.errors import DeviceUnavailable, EdgeError, EngineError, EngineStopped, PromptTooLong, StepTimeout
 from edge_runtime.generation import Generation
 from edge_runtime.loading import Loaded
 from edge_runtime.placement import Placement
@@ -63,6 +63,11 @@ class Failover:
     def loaded(self) -> tuple[Loaded, ...]:
         """In use, best first; at least one."""
         return self._loaded
+
+    @property
+    def in_host_memory(self) -> list[Engine]:
+        """Those in use whose KV cache is in this machine's memory, rather than in an accelerator's own."""
+        return [each.engine for each in self._loaded if each.placement.device.name.endswith(":cpu")]
 
     @property
     def aside(self) -> Mapping[str, str]:
@@ -177,7 +182,7 @@ class Failover:
     # --- failing, on the thread of the engine that has failed ---------------------------------------------------------
 
     def _succeed(self, failed: Placement, error: EngineError) -> Callable[[], Engine] | None:
-        """See :data:`edge_runtime.engine.Successor`."""
+        """See :data:`edge_runtime.handover.Successor`."""
         name, reason = failed.device.name, f"it failed ({_short(error)})"
         with self._lock:
             others = tuple(each for each in self._loaded if each.placement is not failed)
@@ -188,8 +193,9 @@ class Failover:
             _log.warning("%s failed, %s takes over: %s", name, others[0].device, error)
             return lambda: others[0].engine
         following = self._after(failed, reason)
-        if following is None:  # it may recover, and there is nothing better
-            del self._aside[name]
+        if following is None:
+            if not isinstance(error, StepTimeout):  # it may recover, and there is nothing better
+                del self._aside[name]
             return None
         _log.warning("%s failed, %s takes over: %s", name, following.device.name, error)
         return lambda: self._take_over(failed, following)

@@ -17,6 +17,7 @@ from devices.base import DecoderOptions
 from devices.kv_types import KVWish
 from edge_runtime.answer import ChunkStream, Completion, joined
 from edge_runtime.budgets import put_aside
+from edge_runtime.condition import Condition
 from edge_runtime.constraints import Grammars
 from edge_runtime.engine_stats import EngineStats
 from edge_runtime.errors import ConfigError, InvalidRequest
@@ -27,6 +28,7 @@ from edge_runtime.loading import Loaded, Loading, load
 from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import WORKLOADS, Measurements, Workload
 from edge_runtime.memory import parse_budget, parse_bytes
+from edge_runtime.memory_watch import MemoryWatch
 from edge_runtime.model_facts import ModelFacts, facts_of
 from edge_runtime.package import Package, Variant, WeightsWish
 from edge_runtime.paths import home
@@ -36,6 +38,7 @@ from edge_runtime.policy.rules import LocalTierSpec
 from edge_runtime.prefix_store import DEFAULT_SIZE
 from edge_runtime.prompts import NOTHING, About, Messages, Text, TierRequest, TokenIds
 from edge_runtime.sampling import SamplingParams
+from edge_runtime.step_watch import STEP_TIMEOUT_S
 from edge_runtime.store import Progress, Store
 from edge_runtime.switching import Switching
 from edge_runtime.template import ChatTemplate
@@ -77,8 +80,9 @@ class EdgeLLM:
     is closed; 0: none are written or read (:mod:`edge_runtime.prefix_store`).
     ``workload``: what ``auto`` and ``cpu`` choose a device for, by what ``edge-glm bench`` measured here
     (:data:`edge_runtime.measurements.Workload`). ``tuning``: whether to open the model as ``edge-glm tune`` found best
-    for that, where nothing else is asked for here. ``name``: what requests to a server call it; None: as its package is
-    called. ``progress`` hears of downloads and exports.
+    for that, where nothing else is asked for here. ``step_timeout``: seconds after which a step of the model counts as
+    hanging, more where steps are slow (:mod:`edge_runtime.step_watch`); 0 or None: never. ``name``: what requests to a
+    server call it; None: as its package is called. ``progress`` hears of downloads and exports.
 
     **Prompts.** A list of messages goes through the model's chat template. A string is one user message of such a
     chat if the model has a chat template, else text to go on from. Token ids are taken as they are: to have an
@@ -108,6 +112,7 @@ class EdgeLLM:
         workload: Workload = "one",
         fallback: bool = False,
         tuning: bool | Options = True,
+        step_timeout: float | None = STEP_TIMEOUT_S,
         policy: str | Path | None = None,
         offline: bool = False,
         name: str | None = None,
@@ -115,6 +120,8 @@ class EdgeLLM:
     ) -> None:
         if workload not in WORKLOADS:
             raise ConfigError(f"workload is {', '.join(WORKLOADS)}, not {workload!r}")
+        if step_timeout is not None and step_timeout < 0:
+            raise ConfigError(f"step_timeout is a number of seconds, or 0 for none, not {step_timeout:g}")
         if max_prompt is not None and max_prompt < 1:
             raise ConfigError(f"max_prompt must be at least 1, not {max_prompt}")
         store = Store(home())
@@ -132,6 +139,7 @@ class EdgeLLM:
             prefix_store_bytes=0 if prefix_cache_bytes == 0 else parse_bytes(prefix_store_bytes),
             workload=workload,
             tuning=tuning,
+            step_timeout=step_timeout or None,
         )
         auto = weights == "auto"
         fixed = None if weights == "auto" else weights
@@ -161,7 +169,9 @@ class EdgeLLM:
             ),
             first=first,
         )
-        self.local = LocalModel(self._failover, Switching(self._failover, variants, auto))
+        switching = Switching(self._failover, variants, auto)
+        self.local = LocalModel(self._failover, switching)
+        self._memory = MemoryWatch(lambda: self._failover.in_host_memory, switching.relieve)
         self._tiers: Dispatcher | None = None
         if policy is not None:
             try:
@@ -249,6 +259,10 @@ class EdgeLLM:
         return self._loaded.engine.alive
 
     @property
+    def condition(self) -> Condition:
+        return Condition(self._loaded.engine.failure, dict(self._failover.aside), self._memory.told)
+
+    @property
     def stats(self) -> EngineStats:
         return self._loaded.engine.stats
 
@@ -325,6 +339,7 @@ class EdgeLLM:
         """End every request and free the model. Idempotent."""
         if self._tiers is not None:
             self._tiers.close()
+        self._memory.close()
         self._failover.close()
         return_free_heap()
 

@@ -19,6 +19,7 @@ from edge_runtime.measurements import Workload
 from edge_runtime.memory import BudgetSize
 from edge_runtime.placement import Placement
 from edge_runtime.prefix_store import PrefixStore, fingerprint
+from edge_runtime.step_watch import STEP_TIMEOUT_S
 from edge_runtime.store import Store
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.local import LocalTier
@@ -45,6 +46,7 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
     prefix_store_bytes: int
     workload: Workload
     tuning: bool | Options
+    step_timeout: float | None = STEP_TIMEOUT_S
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +133,7 @@ def load(
             draft=draft,
             grammars=grammars,
             batch_invariant=loading.batch_invariant,
+            step_timeout=loading.step_timeout,
             successor=successor,
         )
     except BaseException:

@@ -57,7 +57,7 @@ class PrefixCache:
         ``min_tokens``: shorter prefixes are not worth a fork, which copies on some devices. ``kv_block``: see
         :class:`devices.base.DecoderLimits`. ``store`` belongs to the cache from now on.
         """
-        self._max_bytes = max_bytes
+        self._max_bytes = self._most_bytes = max_bytes
         self._min_tokens = max(min_tokens, 1)
         self._kv_block = kv_block
         self._store = store
@@ -113,7 +113,7 @@ class PrefixCache:
             return self._hand_out(entry, length)
         try:
             fork = entry.sequence.fork(length)
-        except (OutOfSequences, OutOfKVCache):
+        except DeviceError:
             return self._hand_out(entry, length)
         entry.wanted = max(entry.wanted, length)
         self._entries.remove(entry)
@@ -180,6 +180,12 @@ class PrefixCache:
         self._drop(self._entries[0])
         return True
 
+    def limit(self, nbytes: int | None) -> None:
+        """Hold no more than that, for now; None: what it may."""
+        self._max_bytes = self._most_bytes if nbytes is None else min(self._most_bytes, nbytes)
+        while self.nbytes > self._max_bytes:
+            self._drop(self._entries[0])
+
     def clear(self) -> None:
         while self.evict():
             pass
@@ -208,6 +214,12 @@ class PrefixCache:
             while self._store.writable and entry.unsaved and (left := end - time.monotonic()) > 0:
                 self._save_segment(entry, left)
         self._store.close()
+
+    def abandon(self) -> None:
+        """Its sequences belong to a device that hangs: touch none of them any more."""
+        self._entries.clear()
+        if self._store is not None:
+            self._store.close()
 
     def _save_segment(self, entry: _Entry, timeout: float = 0) -> None:
         """The next one of ``entry``, unless it is in the store already."""

@@ -211,13 +211,17 @@ def _chooser(params: SamplingParams, index: int) -> Choose:
 
 def _greedy(logits: Logits) -> int:
     token = int(logits.argmax())  # of NaN, argmax returns the first
-    largest = logits.item(token)
-    if not math.isfinite(largest):
+    check_largest(logits.item(token))
+    return token
+
+
+def check_largest(logit: float) -> None:
+    """EngineError unless it is a number that a token can be chosen by. (Of logits of which any is NaN, it is NaN.)"""
+    if not math.isfinite(logit):
         raise EngineError(
-            f"the model's largest logit is {largest}: its weights or this device's arithmetic are broken; "
+            f"the model's largest logit is {logit}: its weights or this device's arithmetic are broken; "
             "try another device or a wider weight format"
         )
-    return token
 
 
 def _largest(logits: Logits) -> float:
@@ -348,8 +352,9 @@ def _describer(alternatives: int | None) -> Callable[[Logits, int], TokenLogprob
 
 
 def log_sum_exp(logits: Logits) -> float:
-    """log Σ exp over the last (only) axis."""
+    """log Σ exp over the last (only) axis. EngineError if there is nothing to sum."""
     largest = float(logits.max())
+    check_largest(largest)
     return largest + math.log(_total(logits, largest, 1.0))
 
 

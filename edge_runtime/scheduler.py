@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -11,7 +12,8 @@ import numpy as np
 from devices.base import Decoder, DecoderSequence, KVChoosing, Step
 from edge_runtime.completion import Completion, Request
 from edge_runtime.drafting.draft_model import DraftModel
-from edge_runtime.errors import DeviceError, OutOfKVCache, OutOfSequences
+from edge_runtime.errors import DeviceError, EdgeError, EngineError, OutOfKVCache, OutOfSequences
+from edge_runtime.memory import format_bytes
 from edge_runtime.precision import PrecisionManager
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.request import Kind
@@ -40,6 +42,15 @@ class Work(msgspec.Struct, frozen=True):
         return "decode" if tokens > self.request.prompt_length and tokens - self.start <= 2 else "prefill"
 
 
+class NotStarted(Exception):
+    """The device gave a request no sequence, which is among those that run now, without one."""
+
+    def __init__(self, request: Request, error: EngineError) -> None:
+        super().__init__(str(error))
+        self.request = request
+        self.error = error
+
+
 class Scheduler:
     """First come, first served, over a decoder's places and KV cache. Belongs to the decoder's thread.
 
@@ -59,12 +70,17 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
+        self.kv_limit: int | None = None
+        """Bytes of KV cache that requests may have for now, where that is less than there is."""
         self._decoder = decoder
         self._cache = cache
         self._drafter = drafter
         self._limits = decoder.limits
         self._precision = PrecisionManager(decoder.limits)
         self._in_pairs = in_pairs and not decoder.limits.invariant
+        self._apart: dict[Request, int] = {}
+        """Requests whose step has failed, and the tokens that they had then. They run alone, one after the other, until
+        they have more."""
         self._crowded = False
         """A request was preempted; admit nobody until one has left, or both would take turns evicting each other."""
 
@@ -72,9 +88,14 @@ class Scheduler:
         self.waiting.append(request)
 
     def next(self) -> list[Work]:
-        """The next batch; empty when there is nothing to run. May finish requests that cannot be started."""
+        """The next batch; empty when there is nothing to run. May finish requests that cannot be started. NotStarted,
+        DeviceError."""
         if self._limits.rope_switch is not None:
             self._switch_rope(self._limits.rope_switch)
+        if self.kv_limit is not None:
+            self._keep_within()
+        if self._apart and (alone := self._next_apart()):
+            return alone
         if self.waiting:
             self._admit_waiting()
         decoding, prefill = [], None
@@ -132,7 +153,7 @@ class Scheduler:
             if self._places() == 0:
                 self._cache.evict()
             child.sequence = parent.sequence.fork(parent.prompt_length)
-        except (OutOfSequences, OutOfKVCache):
+        except DeviceError:  # whatever it is, it can be computed anew
             self.waiting.appendleft(child)  # its turn came with its parent's
             return False
         self.running.append(child)
@@ -144,7 +165,7 @@ class Scheduler:
             return [self._decode(work.request) if work.draft else work for work in batch]
         if self._cache.evict():
             return batch
-        youngest = max(self.running, key=lambda request: request.id)
+        youngest = _youngest([each for each in self.running if each not in self._apart] or self.running)
         if len(self.running) > 1:
             self._preempt(youngest)
         elif len(youngest.tokens) > youngest.prompt_length:
@@ -155,6 +176,21 @@ class Scheduler:
             self.release(youngest, keep=False)
         return [work for work in batch if work.request is not youngest]
 
+    def set_apart(self, requests: Sequence[Request]) -> None:
+        """A step of theirs has failed, which leaves their sequences undefined: they are computed anew, each alone."""
+        for request in list(requests):
+            if request in self.running:
+                self._put_back(request)
+                self._apart[request] = len(request.tokens)
+
+    def give_way(self) -> bool:
+        """Drop the prefix that was not used for longest; False: there is none."""
+        return self._cache.evict()
+
+    def is_apart(self, request: Request) -> bool:
+        """Its step has failed, and it has not got over that yet."""
+        return request in self._apart
+
     def release(self, request: Request, keep: bool) -> None:
         """Take a finished request out; ``keep`` its sequence for prompts that begin alike."""
         if request in self.waiting:
@@ -162,6 +198,7 @@ class Scheduler:
         if request in self.running:
             self.running.remove(request)
             self._crowded = False
+        self._apart.pop(request, None)
         if self._drafter is not None:
             self._drafter.release(request)
         sequence, request.sequence = request.sequence, None
@@ -171,7 +208,31 @@ class Scheduler:
             tokens = request.tokens[: sequence.length]
             self._cache.put(tokens, sequence, request.kind, wanted=request.reused)
         else:
-            sequence.close()
+            _close(sequence)
+
+    def forget(self) -> None:
+        """There is nobody any more; their sequences die with the decoder."""
+        self.waiting.clear()
+        self.running.clear()
+        self._apart.clear()
+
+    def _next_apart(self) -> list[Work]:
+        """The next step of a request that has to run alone; the others keep what they have, and wait. Nothing: there is
+        no such request any more."""
+        for request, tokens in list(self._apart.items()):
+            if len(request.tokens) > tokens:
+                del self._apart[request]
+            elif request in self.running or self._start_apart(request):
+                return [self._decode(request) if request.pending == 1 else self._prefill(request)]
+        return []
+
+    def _start_apart(self, request: Request) -> bool:
+        """At others' cost, if need be. False: it has ended with an error."""
+        while self.running and not (self._fits(request) and self._start(request)):
+            self._preempt(_youngest(self.running))
+        if request.sequence is None and not request.finished:
+            self._start(request)
+        return request.sequence is not None
 
     def _admit_waiting(self) -> None:
         """As many as there is room for, one prompt after the other."""
@@ -180,31 +241,67 @@ class Scheduler:
                 break
 
     def _admit(self, request: Request) -> bool:
-        limits = self._limits
-        held = (limits.bytes_per_token(other.kind.kv_type) * (len(other.tokens) + 1) for other in self.running)
-        free = limits.kv_bytes - sum(held)
-        kind = self._kind(request, free)
-        needed = (len(request.tokens) + 1) * limits.bytes_per_token(kind.kv_type)
-        if self.running and (self._crowded or needed > free or len(self.running) == limits.max_sequences):
+        if self.running and (self._crowded or not self._fits(request)):
             return False
-        request.kind = kind
+        return self._start(request)
+
+    def _fits(self, request: Request) -> bool:
+        """Beside those that run."""
+        free = self._free_bytes()
+        needed = (len(request.tokens) + 1) * self._limits.bytes_per_token(self._kind(request, free).kv_type)
+        return needed <= free and len(self.running) < self._limits.max_sequences
+
+    def _free_bytes(self) -> int:
+        """Of KV cache, by what running requests hold."""
+        bytes_per_token = self._limits.bytes_per_token
+        held = (bytes_per_token(other.kind.kv_type) * (len(other.tokens) + 1) for other in self.running)
+        most = self._limits.kv_bytes
+        return (most if self.kv_limit is None else min(most, self.kv_limit)) - sum(held)
+
+    def _keep_within(self) -> None:
+        """The limit, which has come to be lower than what runs: the youngest wait until there is room again, and one
+        that is alone ends where it is."""
+        while self.running and self._free_bytes() < 0:
+            youngest = _youngest(self.running)
+            if len(self.running) > 1:
+                self._preempt(youngest)
+                continue
+            if len(youngest.tokens) > youngest.prompt_length:
+                youngest.finish("length")
+            else:
+                youngest.finish("error", self._too_little(youngest))
+            self.release(youngest, keep=False)
+
+    def _too_little(self, request: Request) -> OutOfKVCache:
+        return OutOfKVCache(
+            f"memory has become short: {format_bytes(self.kv_limit or 0)} are left for the KV cache, and "
+            f"{len(request.tokens)} tokens need more; try a shorter prompt, or again later"
+        )
+
+    def _start(self, request: Request) -> bool:
+        """Out of those that wait. False: there is no place. It may end with an error. NotStarted."""
+        request.kind = self._kind(request, self._free_bytes())
         if request.lane is not None:
             request.lane.mark("queue")
+        if self.kv_limit is not None and not self.running and not self._fits(request):
+            self.waiting.remove(request)
+            request.finish("error", self._too_little(request))
+            return True
         try:
             request.sequence = self._open(request)
-        except OutOfSequences as error:
-            if self.running:
-                return False
-            self.waiting.popleft()
-            request.finish("error", error)
-            return True
+        except EngineError as error:
+            self.waiting.remove(request)
+            self.running.append(request)
+            raise NotStarted(request, error) from error
         except DeviceError as error:
-            self.waiting.popleft()
+            if isinstance(error, OutOfSequences) and self.running:
+                return False
+            self.waiting.remove(request)
             request.finish("error", error)
             return True
         if request.lane is not None:
             request.lane.mark("prefix lookup")
-        self.waiting.popleft()
+        self.waiting.remove(request)
         self.running.append(request)
         request.reused = request.fed
         self._crowded = self._crowded and len(self.running) > 1
@@ -260,7 +357,7 @@ class Scheduler:
             if self._places() == 0:
                 self._cache.evict()
             return best[0].fork(best[1])
-        except (OutOfSequences, OutOfKVCache):
+        except DeviceError:
             return None
 
     def _switch_rope(self, switch: int) -> None:
@@ -272,16 +369,29 @@ class Scheduler:
                 request.sequence = self._new_sequence(request)
 
     def _preempt(self, request: Request) -> None:
-        assert request.sequence is not None
-        request.sequence.close()
-        request.sequence = None
+        self._put_back(request)
+        self._crowded = True
+        self.preemptions += 1
+
+    def _put_back(self, request: Request) -> None:
+        """To those that wait, in its turn; it is computed anew."""
+        if request.sequence is not None:
+            _close(request.sequence)
+            request.sequence = None
         if self._drafter is not None:
             self._drafter.release(request)
         self.running.remove(request)
         place = sum(other.id < request.id for other in self.waiting)
         self.waiting.insert(place, request)
-        self._crowded = True
-        self.preemptions += 1
 
     def _places(self) -> int:
         return self._limits.max_sequences - len(self.running) - len(self._cache)
+
+
+def _youngest(requests: Sequence[Request]) -> Request:
+    return max(requests, key=lambda request: request.id)
+
+
+def _close(sequence: DecoderSequence) -> None:
+    with suppress(EdgeError):  # of a device that has failed, and then nothing depends on it
+        sequence.close()

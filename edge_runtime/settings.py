@@ -16,6 +16,7 @@ from edge_runtime.measurements import Workload
 from edge_runtime.package import Weights, WeightsWish
 from edge_runtime.paths import APP
 from edge_runtime.prefix_store import DEFAULT_SIZE
+from edge_runtime.step_watch import STEP_TIMEOUT_S
 
 PREFIX = "EDGE_GLM_"
 FILE = "edge-glm.toml"
@@ -50,6 +51,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Whether tiers on other machines are off."""
     tuning: bool = True
     """Whether to open a model as ``edge-glm tune`` found best."""
+    step_timeout: float = STEP_TIMEOUT_S
+    """Seconds after which a step of the model counts as hanging, at least; 0: never."""
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None

@@ -19,7 +19,7 @@ from edge_runtime.drafting.prompt_lookup import PromptLookup
 from edge_runtime.errors import EdgeError, InvalidRequest, PromptTooLong
 from edge_runtime.generation import Outlet
 from edge_runtime.request import Chunk
-from edge_runtime.sampling import SamplingParams, make_sampler
+from edge_runtime.sampling import SamplingParams, check_largest, make_sampler
 from edge_runtime.tools.reader import CallReader
 from edge_runtime.tracing.trace import Lane
 from edge_runtime.watch import Watch
@@ -49,7 +49,7 @@ class Terms:
         prompt_lookup: bool,
         grammars: Grammars | None,
     ) -> Terms:
-        """``vocab_size`` None: learned by running one token."""
+        """``vocab_size`` None: learned by running one token. EngineError, also if no numbers come of that."""
         limits = decoder.limits
         size = _learn_vocab_size(decoder) if vocab_size is None else vocab_size
         return cls(tokenizer, {}, size, limits.longest, min(limits.max_prompt, limits.longest), prompt_lookup, grammars)
@@ -59,6 +59,7 @@ def _learn_vocab_size(decoder: Decoder) -> int:
     sequence = decoder.new_sequence()
     try:
         (logits,) = decoder.forward([Step(sequence, np.zeros(1, np.int64), 1)])
+        check_largest(float(logits.max()))
         return int(logits.shape[1])
     finally:
         sequence.close()

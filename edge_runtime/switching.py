@@ -79,6 +79,19 @@ class Switching:
                 if variant != loaded.placement.variant:
                     self._failover.switch(loaded.placement._replace(variant=variant, weights_reason=reason))
 
+    def relieve(self, within: int | None) -> bool:
+        """With ``auto`` weights under a budget, where nothing runs: go over to the best variant for which the process
+        needs no more bytes; None: than its budget. False: something runs. (Without a budget a variant is measured
+        against what is free beside the process, which says too little of one that takes another's place.)"""
+        with self._lock:
+            for loaded in self._failover.loaded if self._auto and self._variants.bounded else ():
+                if not loaded.engine.idle:
+                    return False
+                best = self._variants.choose(loaded.placement.package, loaded.placement.device, within=within)
+                if best is not None and best.variant != loaded.placement.variant:
+                    self._open(loaded, best)
+        return True
+
     def _variant(self, loaded: Loaded, weights: WeightsWish) -> Found:
         placement = loaded.placement
         package = Package.open(placement.package.folder)  # which may have got another since

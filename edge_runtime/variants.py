@@ -12,7 +12,7 @@ from typing import NamedTuple
 from devices.base import DecoderOptions
 from devices.discovery import Device
 from devices.kv_types import KVWish
-from edge_runtime.budgets import resolve
+from edge_runtime.budgets import Budget, resolve
 from edge_runtime.footprint import Model, Use, tokens_needed, tokens_within
 from edge_runtime.memory import BudgetSize
 from edge_runtime.package import WEIGHTS, Package, Variant, Weights
@@ -46,6 +46,11 @@ class Variants:
         self._kv_type = kv_type
         self._max_sequences = max_sequences
 
+    @property
+    def bounded(self) -> bool:
+        """There is a budget."""
+        return self._size is not None
+
     def refine(self, placement: Placement) -> Placement:
         """With the best variant, if there is one that fits."""
         found = self.choose(placement.package, placement.device)
@@ -57,13 +62,14 @@ class Variants:
         device: Device,
         tokens: int | None = None,
         among: Sequence[Variant] | None = None,
+        within: int | None = None,
     ) -> Found | None:
         """The best for ``device`` that has room for ``tokens`` tokens of KV cache, and why; None if none has.
 
         ``tokens`` None: as many as a model needs to be opened. ``among``: None for all of the package's. ConfigError as
-        :func:`edge_runtime.budgets.resolve`.
+        :func:`edge_runtime.budgets.resolve`. ``within``: bytes that the process may have, in place of the budget.
         """
-        budget = resolve(self._size, device)
+        budget = resolve(self._size, device) if within is None else Budget(within)
         losses = self._losses(package.name)
         among = package.manifest.variants if among is None else among
         present = [each for each in among if each.engine == device.engine]

@@ -95,6 +95,16 @@ def add_max_prompt(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_step_timeout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--step-timeout",
+        type=float,
+        metavar="S",
+        help="a step of the model that takes longer hangs, and the next device takes over; more where steps are slow "
+        "(default: 30; 0: never)",
+    )
+
+
 def add_loading(parser: argparse._ActionsContainer) -> None:
     add_memory_budget(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the engine's choice)")

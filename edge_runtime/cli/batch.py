@@ -18,7 +18,7 @@ AT_ONCE = 16
 """As many sequences as an engine has by default."""
 _NAMES = (
     *("device", "fallback", "weights", "memory_budget", "threads", "kv_type", "prefix_store", "tuning", "max_prompt"),
-    *("batch_invariant", "prompt_lookup", "draft", "draft_device", "workload"),
+    *("batch_invariant", "prompt_lookup", "draft", "draft_device", "workload", "step_timeout"),
 )
 
 

@@ -13,12 +13,17 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from edge_runtime.cli.parser import make_parser
+from edge_runtime.stuck import leave
 
 OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (error), 2 (usage), 130 (Ctrl-C)."""
+    return leave(_run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = make_parser().parse_args(argv)
     verbose = getattr(arguments, "verbose", False)
     _accept_any_text()

@@ -18,6 +18,7 @@ from edge_runtime.cli.arguments import (
     add_policy,
     add_prefix_store,
     add_prefixes,
+    add_step_timeout,
     add_weights,
     add_workload,
 )
@@ -81,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_fallback(run)
     add_weights(run, auto=True)
     add_loading(run)
+    add_step_timeout(run)
     add_max_prompt(run)
     add_prefixes(run)
     add_workload(run, "one")
@@ -101,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_fallback(serve)
     add_weights(serve, auto=True)
     add_loading(serve)
+    add_step_timeout(serve)
     add_max_prompt(serve)
     add_prefixes(serve)
     add_workload(serve, "many")
@@ -149,6 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_fallback(batch)
     add_weights(batch, auto=True)
     add_loading(batch)
+    add_step_timeout(batch)
     add_max_prompt(batch)
     add_prefixes(batch)
     add_workload(batch, "many")

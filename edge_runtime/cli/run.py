@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
             for name in (
                 *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type"),
                 *("max_prompt", "batch_invariant", "prompt_lookup", "draft", "draft_device", "prefix_store"),
-                *("tuning", "policy", "offline"),
+                *("tuning", "step_timeout", "policy", "offline"),
                 *("system", "max_tokens", "temperature", "seed"),
             )
         }
@@ -62,6 +62,7 @@ def open_model(ref: str, settings: Settings, workload: Workload = "one", name: s
             workload=settings.workload or workload,
             fallback=settings.fallback,
             tuning=settings.tuning,
+            step_timeout=settings.step_timeout,
             policy=settings.policy,
             offline=settings.offline,
             name=name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from devices.host import host_memory
 from edge_runtime.cli.opening import offers, offers_elsewhere, open_served
@@ -11,6 +11,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.keys import KeyRing
 from edge_runtime.memory import parse_budget, parse_bytes
 from edge_runtime.paths import home
+from edge_runtime.server.signals import Terminated, termination_interrupts
 from edge_runtime.server.wire.ollama import seconds_of
 from edge_runtime.settings import load_settings
 from edge_runtime.store import Store
@@ -21,11 +22,17 @@ _NAMES = (
     *("device", "fallback", "weights", "workload", "memory_budget", "threads", "kv_type", "max_prompt"),
     *("batch_invariant", "prompt_lookup", "draft", "draft_device", "prefix_store", "tuning", "policy", "offline"),
     *("host", "port", "api_key", "allow_open", "rate_limit", "max_body", "max_new_tokens", "cors"),
-    *("keep_alive", "on_demand", "also_on", "otel"),
+    *("keep_alive", "on_demand", "also_on", "otel", "step_timeout"),
 )
 
 
 def serve(arguments: argparse.Namespace) -> int:
+    with suppress(Terminated), termination_interrupts():  # while models are loaded, too
+        _serve(arguments)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> None:
     settings = load_settings({name: getattr(arguments, name) for name in _NAMES})
     refs = arguments.refs or ([settings.model] if settings.model else [])
     store = Store(home())
@@ -69,7 +76,6 @@ def serve(arguments: argparse.Namespace) -> int:
             recorder=Recorder(sinks),
         )
         serve_app(app, settings.host, settings.port, allow_open=settings.allow_open)
-    return 0
 
 
 def only_model(store: Store) -> str:

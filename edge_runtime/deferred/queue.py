@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from edge_runtime.deferred.uptime import boot_id, uptime
 from edge_runtime.errors import QueueFull, StorageError
 from edge_runtime.paths import DURABLE, private_file
 from edge_runtime.policy.rules import Deferred
@@ -34,7 +35,10 @@ CREATE TABLE IF NOT EXISTS requests (
   result BLOB
 );
 CREATE INDEX IF NOT EXISTS requests_due ON requests (state, due);
+CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY CHECK (id = 1), boot TEXT NOT NULL, offset REAL NOT NULL);
 """
+JUMP_S = 5.0
+"""Of the wall clock against the one that cannot be set; less is drift."""
 _COLUMNS = "id, created, state, attempts, due, waits_for, body, result"
 
 
@@ -57,12 +61,23 @@ class Entry:
 class Queue:
     """Methods may be called from any thread, and from several processes. StorageError where the file fails.
 
-    ``clock``: Unix seconds. Where it jumps back, what is due waits no longer than it would have.
+    ``clock``: Unix seconds; ``uptime``: seconds since this machine was started, those in which it slept included. Where
+    the clock is set, all times in the file are set with it: nothing becomes too old by that, or waits for longer. So
+    they are where the newest request is in the future, which was put in before a restart that cost the clock its time.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: Path,
+        clock: Callable[[], float] = time.time,
+        uptime: Callable[[], float] = uptime,
+        boot: str | None = None,
+    ) -> None:
+        """``boot``: what tells one run of the machine from another; None: as the system tells it."""
         self._path = path
         self._clock = clock
+        self._uptime = uptime
+        self._boot = boot_id() if boot is None else boot
         self._lock = threading.Lock()
         with self._translated():
             private_file(path)
@@ -153,9 +168,21 @@ class Queue:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _now(self) -> float:
-        """Never before the newest row, so that a clock that was set back delays nothing by more than it should."""
-        newest = self._connection.execute("SELECT MAX(created) FROM requests").fetchone()[0]
-        return max(self._clock(), newest or 0.0)
+        """By the clock, after whose jumps all that is in the file is set. In a transaction."""
+        now = self._clock()
+        offset = now - self._uptime()
+        known = self._connection.execute("SELECT boot, offset FROM clock").fetchone()
+        if known is not None and known[0] == self._boot:
+            jump = offset - known[1]
+        else:
+            newest = self._connection.execute("SELECT MAX(created) FROM requests").fetchone()[0]
+            jump = 0.0 if newest is None else min(now - newest, 0.0)
+            known = None
+        if abs(jump) >= JUMP_S:
+            self._connection.execute("UPDATE requests SET created = created + ?, due = due + ?", (jump, jump))
+        if known is None or abs(jump) >= JUMP_S:
+            self._connection.execute("INSERT OR REPLACE INTO clock VALUES (1, ?, ?)", (self._boot, offset))
+        return now
 
     def _forget(self, now: float, bounds: Deferred) -> None:
         """What is too old: answers go, what waits fails and can be asked about as long again."""

@@ -8,7 +8,7 @@ decoding gives: the same at temperature 0, and from the same distribution above 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ from edge_runtime.completion import Request
 from edge_runtime.drafting.pace import DraftPace
 from edge_runtime.errors import EdgeError, OutOfKVCache
 
+Forward = Callable[[Sequence[Step]], "list[NDArray[np.float32]]"]
 _SHORT = 2
 """Tokens of a step that tells the pace; longer ones catch up with a prompt."""
 
@@ -57,9 +58,14 @@ class DraftModel:
         self.error: EdgeError | None = None
         """Why it drafts no more."""
         self._decoder = decoder
+        self._forward: Forward = decoder.forward
         self._rows: dict[Request, _Row] = {}
         self._given_up: set[Request] = set()
         """For which its KV cache is too small."""
+
+    def guard(self, guard: Callable[[Decoder], Forward]) -> None:
+        """``guard``: what its steps are run by."""
+        self._forward = guard(self._decoder)
 
     def draft(self, wanted: Mapping[Request, int]) -> Mapping[Request, Sequence[int]]:
         """For each request tokens that may come next, at most so many."""
@@ -106,7 +112,7 @@ class DraftModel:
         newest = {each: self._catch_up(each) for each in rows}
         while newest:
             started = time.perf_counter()
-            logits = self._decoder.forward([Step(self._rows[each].sequence, step) for each, step in newest.items()])
+            logits = self._forward([Step(self._rows[each].sequence, step) for each, step in newest.items()])
             if all(len(step) <= _SHORT for step in newest.values()):
                 self.pace.draft_took(len(newest), time.perf_counter() - started)
             for request, row in zip(newest, logits, strict=True):
@@ -126,7 +132,7 @@ class DraftModel:
         tokens = np.array(request.tokens[row.settle(request.tokens) :], np.int64)
         chunk = self._decoder.limits.prefill_chunk
         while len(tokens) > chunk:
-            self._decoder.forward([Step(row.sequence, tokens[:chunk], rows=0)])
+            self._forward([Step(row.sequence, tokens[:chunk], rows=0)])
             tokens = tokens[chunk:]
         row.agreed = len(request.tokens)
         return tokens

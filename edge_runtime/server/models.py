@@ -44,7 +44,10 @@ async def health(request: Request) -> Response:
     """/health, /health/ready: 200 while every open model can answer, else 503; needs no API key."""
     shelf = ServerContext.of(request).shelf
     stopped = [place.name for place in shelf.places if place.model is not None and not place.model.ready]
-    said = {name: dict(model.tiers.health()) for name, model in shelf.open_texts() if model.tiers is not None}
+    said = {place.name: _trouble(place.model) for place in shelf.places if place.model is not None}
+    for name, model in shelf.open_texts():
+        said[name] |= {} if model.tiers is None else model.tiers.health()
+    said = {name: about for name, about in said.items() if about}
     status = {"status": "unavailable", "stopped": stopped} if stopped else {"status": "ok"}
     response = json_response(status | ({"models": said} if said else {}))
     response.status_code = 503 if stopped else 200
@@ -52,8 +55,22 @@ async def health(request: Request) -> Response:
 
 
 async def live(request: Request) -> Response:
-    """200 as long as the process answers at all: what a watchdog restarts by."""
-    return json_response({"status": "ok"})
+    """What a watchdog restarts by: 503 once a model can answer no more until the process is started anew."""
+    dead = dead_models(ServerContext.of(request).shelf)
+    response = json_response({"status": "dead", "models": dead} if dead else {"status": "ok"})
+    response.status_code = 503 if dead else 200
+    return response
+
+
+def dead_models(shelf: Shelf) -> dict[str, str]:
+    """Open models that only a new process can help, and why."""
+    models = [(place.name, place.model) for place in shelf.places if place.model is not None]
+    return {name: model.condition.failure for name, model in models if model.condition.failure is not None}
+
+
+def _trouble(model: ServedModel | ServedEmbedder) -> dict[str, Any]:
+    """What an operator should know of it; nothing, if all is well."""
+    return {name: value for name, value in msgspec.structs.asdict(model.condition).items() if value}
 
 
 def _body(place: Place[ServedModel] | Place[ServedEmbedder], shelf: Shelf) -> dict[str, Any]:

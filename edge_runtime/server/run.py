@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import signal
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from types import FrameType
 
 import anyio.to_thread
 import uvicorn
@@ -18,13 +16,17 @@ from uvicorn.config import LOGGING_CONFIG
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.server.context import ServerContext
+from edge_runtime.server.models import dead_models
 from edge_runtime.server.protocol import PatientProtocol
+from edge_runtime.server.shelf import Shelf
+from edge_runtime.server.signals import once, termination_interrupts
+from edge_runtime.server.supervisor import Supervisor
 
 _log = logging.getLogger("uvicorn.error")  # uvicorn sets this one up, so that all lines look alike
 
-GRACE_SECONDS = 10
+GRACE_SECONDS = 10.0
 """On shutdown, answers under way get this long to finish."""
-_ENDING_SECONDS = 5
+_ENDING_SECONDS = 5.0
 """And this long to say that they did not."""
 
 
@@ -32,14 +34,15 @@ def serve(
     app: Starlette, host: str = "127.0.0.1", port: int = 8000, *, allow_open: bool = False, log_level: str = "info"
 ) -> None:
     """Serve until SIGINT or SIGTERM, then let answers under way finish, and end those with an error that have not after
-    10 s (a second SIGINT ends them at once). Returns then, so that the caller can close the models.
+    10 s (a second SIGINT ends them at once, a second SIGTERM the process). Returns then, so that the caller can close
+    the models.
 
     ConfigError if ``host`` is reachable from other machines while ``app`` has no API key (``allow_open`` lets it be),
     and if the address cannot be had.
     """
     listener = listen(app, host, port, allow_open=allow_open)
     # uvicorn raises the signal again once it is done
-    with listener, suppress(KeyboardInterrupt), _termination_interrupts():
+    with listener, suppress(KeyboardInterrupt), termination_interrupts():
         server = make_server(app, log_level)
         context: ServerContext = app.state.context
         for place in context.shelf.places:
@@ -51,35 +54,46 @@ def serve(
         server.run(sockets=[listener])
 
 
-@contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """SIGTERM, by which services and containers are stopped, raises KeyboardInterrupt, as SIGINT does."""
-    if threading.current_thread() is not threading.main_thread():  # signals are handled elsewhere
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class Server(uvicorn.Server):
-    """Whose answers end with an error where there is no more time for them, rather than in the middle."""
+    """Whose answers end with an error where there is no more time for them, rather than in the middle; and which tells
+    the service manager how it is."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._supervising = asyncio.get_running_loop().create_task(self._supervise())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._supervising.cancel()
+        Supervisor().tell("STOPPING=1")
         ending = asyncio.get_running_loop().create_task(self._end_answers())
         try:
             await super().shutdown(sockets)
         finally:
             ending.cancel()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        once(sig)
+        super().handle_exit(sig, frame)
+
+    async def _supervise(self) -> None:
+        """While all is well. On the event loop: where that hangs, nothing is said either."""
+        supervisor = Supervisor()
+        supervisor.tell("READY=1")
+        while supervisor.interval is not None:
+            if not dead_models(self._shelf):
+                supervisor.tell("WATCHDOG=1")
+            await asyncio.sleep(supervisor.interval)
+
     async def _end_answers(self) -> None:
         await asyncio.sleep(GRACE_SECONDS)
+        self._shelf.stop_opening()
+        models = [place.model for place in self._shelf.places if place.model is not None]
+        await asyncio.gather(*(anyio.to_thread.run_sync(model.close) for model in models))
+
+    @property
+    def _shelf(self) -> Shelf:
         context: ServerContext = self.config.app.state.context  # type: ignore[union-attr]
-        for place in context.shelf.places:
-            if place.model is not None:
-                await anyio.to_thread.run_sync(place.model.close)
+        return context.shelf
 
 
 def listen(app: Starlette, host: str, port: int, *, allow_open: bool = False) -> socket.socket:
@@ -123,7 +137,7 @@ def make_server(app: Starlette, log_level: str = "info") -> Server:
             app,
             log_level=log_level,
             log_config={**LOGGING_CONFIG, "loggers": loggers},
-            timeout_graceful_shutdown=GRACE_SECONDS + _ENDING_SECONDS,
+            timeout_graceful_shutdown=round(GRACE_SECONDS + _ENDING_SECONDS),
             server_header=False,
             http=PatientProtocol,
             ws="none",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edge_runtime.condition import Condition
 from edge_runtime.engine_stats import EngineStats
 from edge_runtime.generation import Generation
 from edge_runtime.model_facts import ModelFacts
@@ -48,6 +49,10 @@ class Served(Protocol):
     @property
     def ready(self) -> bool:
         """False once the model is closed or its engine has died; /health then answers 503."""
+
+    @property
+    def condition(self) -> Condition:
+        """How it is, for /health."""
 
     @property
     def facts(self) -> ModelFacts:

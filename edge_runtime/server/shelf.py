@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import anyio.to_thread
 
-from edge_runtime.errors import BudgetError, ConfigError, EdgeError, InvalidRequest, ModelNotFound
+from edge_runtime.errors import BudgetError, ConfigError, EdgeError, EngineStopped, InvalidRequest, ModelNotFound
+from edge_runtime.heartbeat import HEARTBEAT
 from edge_runtime.model_facts import ModelFacts
 from edge_runtime.server.served import ServedEmbedder, ServedModel
+from edge_runtime.stuck import free, stuck
 from edge_runtime.tracing.trace import enter, leave, span
 
 KEEP_ALIVE = 300.0
@@ -48,7 +51,7 @@ class Place(Generic[M]):
     keep_alive: float
     """Seconds; :data:`FOREVER`: it is pinned."""
     users: int = 0
-    used: float = field(default_factory=time.monotonic)
+    used: float = field(default_factory=HEARTBEAT.now)
     """When somebody last did."""
     leaving: bool = False
     """It is closed as soon as nobody uses it."""
@@ -71,7 +74,7 @@ class Place(Generic[M]):
     @property
     def expires_in(self) -> float:
         """Seconds until it is closed, if nobody uses it."""
-        return self.keep_alive if self.users else max(self.keep_alive - (time.monotonic() - self.used), 0.0)
+        return self.keep_alive if self.users else max(self.keep_alive - (HEARTBEAT.now() - self.used), 0.0)
 
 
 class Lease(Generic[M]):
@@ -104,6 +107,54 @@ class Lease(Generic[M]):
         self._shelf._release(self._place)
 
 
+class _Opening(Generic[M]):
+    """A model on its way, by a thread of its own."""
+
+    def __init__(self, offer: Offer[M], loop: asyncio.AbstractEventLoop) -> None:
+        self.model: asyncio.Future[M] = loop.create_future()
+        self._offer: Offer[M] = offer
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._wanted = True
+        self._thread = threading.Thread(target=self._run, name="edge-glm opening", daemon=True)
+        self._thread.start()
+
+    def give_up(self) -> None:
+        """Should it come after all, it is closed."""
+        with self._lock:
+            self._wanted = False
+            if self._thread.is_alive():
+                stuck(self._thread)
+
+    def _run(self) -> None:
+        try:
+            model = self._offer.open()
+        except BaseException as error:
+            self._tell(partial(self._failed, error))
+        else:
+            if not self._tell(partial(self._came, model)):
+                model.close()
+        with self._lock:
+            free(self._thread)
+
+    def _tell(self, what: Callable[[], None]) -> bool:
+        """False: nobody wants to know."""
+        with self._lock:
+            if self._wanted:
+                self._loop.call_soon_threadsafe(what)
+            return self._wanted
+
+    def _came(self, model: M) -> None:
+        if self.model.cancelled() or not self._wanted:
+            model.close()
+        else:
+            self.model.set_result(model)
+
+    def _failed(self, error: BaseException) -> None:
+        if not self.model.cancelled():
+            self.model.set_exception(error)
+
+
 class Shelf:
     """Of one event loop."""
 
@@ -128,6 +179,8 @@ class Shelf:
         others = embedder_offers or {}
         self._encoders |= {name: Place(name, None, offer, keep_alive) for name, offer in others.items()}
         self._opening = asyncio.Lock()
+        self._stopping = asyncio.Event()
+        self._leave = HEARTBEAT.call(lambda: None)  # what the process sleeps through keeps nobody's model waiting
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -230,7 +283,7 @@ class Shelf:
             offer = place.offer
             assert offer is not None
             try:
-                place.model = await anyio.to_thread.run_sync(offer.open)
+                place.model = await self._opened(offer)
                 _log.info("opened %s on %s", place.name, place.model.placement["device"])
             except BudgetError:
                 idle = [
@@ -242,9 +295,28 @@ class Shelf:
                     raise
                 await self._close(min(idle, key=lambda each: each.used))
 
+    async def _opened(self, offer: Offer[M]) -> M:
+        """On a thread that nobody waits for where the server ends: nothing can end it. EngineStopped then."""
+        opening = _Opening(offer, asyncio.get_running_loop())
+        stopping = asyncio.create_task(self._stopping.wait())
+        either: list[asyncio.Future[Any]] = [opening.model, stopping]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            if not opening.model.done():
+                opening.give_up()
+        if not opening.model.done():
+            raise EngineStopped("the model was still being opened when the server had to end")
+        return await opening.model
+
+    def stop_opening(self) -> None:
+        """Whoever waits for a model to be opened is told that it will not be."""
+        self._stopping.set()
+
     def _release(self, place: Place[M]) -> None:
         place.users -= 1
-        place.used = time.monotonic()
+        place.used = HEARTBEAT.now()
         if place.users or place.model is None or place.offer is None:
             return
         if place.timer is not None:
@@ -257,7 +329,10 @@ class Shelf:
     def _expire(self, place: Place[M]) -> None:
         """Nobody may have used it since, and then it goes."""
         place.timer = None
-        if place.users or place.model is None or (place.expires_in > 0.01 and not place.leaving):
+        if place.users or place.model is None:
+            return
+        if place.expires_in > 0.01 and not place.leaving:  # the process was not awake all the time
+            place.timer = asyncio.get_running_loop().call_later(place.expires_in, self._expire, place)
             return
         task = asyncio.get_running_loop().create_task(self._close_unused(place))
         self._tasks.add(task)
@@ -279,6 +354,7 @@ class Shelf:
 
     def close(self) -> None:
         """Close what was opened on demand. After the server has ended."""
+        self._leave()
         for place in self.places:
             if place.model is not None and place.offer is not None:
                 place.model.close()

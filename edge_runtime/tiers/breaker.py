@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+LONGEST_WISH_S = 3600.0
+"""A server that asks to be left alone for longer is asked again after that: its clock may be wrong, or its words."""
 State = Literal["closed", "open", "half-open"]
 
 
@@ -58,14 +60,15 @@ class Breaker:
             self.reason = ""
 
     def failed(self, reason: str, retry_after: float | None = None) -> None:
-        """``retry_after``: seconds for which the tier itself asks to be left alone."""
+        """``retry_after``: seconds for which the tier itself asks to be left alone, up to :data:`LONGEST_WISH_S`."""
         with self._lock:
             self._failures += 1
             self.reason = reason
             if self._probing:
                 self._cooldown = min(2 * self._cooldown, self._longest)
             if self._probing or self._failures >= self._limit or retry_after is not None:
-                self._until = self._clock() + (self._cooldown if retry_after is None else retry_after)
+                seconds = self._cooldown if retry_after is None else min(retry_after, LONGEST_WISH_S)
+                self._until = self._clock() + seconds
             self._probing = False
 
     def left(self) -> None:

@@ -8,7 +8,7 @@ import random
 import ssl
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -21,6 +21,7 @@ from edge_runtime.egress.door import Delivery, Door, Parcel
 from edge_runtime.egress.openai_body import unsupported
 from edge_runtime.egress.redaction import ChunkRestorer
 from edge_runtime.errors import LedgerError, TierError, TierFailed, TierRefused, TierUnavailable
+from edge_runtime.heartbeat import HEARTBEAT
 from edge_runtime.policy.rules import RemoteTierSpec, TaskClass
 from edge_runtime.prompts import Fit, TierRequest
 from edge_runtime.request import Chunk
@@ -29,6 +30,8 @@ from edge_runtime.tiers.openai_events import Broken, EventParser, Nonsense, mess
 
 AFTERWARDS_S = 2.0
 """So long a whole answer waits for its usage and ``[DONE]``."""
+SLEPT_S = 1.0
+"""Where this process has slept for so long during an attempt, its failure says nothing of the tier."""
 MAX_ERROR = 64 * 1024
 """Bytes of an error body that are read."""
 ANSWERED = "answered"
@@ -92,10 +95,11 @@ class RemoteTier:
     async def stream(self, request: RemoteRequest) -> AsyncGenerator[Chunk]:
         """The answer as it comes; its last chunk has the usage, if the server says it.
 
-        Before the first chunk what fails is tried again, as the tier's ``retry`` says. Raises TierUnavailable,
-        TierRefused, TierFailed, LedgerError; TierFailed also in mid-answer. Closing it cancels the request.
+        Before the first chunk what fails is tried again, as the tier's ``retry`` says. Time that this process has slept
+        through (a suspended machine) is not the tier's, nor are connections that died meanwhile. Closing it cancels the
+        request. Raises TierUnavailable, TierRefused, TierFailed, LedgerError; TierFailed also in mid-answer.
         """
-        deadline = _now() + self.spec.timeouts.total
+        deadline, slept = _now() + self.spec.timeouts.total, HEARTBEAT.slept
         for attempt in range(1, self.spec.retry.attempts + 1):
             try:
                 async with aclosing(self._attempt(request, attempt, deadline)) as chunks:
@@ -103,6 +107,8 @@ class RemoteTier:
                         yield chunk
                 return
             except _Attempt as failure:
+                slept_before, slept = slept, HEARTBEAT.slept
+                deadline += slept - slept_before
                 wait = self._wait(failure.error, attempt)
                 if not failure.again or attempt == self.spec.retry.attempts or _now() + wait > deadline:
                     raise failure.error from failure.__cause__
@@ -123,7 +129,7 @@ class RemoteTier:
         refusal = self.breaker.enter()
         if refusal is not None:
             raise _Attempt(TierUnavailable(refusal, self.name), False)
-        began, told = False, False
+        began, told, slept = False, False, HEARTBEAT.slept
         try:
             async with aclosing(self._answer(request, attempt, deadline)) as chunks:
                 async for chunk in chunks:
@@ -132,8 +138,9 @@ class RemoteTier:
                         self.breaker.succeeded()
                     yield chunk
         except TierFailed as error:
-            told = True
-            self.breaker.failed(str(error), error.retry_after)
+            if HEARTBEAT.slept - slept < SLEPT_S:
+                told = True
+                self.breaker.failed(str(error), error.retry_after)
             if began:
                 raise
             raise _Attempt(error, getattr(error, "again", True)) from error.__cause__
@@ -277,16 +284,20 @@ def _now() -> float:
 
 
 def _retry_after(response: httpx2.Response) -> float | None:
-    """Seconds (RFC 9110, section 10.2.3: a number or a date)."""
+    """Seconds (RFC 9110, section 10.2.3: a number or a date, which is by the server's clock; ours may be wrong)."""
     value = response.headers.get("retry-after", "").strip()
-    try:
+    with suppress(ValueError):
         return max(0.0, float(value))
-    except ValueError:
-        pass
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        now = _seconds(response.headers["date"]) if "date" in response.headers else time.time()
+        return max(0.0, _seconds(value) - now)
     except (TypeError, ValueError):
         return None
+
+
+def _seconds(date: str) -> float:
+    """Unix time. TypeError, ValueError."""
+    return parsedate_to_datetime(date).timestamp()
 
 
 def _root(error: BaseException) -> BaseException:

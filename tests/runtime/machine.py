@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from devices.base import DecoderOptions, Step
 from devices.discovery import Device
@@ -42,8 +43,11 @@ class Letters(LetterTokenizer):
 class Machine:
     """Devices ``fake:0``, ``fake:1``, … in this order, over fake decoders or what opening them raises."""
 
-    def __init__(self, *decoders: FakeDecoder | EdgeError, compiling: threading.Event | None = None) -> None:
-        """``compiling``: the first compiles the model until that is set."""
+    def __init__(
+        self, *decoders: FakeDecoder | EdgeError, compiling: threading.Event | None = None, **engine: Any
+    ) -> None:
+        """``compiling``: the first compiles the model until that is set. ``engine``: options of all engines."""
+        self.engine = engine
         self.compiling = compiling
         self.decoders = {f"fake:{number}": decoder for number, decoder in enumerate(decoders)}
         self.opened: list[str] = []
@@ -68,7 +72,7 @@ class Machine:
         self.shares[name] = sharing
         self.opened.append(name)
         tokens = Letters()
-        engine = Engine(decoder, tokens, vocab_size=decoder.vocab_size, successor=successor)
+        engine = Engine(decoder, tokens, vocab_size=decoder.vocab_size, successor=successor, **self.engine)
         limits = decoder.limits
         tier = LocalTier(
             engine,

@@ -17,6 +17,7 @@ from devices.errors import EngineError
 from edge_runtime.engine import Engine
 from edge_runtime.errors import EngineStopped, InvalidRequest, Overloaded, PromptTooLong
 from edge_runtime.sampling import SamplingParams
+from edge_runtime.scheduler import Scheduler, Work
 from tests.fake_decoder import FakeDecoder
 from tests.runtime.helpers import (
     GREEDY,
@@ -112,11 +113,10 @@ def test_random_cancels_leave_nothing_behind(seed: int) -> None:
             assert [answer.tokens for answer in collect(generation, params.n)] == [expected] * params.n
 
 
-def test_a_failing_step_ends_its_requests_and_the_engine_goes_on() -> None:
+def test_a_device_that_fails_ends_the_requests_of_that_step_and_the_engine_goes_on() -> None:
     decoder = FakeDecoder()
 
     def fail(batch: Sequence[Step]) -> None:
-        decoder.before_forward = lambda batch: None
         raise EngineError("the accelerator fell over")
 
     with serving(decoder) as engine:
@@ -127,10 +127,10 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on() -> None:
             assert answer.last is not None
             with pytest.raises(EngineError, match="fell over"):
                 answer.last.checked()
-        assert ask(engine, prompt(1, 20), GREEDY).tokens == greedy(decoder, prompt(1, 20), 12)
-        decoder.before_forward = fail
         with pytest.raises(EngineError, match="fell over"):
             engine.score([1, 2, 3])
+        decoder.before_forward = lambda batch: None
+        assert ask(engine, prompt(1, 20), GREEDY).tokens == greedy(decoder, prompt(1, 20), 12)
 
 
 def test_broken_logits_end_only_their_request() -> None:
@@ -144,14 +144,15 @@ def test_broken_logits_end_only_their_request() -> None:
         assert ask(engine, prompt(1, 20), GREEDY).finish_reason == "length"
 
 
-def test_the_thread_s_death_reaches_every_waiter() -> None:
+def test_the_thread_s_death_reaches_every_waiter(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
 
-    def die(batch: Sequence[Step]) -> None:
-        gate(batch)
+    def die(self: Scheduler) -> list[Work]:
+        gate([])
         raise RuntimeError("a bug")
 
-    engine = start(FakeDecoder(before_forward=die, max_sequences=1))
+    monkeypatch.setattr(Scheduler, "next", die)
+    engine = start(FakeDecoder(max_sequences=1))
     generations = [engine.submit(prompt(seed, 5), SamplingParams(n=2)) for seed in range(3)]
     gate.open.set()
     for generation in generations:

@@ -32,7 +32,7 @@ def replacing(engine: Engine, open_successor: Callable[[], Engine]) -> Future[No
             done.set_result(None)
 
     threading.Thread(target=replace).start()
-    while engine._leaving is None:
+    while engine._estate.wanted is None:
         pass
     return done
 

@@ -19,6 +19,7 @@ from edge_runtime.footprint import Model, Use, footprint, least_budget
 from edge_runtime.generation import Generation
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.loading import Loaded
+from edge_runtime.memory import BudgetSize
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.placement import Placement
 from edge_runtime.prompts import TierRequest, TokenIds
@@ -110,11 +111,18 @@ class Two(Variants):
     """fp32 weights leave room for 64 tokens, int4 for 256."""
 
     def __init__(self) -> None:
-        super().__init__(lambda model: {}, None)
+        super().__init__(lambda model: {}, BudgetSize(1 << 30))
 
     def choose(
-        self, package: Package, device: Device, tokens: int | None = None, among: Sequence[Variant] | None = None
+        self,
+        package: Package,
+        device: Device,
+        tokens: int | None = None,
+        among: Sequence[Variant] | None = None,
+        within: int | None = None,
     ) -> Found | None:
+        if within is not None and within < 100:
+            tokens = 200
         sizes: tuple[tuple[Weights, int], ...] = (("fp32", 64), ("int4", 256))
         for weights, room in sizes:
             found = variant(package, weights)
@@ -183,6 +191,35 @@ def test_a_long_prompt_goes_to_a_variant_with_room_for_it(box: Box) -> None:
     assert box.opened == ["fp32", "int4"]
 
 
+def test_where_memory_has_become_short_an_idle_model_goes_over(box: Box) -> None:
+    gate = Gate()
+    box.decoders["fp32"].before_forward = gate
+    begun = box.start(20)
+    assert gate.reached.wait(60)
+    assert not box.switching.relieve(99)  # it runs
+    gate.open.set()
+    collect(begun)
+    while not box.failover.loaded[0].engine.idle:
+        pass
+    assert box.switching.relieve(100)
+    assert box.weights == "fp32"  # which has room enough
+    assert box.switching.relieve(99)
+    assert box.weights == "int4"
+    box.answer(20)
+    while not box.failover.loaded[0].engine.idle:
+        pass
+    assert box.switching.relieve(None)
+    assert box.weights == "fp32"
+    box.answer(20)
+
+
+def test_weights_that_were_chosen_stay_however_short_memory_is(package: Package) -> None:
+    box = Box(package, auto=False)
+    assert box.switching.relieve(99)
+    assert box.opened == ["fp32"]
+    box.failover.close()
+
+
 def test_what_runs_ends_on_the_variant_it_was_begun_with(box: Box) -> None:
     gate = Gate()
     fp32 = box.decoders["fp32"]
@@ -192,7 +229,7 @@ def test_what_runs_ends_on_the_variant_it_was_begun_with(box: Box) -> None:
     answers: list[Answer] = []
     asking = threading.Thread(target=lambda: answers.append(collect(box.start(100))[0]))
     asking.start()
-    while box.failover.loaded[0].engine._leaving is None:
+    while box.failover.loaded[0].engine._estate.wanted is None:
         pass
     gate.open.set()
     asking.join(60)

@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from tokenizers import decoders, models, pre_tokenizers
 
 from devices.base import Step
+from edge_runtime.condition import Condition
 from edge_runtime.constraints import Grammars
 from edge_runtime.engine import Engine, Generation
 from edge_runtime.engine_stats import EngineStats
@@ -86,6 +87,10 @@ class FakeModel:
     @property
     def ready(self) -> bool:
         return self.engine.alive
+
+    @property
+    def condition(self) -> Condition:
+        return Condition(self.engine.failure)
 
     @property
     def stats(self) -> EngineStats:

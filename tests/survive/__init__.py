@@ -1,0 +1,1 @@
+"""Power cuts, kills and disks that fail: what is left is whole, and goes on."""

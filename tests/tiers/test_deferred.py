@@ -90,7 +90,7 @@ def test_bounds_of_count_and_bytes(tmp_path: Path) -> None:
 
 def test_bounds_of_age(tmp_path: Path) -> None:
     now = [1000.0]
-    queue = Queue(tmp_path / "queue.sqlite", clock=lambda: now[0])
+    queue = Queue(tmp_path / "queue.sqlite", clock=lambda: now[0], uptime=lambda: now[0])
     bounds = Deferred(max_age_hours=1)
     old = queue.add(b"x", bounds)
     now[0] += 3601

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "edge_runtime/egress/door.py",
     "edge_runtime/fetch.py",  # gets models, sends nothing of anybody's
     "edge_runtime/server/run.py",  # listens
+    "edge_runtime/server/supervisor.py",  # tells this machine's service manager that all is well
     "edge_runtime/tiers/remote.py",  # reads what the door has opened
     "edge_runtime/tiers/network.py",  # asks the system for its interfaces
 }
