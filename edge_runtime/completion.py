@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import DecoderSequence
+from edge_runtime.chunks import next_chunk
 from edge_runtime.detokenizer import StopStrings, TokenText
 from edge_runtime.drafting.prompt_lookup import PromptLookup
 from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Outlet
 from edge_runtime.request import PLAIN, Chunk, FinishReason, Kind
 from edge_runtime.sampling import Sampler, TokenLogprob, check_largest, log_sum_exp
+from edge_runtime.timing.pace import Begun
 from edge_runtime.tools.reader import CallReader
 from edge_runtime.tracing.trace import Lane
 from edge_runtime.watch import Watch
@@ -43,6 +45,8 @@ class Request(ABC):
     reused: int = 0
     """Tokens that were in the KV cache already when it was admitted."""
     finished: bool = False
+    begun: Begun | None = None
+    """Once it has a place, until its first token is there. None: nobody wants to know how long that takes."""
     lane: Lane | None = None
     """Where its time is written down. None: nobody wants to know."""
 
@@ -66,7 +70,7 @@ class Request(ABC):
 
     def chunk(self, limit: int) -> int:
         """How many tokens to feed next, at most ``limit``; never so that a single one is left over."""
-        return limit - 1 if self.pending == limit + 1 and limit > 2 else min(self.pending, limit)
+        return next_chunk(self.pending, limit)
 
     def rows(self, count: int) -> int:
         """Logits wanted from a step that feeds ``count`` tokens."""

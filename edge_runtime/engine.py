@@ -43,6 +43,7 @@ from edge_runtime.sampling import SamplingParams
 from edge_runtime.scheduler import NotStarted, Scheduler, Work
 from edge_runtime.step_watch import STEP_TIMEOUT_S, Abandoned, StepWatch
 from edge_runtime.submission import Asking, Completing, Submission, Terms
+from edge_runtime.timing.pace import Pace
 from edge_runtime.tools.reader import CallReader
 from edge_runtime.tracing import trace as tracing
 from edge_runtime.watch import Watch
@@ -179,6 +180,7 @@ class Engine:
             running=len(self._scheduler.running),
             running_tokens=sum(request.fed for request in list(self._scheduler.running)),
             waiting=self._inbox.queued,
+            pending=self._pending(),
             cached_sequences=len(self._cache),
             cached_tokens=self._cache.tokens,
             generated_tokens=self._generated,
@@ -189,6 +191,15 @@ class Engine:
             forward_seconds=self._forwarding.seconds,
             inference_seconds=self._decoder.engine_seconds,
         )
+
+    @property
+    def pace(self) -> Pace:
+        """How long first tokens took lately."""
+        return self._scheduler.pace
+
+    def known(self, ids: Sequence[int]) -> int:
+        """How many first ones of ``ids`` the prefix cache could give just now: a glance, which does not wait."""
+        return self._cache.glance(ids)
 
     def submit(
         self,
@@ -254,6 +265,13 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _pending(self) -> tuple[int, ...]:
+        """Copies first: the engine's thread goes on meanwhile. A cached prefix of what waits is not known yet."""
+        unread = [letter.requests[0] for letter in self._inbox.waiting]
+        requests = [*list(self._scheduler.running), *self._scheduler.waiting.copy(), *unread]
+        left = [len(request.tokens) - request.fed for request in requests]
+        return tuple(tokens for tokens in left if tokens > 1)
 
     def _read(self, ids: Sequence[int], score: bool) -> NDArray[np.float32]:
         submission = Asking(_token_list(ids), score)
@@ -385,6 +403,9 @@ class Engine:
             if request.lane is not None:
                 request.lane.mark("batch")
             self._take(request, logits, work.draft)
+            if request.begun is not None and len(request.tokens) > request.prompt_length:
+                self._scheduler.pace.first_token(request.begun)
+                request.begun = None
             if work.by_model and self._drafter is not None:
                 self._drafter.pace.fared(len(work.draft), max(len(request.tokens) - before - 1, 0))
             if request in self._without_numbers:

@@ -13,6 +13,8 @@ class EngineStats:
     running_tokens: int
     """Tokens of their KV cache."""
     waiting: int
+    pending: tuple[int, ...]
+    """Prompt tokens that are still to be run of each request that runs or waits, as far as there are any."""
     cached_sequences: int
     cached_tokens: int
     generated_tokens: int

@@ -23,6 +23,7 @@
     │   ├── PromptTooLong            prompt (+ max_tokens) over the context; both counts
     │   └── TemplateError            the chat template failed or was stopped
     ├── BudgetError                  the memory budget cannot work; says what would
+    ├── NotMeasured                  too little was measured on this machine; says what to run
     ├── Overloaded                   queue full (HTTP 503, ``retry_after``)
     │   └── QueueFull                no room for another deferred request
     ├── EngineStopped                the engine is shut down or its thread died
@@ -105,6 +106,10 @@ class BudgetError(EdgeError):
     """The memory budget cannot work; the message says what would."""
 
 
+class NotMeasured(EdgeError):
+    """Too little was measured on this machine to say how long something takes; the message says what to run."""
+
+
 class Overloaded(EdgeError):
     """The queue is full. ``retry_after`` is in seconds."""
 
@@ -176,6 +181,7 @@ __all__ = [
     "LedgerError",
     "ModelError",
     "ModelNotFound",
+    "NotMeasured",
     "OutOfKVCache",
     "OutOfSequences",
     "Overloaded",

@@ -34,6 +34,11 @@ class Inbox:
         return len(self._letters)
 
     @property
+    def waiting(self) -> list[Letter]:
+        """Those that the engine has not taken yet."""
+        return list(self._letters)
+
+    @property
     def queued(self) -> int:
         return len(self._letters) + self._waiting()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -14,6 +15,7 @@ from edge_runtime.constraints import Grammars
 from edge_runtime.drafting.draft_model import DraftModel
 from edge_runtime.drafting.opening import draft_bytes, open_draft, place_draft
 from edge_runtime.engine import Engine, Successor
+from edge_runtime.errors import NotMeasured
 from edge_runtime.heap import return_free_heap
 from edge_runtime.measurements import Workload
 from edge_runtime.memory import BudgetSize
@@ -23,6 +25,8 @@ from edge_runtime.step_watch import STEP_TIMEOUT_S
 from edge_runtime.store import Store
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.local import LocalTier
+from edge_runtime.timing.model import TimingModel
+from edge_runtime.timing.predict import timing_model
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tuning.apply import tuned
 from edge_runtime.tuning.records import Options
@@ -64,6 +68,8 @@ class Loaded:
     """Tokens that prompt and answer may have together."""
     options: DecoderOptions
     """As it was opened."""
+    timing: TimingModel | None = None
+    """How long requests take on it, where that was measured here."""
     tuned: str | None = None
     """What ``edge-glm tune`` had found and was taken, in words."""
 
@@ -153,4 +159,7 @@ def load(
         add_bos=package.manifest.add_bos,
         defaults=package.generation,
     )
-    return Loaded(placement, decoder.device, engine, tier, max_prompt, context, options, found)
+    timing: TimingModel | None = None
+    with suppress(NotMeasured):
+        timing = timing_model(store.home, variant, decoder.device, options)
+    return Loaded(placement, decoder.device, engine, tier, max_prompt, context, options, timing, found)

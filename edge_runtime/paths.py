@@ -53,6 +53,11 @@ class Home:
         return self.cache / "measurements.json"
 
     @property
+    def timing(self) -> Path:
+        """What single requests took here (:mod:`edge_runtime.timing`)."""
+        return self.cache / "timing.json"
+
+    @property
     def tuning(self) -> Path:
         """What ``edge-glm tune`` tried and found (:mod:`edge_runtime.tuning`)."""
         return self.cache / "tuning.json"

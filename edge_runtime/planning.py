@@ -6,14 +6,14 @@ made-up model; nothing is exported or downloaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from devices.base import DecoderOptions
 from devices.discovery import Device, probe_device
 from devices.kv_types import KVWish
 from devices.names import OPTIONAL, parse_device
 from edge_runtime.budgets import Budget, resolve
-from edge_runtime.errors import BudgetError, ConfigError, ModelNotFound
+from edge_runtime.errors import BudgetError, ConfigError, ModelNotFound, NotMeasured
 from edge_runtime.footprint import (
     KV_TYPES,
     Footprint,
@@ -30,6 +30,9 @@ from edge_runtime.memory import BudgetSize, format_bytes
 from edge_runtime.package import Package, Weights, WeightsWish
 from edge_runtime.placement import Wish, place
 from edge_runtime.store import Store, variant_name
+from edge_runtime.timing.model import TimingModel
+from edge_runtime.timing.predict import timing_model
+from edge_runtime.tuning.apply import tuned
 from edge_runtime.variants import rank
 
 MOST_SEQUENCES = 4096
@@ -64,6 +67,8 @@ class Candidate:
     budget: Budget | None
     reason: str | None = None
     """Why it cannot be taken. None: it can."""
+    timing: TimingModel | NotMeasured | None = None
+    """How long requests take on it, or why that is not known; None: it cannot be opened here."""
 
     @property
     def fits(self) -> bool:
@@ -100,7 +105,10 @@ def plan(store: Store, ref: str, device: str, size: BudgetSize | None, need: Nee
             budgets[hardware] = resolve(size, probed)
         budget = budgets.get(hardware) if probed.ready else None
         found += [
-            _candidate(probed, variant, model, budget, need)
+            replace(
+                _candidate(probed, variant, model, budget, need),
+                timing=_timing(store, package, variant, probed, need, size is not None) if probed.ready else None,
+            )
             for variant, model in models.items()
             if model.engine == probed.engine
         ]
@@ -171,6 +179,22 @@ def _candidate(device: Device, variant: str, model: Model, budget: Budget | None
         budget=budget,
         reason=reason,
     )
+
+
+def _timing(
+    store: Store, package: Package | None, variant: str, device: Device, need: Need, budget: bool
+) -> TimingModel | NotMeasured:
+    """Of the model as :func:`edge_runtime.loading.load` would open it."""
+    if package is None:
+        return NotMeasured("the model is not here yet, so it was never measured")
+    found = next(each for each in package.manifest.variants if each.name == variant)
+    options, _ = tuned(
+        DecoderOptions(kv_type=need.kv_type), device.name, found, need.workload, store.home, budget=budget
+    )
+    try:
+        return timing_model(store.home, found, device.name, options)
+    except NotMeasured as why:
+        return why
 
 
 def _within(budget: Budget, variant: str, model: Model, use: Use, asked: bool) -> tuple[int, Use, str | None]:

@@ -80,6 +80,11 @@ class PrefixCache:
         """How many first tokens an entry could give; see :meth:`usable`."""
         return self._find(tokens, kind)[1]
 
+    def glance(self, tokens: Sequence[int]) -> int:
+        """As :meth:`match`, of whatever kind; from any thread, and so perhaps of what is gone at that moment."""
+        ids = np.asarray(tokens, np.int64)
+        return max((self._usable(entry.tokens, ids) for entry in list(self._entries)), default=0)
+
     def usable(self, held: NDArray[np.int64], tokens: Sequence[int]) -> int:
         """How many first ones of ``tokens`` a sequence that holds ``held`` can give; 0: too few to be worth it.
 
@@ -87,7 +92,10 @@ class PrefixCache:
         cache: engines multiply one token by another kernel than several, and int8 activations make a difference
         in the last bit a visible one.
         """
-        common = min(common_prefix(held, np.asarray(tokens, np.int64)), len(tokens) - RUN_AT_LEAST)
+        return self._usable(held, np.asarray(tokens, np.int64))
+
+    def _usable(self, held: NDArray[np.int64], tokens: NDArray[np.int64]) -> int:
+        common = min(common_prefix(held, tokens), len(tokens) - RUN_AT_LEAST)
         common -= common % self._kv_block
         return common if common >= self._min_tokens else 0
 

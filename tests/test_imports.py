@@ -83,12 +83,13 @@ def test_exporters_know_packages_and_errors_only(path: Path) -> None:
 
 TIERS = {
     "tracing": (),
+    "timing": (),
     "policy": (),
     "egress": ("policy",),
-    "tiers": ("policy", "egress", "tracing"),
+    "tiers": ("policy", "egress", "tracing", "timing"),
     "stages": ("policy",),
     "deferred": ("policy", "tiers", "tracing"),
-    "routing": ("policy", "egress", "tiers", "stages", "deferred", "tracing"),
+    "routing": ("policy", "egress", "tiers", "stages", "deferred", "tracing", "timing"),
 }
 """Part of edge_runtime → those of these parts that it may know."""
 

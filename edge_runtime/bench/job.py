@@ -38,6 +38,8 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """Also measure answers that repeat their prompt, with and without prompt lookup."""
     nll: bool = True
     """Also score the bundled text, so that a speed comes with what it cost."""
+    timing: bool = False
+    """Also time single requests of several lengths, for the timing model (:mod:`edge_runtime.timing`)."""
     tuning: Options | None = None
     """How to open the model; None: as ``edge-glm tune`` found best, where it has."""
 

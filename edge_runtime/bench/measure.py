@@ -12,9 +12,15 @@ from typing import Any
 from edge_runtime.bench import local, timing
 from edge_runtime.bench.job import Job
 from edge_runtime.bench.machine import peak_rss_bytes, this_machine
+from edge_runtime.bench.requests import observe
 from edge_runtime.bench.result import Result, Samples
 from edge_runtime.errors import ConfigError
+from edge_runtime.machine import fingerprint
 from edge_runtime.store import Progress
+from edge_runtime.timing.observations import Subject, TimedRun
+
+TIMING_S = 20.0
+"""That timing single requests takes at most, unless one round of them takes longer."""
 
 
 def prepare(job: Job, progress: Progress) -> None:
@@ -38,6 +44,7 @@ def measure(job: Job, started: float) -> Result:
     if job.shared_prefix is not None:
         with closing(local.open_model(job, prefix_cache=True)) as llm:
             prefix = local.shared_prefix(llm, job, job.shared_prefix)
+    timed = _timed(job, figures["prefill_tps"]) if job.timing else None
     copying = None
     if job.copy:
         with (
@@ -61,6 +68,7 @@ def measure(job: Job, started: float) -> Result:
         nll=nll,
         nll_tokens=nll_tokens,
         shared_prefix=prefix,
+        timed=timed,
         copying=copying,
         machine=machine,
         **figures,
@@ -69,6 +77,13 @@ def measure(job: Job, started: float) -> Result:
 
 def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _timed(job: Job, prefill_tps: float) -> TimedRun:
+    with closing(local.open_model(job, prefix_cache=True)) as llm:
+        found = observe(llm, prefill_tps, TIMING_S, job.seed)
+        subject = Subject.of(llm.variant, llm.device, llm.options, fingerprint())
+        return TimedRun(subject=subject, chunk=llm.limits.prefill_chunk, created=now(), observations=found)
 
 
 def _speed(job: Job, rounds: Sequence[Sequence[local.Stream]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from edge_runtime.package import Weights
+from edge_runtime.timing.observations import TimedRun
 
 
 class Percentiles(msgspec.Struct, frozen=True):
@@ -114,6 +115,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     shares: Shares | None = None
     shared_prefix: SharedPrefix | None = None
     copying: Copying | None = None
+    timed: TimedRun | None = None
+    """Single requests, for the timing model."""
     nll: float | None = None
     """Mean negative log-likelihood of the bundled text in nats per token."""
     nll_tokens: int | None = None

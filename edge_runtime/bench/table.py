@@ -62,6 +62,8 @@ def remarks(result: Result) -> dict[str, str]:
             f"copies {copying.speedup:.1f} times as fast, {copying.accepted:.0%} of the drafted tokens held, "
             f"{copying.identical} of {copying.tasks} answers the same"
         )
+    if result.timed is not None:
+        found["single requests"] = f"{len(result.timed.observations)} times, for edge-glm plan and the router"
     if result.nll_tokens is not None:
         found["loss is over"] = f"{result.nll_tokens} tokens of the bundled text"
     if result.errors:

@@ -21,10 +21,11 @@ from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import Measurements
 from edge_runtime.paths import home
 from edge_runtime.settings import load_settings
+from edge_runtime.timing.observations import Observations
 from edge_runtime.tuning.records import Options
 
 _LOADING = ("device", "weights", "memory_budget", "threads", "kv_type", "batch_invariant")
-_LOCAL = ("repeats", "shared_prefix", "copy", "nll")
+_LOCAL = ("repeats", "shared_prefix", "copy", "nll", "timing")
 _SERVER = ("model", "chat", "rate", "requests", "goodput", "api_key")
 _LADDER = ("draft", "draft_device")
 _ONE_RESULT = ("output", "html", "compare", "shared_prefix", "copy")
@@ -54,7 +55,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def _ladder(arguments: argparse.Namespace) -> int:
     """Prepared and measured rung by rung; what is done is told on a terminal."""
-    others = ("every_device", "compare", "shared_prefix", "copy", "nll", "concurrency", "seed", "tuning")
+    others = ("every_device", "compare", "shared_prefix", "copy", "nll", "timing", "concurrency", "seed", "tuning")
     loading = ("weights", "kv_type", "batch_invariant")
     _refuse(arguments, ("url", *_SERVER, *others, *loading), "--{} has no meaning for a ladder; leave it out")
     if arguments.ref is None:
@@ -108,11 +109,17 @@ def _job(arguments: argparse.Namespace) -> Job:
     settings = load_settings({name: getattr(arguments, name) for name in (*_LOADING, "tuning")})
     loading = {name: getattr(settings, name) for name in _LOADING} | {"weights": settings.format}
     tuning = None if settings.tuning else Options()
-    return Job(ref=arguments.ref, tuning=tuning, **loading, **_given(arguments, *_LOCAL, *_SHAPE))
+    given = {"timing": True} | _given(arguments, *_LOCAL, *_SHAPE)
+    return Job(ref=arguments.ref, tuning=tuning, **loading, **given)
 
 
 def _keep(job: Job, result: Result) -> None:
-    """For ``auto`` to go by."""
+    """For ``auto`` and the timing model to go by."""
+    if result.timed is not None:
+        try:
+            Observations(home().timing).keep(result.timed)
+        except EdgeError as error:  # the figures themselves are worth more
+            print(f"edge-glm: the times of single requests are not kept: {error}", file=sys.stderr)
     if not _speaks_for_auto(job):
         return
     from edge_runtime.bench.every import measurement
@@ -152,7 +159,11 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], message: str) -> None:
     for name in _given(arguments, *names):
-        raise ConfigError(message.format({"nll": "no-nll", "tuning": "no-tuning"}.get(name, name.replace("_", "-"))))
+        raise ConfigError(
+            message.format(
+                {"nll": "no-nll", "timing": "no-timing", "tuning": "no-tuning"}.get(name, name.replace("_", "-"))
+            )
+        )
 
 
 def _write(path: str, data: bytes) -> None:

@@ -187,7 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
     devices = add("devices", "list devices, and why one cannot be used")
     devices.add_argument("--json", action="store_true", help="print JSON")
 
-    plan = add("plan", "show what memory a model takes on each device, and what fits a budget")
+    plan = add("plan", "show what memory and time a model takes on each device, and what fits a budget")
     plan.add_argument("ref", metavar="REF", help=REFERENCE_HELP)
     add_device(plan)
     add_weights(plan, auto=True)
@@ -197,6 +197,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_workload(plan, "one")
     plan.add_argument("--context", type=int, metavar="N", help="tokens of each sequence (default: what fits)")
     plan.add_argument("--sequences", type=int, metavar="N", help="sequences of so many tokens at once (default: 1)")
+    plan.add_argument("--prompt", type=int, metavar="N", default=512, help="how long would so many tokens take? (512)")
+    plan.add_argument("--new-tokens", type=int, metavar="N", default=128, help="and an answer of so many? (128)")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     bench = add("bench", "measure a model here, or a server")
@@ -369,6 +371,13 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         "--copy", action="store_true", default=None, help="also: answers that repeat their prompt, with prompt lookup"
     )
     here.add_argument("--no-nll", dest="nll", action="store_false", default=None, help="do not score the bundled text")
+    here.add_argument(
+        "--no-timing",
+        dest="timing",
+        action="store_false",
+        default=None,
+        help="do not time single requests of several lengths, which plan and the router go by",
+    )
     server = bench.add_argument_group("a server")
     server.add_argument("--url", help="any OpenAI-compatible server, as http://127.0.0.1:8000")
     server.add_argument("--model", metavar="NAME", help="default: the only one it has")

@@ -155,6 +155,9 @@ class Latency(_Strict, frozen=True):
     total: float | None = None
 
 
+NO_MATTER = Latency()
+
+
 class CostCap(_Strict, frozen=True):
     """In the currency of the prices. None: no limit."""
 

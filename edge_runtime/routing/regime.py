@@ -9,7 +9,7 @@ from edge_runtime.egress.door import Door
 from edge_runtime.egress.ledger import Ledger
 from edge_runtime.errors import PolicyError
 from edge_runtime.policy.check import key_of, problems
-from edge_runtime.policy.rules import LocalTierSpec, Policy, TaskClass
+from edge_runtime.policy.rules import NO_MATTER, LocalTierSpec, Policy, TaskClass
 from edge_runtime.prompts import TierRequest
 from edge_runtime.routing.calibration import read_calibration, shipped
 from edge_runtime.routing.conductor import Conductor
@@ -83,8 +83,9 @@ class Regime:
                 tier = self.remote[spec.name]
                 found.append(Candidate(spec, tier.fit(tokens), tier.refusal, tier.unsupported(request), *took))
             else:
-                model = self.local[spec.name]
-                found.append(Candidate(spec, model.fit(prepared[spec.name]), None, model.unsupported(request), *took))
+                model, asked = self.local[spec.name], prepared[spec.name]
+                foretold = model.foretold(asked) if task.latency != NO_MATTER else None
+                found.append(Candidate(spec, model.fit(asked), None, model.unsupported(request), *took, foretold))
         return found
 
     def states(self) -> dict[str, dict[str, str]]:

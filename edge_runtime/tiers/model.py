@@ -11,6 +11,8 @@ from edge_runtime.generation import Generation
 from edge_runtime.package import WeightsWish
 from edge_runtime.prompts import Fit, TierRequest, TokenIds
 from edge_runtime.switching import Switching
+from edge_runtime.timing.foretold import Foretold, foretell
+from edge_runtime.timing.model import Beside
 
 
 class LocalModel:
@@ -41,6 +43,21 @@ class LocalModel:
         fit = max(fits, key=lambda fit: (fit.max_prompt, fit.max_context))
         room = self._switching.most_context
         return fit if room is None else replace(fit, max_prompt=max(room, fit.max_prompt), max_context=room)
+
+    def foretold(self, prepared: TierRequest) -> Foretold | None:
+        """How long it will take to the first token, with what the engine has to do just now. None: it was not measured,
+        or it must wait for the end of another answer, whose length nobody knows."""
+        fitting = (each for each in self._failover.loaded if each.tier.fit(prepared).verdict(prepared.params)[0])
+        loaded = next(fitting, None)
+        if loaded is None or loaded.timing is None:
+            return None
+        engine = loaded.engine
+        stats = engine.stats
+        if stats.running + stats.waiting >= engine.limits.max_sequences:
+            return None
+        beside = Beside(stats.running + stats.waiting, stats.running_tokens, stats.pending)
+        pace = engine.pace.ratio(loaded.timing)
+        return foretell(loaded.timing, len(prepared.ids), engine.known(prepared.ids), beside, pace)
 
     def start(self, prepared: TierRequest) -> Generation:
         """See :meth:`edge_runtime.switching.Switching.start`."""

@@ -23,11 +23,16 @@ from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.paths import Home, home
 from edge_runtime.placement import Wish, place
 from edge_runtime.store import Store, pick_variant
+from edge_runtime.timing.observations import Observations
 from edge_runtime.tuning.log import TuningLog, digest
 from edge_runtime.tuning.records import Figures, Options, Run, Setup
 from edge_runtime.tuning.search import CONFIRMATION, Search, Watch
 from edge_runtime.tuning.space import Scope
 
+TIMED_FROM_S = 120.0
+"""Seconds of tuning from which single requests are timed at its end, as it was decided to open the model."""
+TIMING_LIMIT_S = 90.0
+"""Until that is given up."""
 _REPEATS = 1
 """Measured rounds of a trial, after one to warm up: more trials tell more than longer ones."""
 _log = logging.getLogger("edge_glm.tuning")
@@ -45,7 +50,8 @@ def tune(
     """Find out how ``job``'s model is best opened for ``workload``, and keep it.
 
     Of the job count its model, device, weights, memory budget and shape of requests. ``limit_s`` begins when the model
-    is prepared; ``prepared`` then gets the run, which holds at any time what has been learned, also after Ctrl-C.
+    is prepared; timing single requests (:data:`TIMED_FROM_S`) comes after it and takes some 20 s more. ``prepared``
+    gets the run when it begins, which holds at any time what has been learned, also after Ctrl-C.
     Raises ConfigError, and what :class:`edge_runtime.EdgeLLM` raises if the model cannot be opened as it comes.
     """
     if not 0 < limit_s < math.inf:
@@ -94,6 +100,8 @@ def tune(
     finally:
         _keep(log, run)
     _tell_auto(here, run)
+    if limit_s >= TIMED_FROM_S:
+        _time_requests(here, job, run)
     return run
 
 
@@ -140,6 +148,18 @@ def _tell_auto(here: Home, run: Run) -> None:
             kept.keep(Measurement(run.model, device, run.weights, run.shape, each, run.machine))
     except (EdgeError, OSError) as error:
         _log.warning("auto does not learn that %s is the best: %s", run.best.device, error)
+
+
+def _time_requests(here: Home, job: Job, run: Run) -> None:
+    """For the timing model, so that it speaks of the model as it is opened from now on."""
+    best = run.best or run.default
+    job = msgspec.structs.replace(job, device=best.device, weights=run.weights, tuning=best.options, timing=True)
+    try:
+        timed = process.measure(job, TIMING_LIMIT_S).timed
+        if timed is not None:
+            Observations(here.timing).keep(timed)
+    except EdgeError as error:  # what was found is worth more
+        _log.warning("how long single requests take is not known: %s", error)
 
 
 def _seconds(run: Run, setup: Setup, lever: str | None = None) -> float:

@@ -20,8 +20,11 @@ from edge_runtime.bench import local, process
 from edge_runtime.bench.job import Job
 from edge_runtime.bench.machine import peak_rss_bytes, this_machine
 from edge_runtime.bench.workload import bundled_text
+from edge_runtime.cli.main import main
 from edge_runtime.engine import Engine
 from edge_runtime.errors import ConfigError, EdgeError
+from edge_runtime.llm import EdgeLLM
+from edge_runtime.prompts import TierRequest, TokenIds
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.app import create_app
 from tests.fake_decoder import FakeDecoder
@@ -31,7 +34,7 @@ from tests.server.served import FakeModel, running
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-P", "-m", "edge_runtime.cli.main", "bench"]
 # answers so long that on a busy machine, too, readers see them grow
-SMALL = ["synthetic:tiny", "--prompt-tokens", "48", "--new-tokens", "200", "--repeats", "2"]
+SMALL = ["synthetic:tiny", "--prompt-tokens", "48", "--new-tokens", "200", "--repeats", "2", "--no-timing"]
 SHAPE: dict[str, Any] = {"prompt_tokens": 40, "new_tokens": 10, "concurrency": 3, "repeats": 2}
 Bench = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -203,6 +206,25 @@ def test_a_measuring_process_that_dies(home: Path) -> None:
     _, errors = parent.communicate(timeout=60)
     assert parent.returncode == 1
     assert errors.decode() == "edge-glm: the measuring process was ended by signal 9; is there enough memory?\n"
+
+
+def test_single_requests_are_timed_for_plan(
+    bench: Bench, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["synthetic:tiny", "--device", "onnxruntime:cpu", "--repeats", "1", "--no-nll", "--prompt-tokens", "64"]
+    timed = json.loads(succeeds(bench(*small, "--json")))["timed"]
+    assert timed["subject"]["device"] == "onnxruntime:cpu"
+    assert {each["type"] for each in timed["observations"]} == {"first", "each"}
+    assert all(each["seconds"] > 0 for each in timed["observations"])
+    (kept,) = json.loads((home / "cache" / "timing.json").read_bytes())["runs"]
+    assert kept == timed
+    monkeypatch.setenv("EDGE_GLM_HOME", str(home))
+    assert main(["plan", "synthetic:tiny", "--device", "onnxruntime:cpu", "--prompt", "300", "--json"]) == 0
+    (candidate,) = json.loads(capsys.readouterr().out)["candidates"]
+    assert 0 < candidate["timing"]["tpot_s"]["seconds"] < candidate["timing"]["ttft_s"]["seconds"] < 10
+    with EdgeLLM("synthetic:tiny", "onnxruntime:cpu") as llm:
+        request = TierRequest(TokenIds([5] * 200), SamplingParams(max_tokens=5))
+        assert llm.local.foretold(request) is not None
 
 
 def test_a_measuring_process_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

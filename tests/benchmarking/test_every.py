@@ -91,7 +91,7 @@ def test_what_auto_does_not_go_by_is_not_said_to_be(tmp_path: Path) -> None:
     assert every_table(JOB, found, kept=False).endswith("* is the fastest")
     for given in (["--threads", "1"], ["--kv-type", "float32"]):
         device = ["--device", "onnxruntime:cpu", "--prompt-tokens", "20", "--new-tokens", "20"]
-        done = command(tmp_path, "synthetic:tiny", *given, *device)
+        done = command(tmp_path, "synthetic:tiny", "--no-timing", *given, *device)
         assert done.returncode == 0, done.stderr
         assert not (tmp_path / "cache" / "measurements.json").exists()
 
@@ -110,7 +110,7 @@ def test_what_is_of_one_device_is_refused(flag: list[str], tmp_path: Path) -> No
 
 def test_auto_goes_by_what_was_measured(tmp_path: Path) -> None:
     """From the command to the choice, with a model so small that any device may win."""
-    small = ["synthetic:tiny", "--prompt-tokens", "20", "--new-tokens", "20", "--repeats", "1"]
+    small = ["synthetic:tiny", "--prompt-tokens", "20", "--new-tokens", "20", "--repeats", "1", "--no-timing"]
     done = command(tmp_path, *small, "--every-device", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

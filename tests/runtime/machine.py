@@ -20,6 +20,7 @@ from edge_runtime.prompts import TierRequest, TokenIds
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.local import LocalTier
+from edge_runtime.timing.model import TimingModel
 from tests.fake_decoder import FakeDecoder
 from tests.runtime.helpers import GREEDY, LetterTokenizer
 
@@ -52,6 +53,7 @@ class Machine:
         self.decoders = {f"fake:{number}": decoder for number, decoder in enumerate(decoders)}
         self.opened: list[str] = []
         self.shares: dict[str, int] = {}
+        self.timing: TimingModel | None = None
 
     def place(self, aside: Mapping[str, str]) -> Placement:
         for name in self.decoders:
@@ -81,7 +83,9 @@ class Machine:
             max_prompt=limits.max_prompt,
             max_context=limits.max_context,
         )
-        return Loaded(placement, name, engine, tier, limits.max_prompt, limits.max_context, DecoderOptions())
+        return Loaded(
+            placement, name, engine, tier, limits.max_prompt, limits.max_context, DecoderOptions(), timing=self.timing
+        )
 
     def start(self) -> Failover:
         return Failover(self.place, self.load, self.place({}))

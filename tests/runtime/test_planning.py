@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 
+from devices.base import DecoderOptions
 from edge_runtime.budgets import Budget
 from edge_runtime.cli.main import main
 from edge_runtime.errors import BudgetError, ConfigError, ModelNotFound, UnknownDevice, UnknownReference
 from edge_runtime.llm import EdgeLLM
+from edge_runtime.machine import fingerprint
 from edge_runtime.memory import BudgetSize
+from edge_runtime.package import Package
 from edge_runtime.paths import Home
 from edge_runtime.placement import Wish
 from edge_runtime.planning import Need, Plan, plan, refuse_early
 from edge_runtime.store import Store, export_package
+from edge_runtime.timing.observations import FirstToken, Observations, Subject, TimedRun
+from tests.timing.known import CHUNK, observed, seconds
 
 MIB = 1 << 20
 BIG = "synthetic:glm-edge-1.5b"
@@ -178,7 +183,44 @@ def test_a_table(store: Store, tiny: str, capsys: pytest.CaptureFixture[str]) ->
     assert lines[1].startswith("*  edge:cpu")
     assert lines[3].startswith("-  openvino:cpu")
     assert any(line.startswith("- openvino:cpu: openvino-int4 needs ") for line in lines)
-    assert lines[-1].startswith("* edge:cpu, the first choice for auto") or "best that can be used" in lines[-1]
+    chosen = lines[lines.index("") - 1]
+    assert chosen.startswith("* edge:cpu, the first choice for auto") or "best that can be used" in chosen
+    assert lines[-1] == "time on openvino:cpu: not measured here; edge-glm bench REF --device openvino:cpu does that"
+
+
+def test_how_long_it_takes(store: Store, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was measured of the model as it would be opened, and of nothing else."""
+    variant = next(each for each in Package.open(Path(tiny)).manifest.variants if each.name == "onnx-int4")
+    subject = Subject.of(variant, "onnxruntime:cpu", DecoderOptions(), fingerprint())
+    Observations(store.home.timing).keep(
+        TimedRun(subject=subject, chunk=CHUNK, created="now", observations=observed(0.02))
+    )
+    assert main(["plan", tiny, "--prompt", "900", "--new-tokens", "50"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("900 prompt tokens and 50 new ones here, nine times in ten:")
+    assert lines[start + 1].split() == ["device", "variant", "first", "token", "each", "token", "all"]
+    assert lines[start + 2].startswith("onnxruntime:cpu  onnx-int4 ")
+    assert len(lines) == start + 5
+    assert main(["plan", tiny, "--prompt", "900", "--new-tokens", "50", "--json"]) == 0
+    said = {each["device"]: each["timing"] for each in json.loads(capsys.readouterr().out)["candidates"]}
+    timing = said["onnxruntime:cpu"]
+    assert (timing["prompt_tokens"], timing["new_tokens"]) == (900, 50)
+    first, each, whole = (timing[name] for name in ("ttft_s", "tpot_s", "total_s"))
+    assert first["seconds"] == pytest.approx(seconds(FirstToken(prompt=900, seconds=0)), rel=0.1)
+    assert whole["seconds"] == pytest.approx(first["seconds"] + 49 * each["seconds"], rel=0.02)
+    for bars in (first, each, whole):
+        assert 0 < bars["low"] < bars["seconds"] < bars["high"]
+    assert said["openvino:cpu"]["not_known"].startswith("not measured here as it would be opened")
+
+    assert main(["plan", tiny, "--kv-type", "auto", "--device", "onnxruntime:cpu"]) == 0
+    assert "not measured here as it would be opened" in capsys.readouterr().out
+    assert main(["plan", tiny, "--prompt", "4000", "--device", "onnxruntime:cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "time on onnxruntime:cpu: 4000 tokens and 128 more do not fit the context of 1024" in said
+    assert main(["plan", "synthetic:llama-1b", "--device", "onnxruntime:cpu"]) == 0
+    assert "the model is not here yet, so it was never measured" in capsys.readouterr().out
+    assert main(["plan", tiny, "--prompt", "0"]) == 1
+    assert "--prompt and --new-tokens are at least 1, not 0 and 128" in capsys.readouterr().err
 
 
 def test_what_cannot_fit_is_not_exported_first(store: Store) -> None:

@@ -21,6 +21,8 @@ from edge_runtime.route import Route
 from edge_runtime.routing.dispatcher import Dispatcher
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.tiers.model import LocalModel, continued
+from edge_runtime.timing.foretold import Foretold, foretell
+from edge_runtime.timing.model import ALONE, TimingModel
 from tests.server.served import FakeModel
 
 QUESTION: Sequence[Mapping[str, Any]] = [{"role": "user", "content": "what is it?"}]
@@ -37,6 +39,7 @@ class FakeLocal(LocalModel):
         self.knows_tools = False
         self.started: list[Generation] = []
         self.max_prompt = max_prompt
+        self.timing: TimingModel | None = None
         self.fake = FakeModel(before_forward=self._wait)
 
     def _wait(self, batch: Sequence[Step]) -> None:
@@ -57,6 +60,9 @@ class FakeLocal(LocalModel):
     def fit(self, prepared: TierRequest) -> Fit:
         assert isinstance(prepared.prompt, TokenIds)
         return Fit(len(prepared.prompt.ids), self.max_prompt, 512)
+
+    def foretold(self, prepared: TierRequest) -> Foretold | None:
+        return None if self.timing is None else foretell(self.timing, len(prepared.ids), 0, ALONE)
 
     def start(self, prepared: TierRequest) -> Generation:
         if self.error is not None:

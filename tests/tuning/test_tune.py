@@ -24,12 +24,14 @@ from edge_runtime.measurements import Shape
 from edge_runtime.paths import home
 from edge_runtime.placement import Wish, place
 from edge_runtime.store import Store
+from edge_runtime.timing.observations import Observations, Subject, TimedRun
 from edge_runtime.tuning import run as run_module
 from edge_runtime.tuning.records import Options, Run, Setup, Verdict
 from edge_runtime.tuning.run import tune
 from edge_runtime.tuning.table import conclusion, table
 from tests.benchmarking.results import make_result
 from tests.conftest import usable
+from tests.timing.known import CHUNK, observed
 from tests.tuning.machine import DEFAULT, new_run
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +156,12 @@ class Bench:
             prefill_tps=2 * job.prompt_tokens / seconds,
             decode_tps=2 * job.new_tokens / seconds,
             nll=3.0 if job.nll else None,
+            timed=timed_run(job.device) if job.timing else None,
         )
+
+
+def timed_run(device: str) -> TimedRun:
+    return TimedRun(subject=Subject("0", device, "", "here"), chunk=CHUNK, created="now", observations=observed())
 
 
 @pytest.fixture
@@ -184,6 +191,10 @@ def test_auto_learns_of_a_better_device(bench: Callable[..., Bench]) -> None:
     assert run.best == Setup("openvino:cpu", Options(threads=1))
     assert run.gain == pytest.approx(3.0)
     assert all(job.tuning is not None and job.weights == "int4" and job.repeats == 1 for job in made.jobs)
+    (job,) = [job for job in made.jobs if job.timing]
+    assert made.jobs[-1] is job
+    assert (job.device, job.tuning) == ("openvino:cpu", Options(threads=1))
+    assert Observations(home().timing).of(timed_run("openvino:cpu").subject) == [timed_run("openvino:cpu")]
     placed = place(Store(home()), Wish("synthetic:tiny", "auto"))
     assert placed.device.name == "openvino:cpu"
     assert placed.reason == "the fastest here of 3 measured with one stream"
