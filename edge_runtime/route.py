@@ -26,6 +26,10 @@ class Route:
     """Tiers that may take it, best first."""
     reasons: dict[str, str]
     """For every tier: why it is in ``order``, or why not, or how it failed."""
+    wanted_ttft_ms: float | None = None
+    """To the first token, as its class wants it; None: no matter."""
+    wanted_total_ms: float | None = None
+    """The whole answer likewise."""
     signals: Mapping[str, Signal] = field(default_factory=dict)
     good: float | None = None
     """P(the local answer is good enough), as last estimated."""

@@ -76,6 +76,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         "key": ("key", "key"),
         "ps": ("remote", "ps"),
         "stop": ("remote", "stop"),
+        "slo": ("remote", "slo"),
         "config": ("config", "config"),
         "completion": ("completion", "completion"),
         "batch": ("batch", "batch"),

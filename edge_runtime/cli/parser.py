@@ -140,7 +140,9 @@ def make_parser() -> argparse.ArgumentParser:
     ps.add_argument("--json", action="store_true", help="print JSON")
     stop = add("stop", "have a server close a model that it opened on demand")
     stop.add_argument("model", metavar="NAME", help="as `edge-glm ps` calls it")
-    for each in (ps, stop):
+    slo = add("slo", "show which requests to a server met the latency that their class wants, and why others did not")
+    slo.add_argument("--json", action="store_true", help="print JSON")
+    for each in (ps, stop, slo):
         each.add_argument("--url", help="default: http://127.0.0.1:8000, or as host and port are set")
         each.add_argument("--api-key", metavar="KEY", help="the server's; better set EDGE_GLM_API_KEY")
 

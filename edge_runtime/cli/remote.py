@@ -1,4 +1,4 @@
-"""``edge-glm ps`` and ``edge-glm stop``: what a running server has open."""
+"""``edge-glm ps``, ``edge-glm stop`` and ``edge-glm slo``: what a running server has open, and how it fares."""
 
 from __future__ import annotations
 
@@ -72,6 +72,41 @@ def stop(arguments: argparse.Namespace) -> int:
     stopped = _ask(arguments, "POST", "/v1/models/stop", {"model": arguments.model})["stopped"]
     print(f"{arguments.model} is closed once nobody uses it" if stopped else f"{arguments.model} was not open")
     return 0
+
+
+def slo(arguments: argparse.Namespace) -> int:
+    """A row for each class that has a target, then the newest misses."""
+    report = _ask(arguments, "GET", "/slo")
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    if not report["classes"]:
+        print("no request of a class with a latency target has ended yet")
+        return 0
+    rows = [["class", "wants", "requests", "met", "missed for"]]
+    for each in report["classes"]:
+        targets = {"first token": each["wanted_ttft_ms"], "all": each["wanted_total_ms"]}
+        wants = ", ".join(f"{name} {limit:g} ms" for name, limit in targets.items() if limit is not None)
+        missed = ", ".join(f"{reason} {count}" for reason, count in each["missed"].items())
+        rows.append([each["class"], wants, str(each["requests"]), f"{each['share']:.1%}", missed])
+    print(columns(rows, "llrrl", head=True))
+    if report["misses"]:
+        print("\nnewest misses")
+        print(columns([_MISS_HEAD, *map(_miss_row, report["misses"][:_MISSES_SHOWN])], "llllrrrl", head=True))
+    return 0
+
+
+_MISSES_SHOWN = 10
+_MISS_HEAD = ["at", "class", "tier", "reason", "tokens", "first ms", "all ms", "spent on"]
+
+
+def _miss_row(miss: dict[str, Any]) -> list[str]:
+    at = datetime.fromtimestamp(miss["started"]).strftime("%H:%M:%S")
+    first = "" if miss["ttft_ms"] is None else f"{miss['ttft_ms']:.0f}"
+    longest = sorted(miss["spent_ms"].items(), key=lambda each: -each[1])[:3]
+    spent = ", ".join(f"{kind} {took:.0f}" for kind, took in longest)
+    tokens = f"{miss['prompt_tokens']}+{miss['completion_tokens']}"
+    return [at, miss["class"], miss["tier"], miss["reason"], tokens, first, f"{miss['total_ms']:.0f}", spent]
 
 
 def _left(expires: str) -> int:

@@ -165,8 +165,9 @@ class Dispatcher:
         plan = Router.choose(request.params, matched.task, candidates, estimate)
         reasons = dict(plan.reasons)
         name = f"req-{uuid.uuid4().hex}"
-        route = Route(name, matched.task.name, matched.because, plan.order, reasons, signals)
+        route = Route(name, matched.task.name, matched.because, plan.order, reasons, signals=signals)
         route.good = None if estimate is None else estimate.good
+        route.wanted_ttft_ms, route.wanted_total_ms = matched.task.latency.ttft, matched.task.latency.total
         return Decision(regime, facts, signals, matched.task, prepared_for, candidates, plan, route)
 
     def _shortened(self, regime: Regime, decision: Decision) -> Conversation | None:

@@ -27,8 +27,10 @@ from edge_runtime.server.page import PARTS, page, part
 from edge_runtime.server.responses import delete_response, get_response, responses
 from edge_runtime.server.served import ServedEmbedder, ServedModel
 from edge_runtime.server.shelf import Shelf
+from edge_runtime.server.slo import slo
 from edge_runtime.server.tokens import detokenize, tokenize
 from edge_runtime.server.tracing import Tracing, traces
+from edge_runtime.tracing.objectives import Objectives
 from edge_runtime.tracing.recorder import Recorder
 
 ROUTES = (
@@ -55,6 +57,7 @@ ROUTES = (
     Route("/health", health, methods=["GET"]),
     Route("/health/ready", health, methods=["GET"]),
     Route("/health/live", live, methods=["GET"]),
+    Route("/slo", slo, methods=["GET"]),
     Route("/metrics", metrics, methods=["GET"]),
     Route("/traces", traces, methods=["GET"]),
     Route("/openapi.json", openapi, methods=["GET"]),
@@ -91,6 +94,8 @@ def create_app(
     guard = Guard(api_key, keys, per_minute)
     meter = Meter()
     recorder = recorder or Recorder()
+    objectives = Objectives(meter.objective)
+    recorder.add(objectives)
     cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
     app = Starlette(
         routes=list(ROUTES),
@@ -104,6 +109,6 @@ def create_app(
     )
     app.router.redirect_slashes = False
     shelf = models if isinstance(models, Shelf) else Shelf(models, embedders)
-    app.state.context = ServerContext(shelf, guard, meter, max_body, recorder, max_new_tokens)
+    app.state.context = ServerContext(shelf, guard, meter, max_body, recorder, objectives, max_new_tokens)
     meter.serve(shelf.open_texts, memory_budget)
     return app

@@ -22,6 +22,7 @@ from edge_runtime.server.metrics import Meter
 from edge_runtime.server.response_store import ResponseStore
 from edge_runtime.server.shelf import Shelf
 from edge_runtime.tools.pieces import whole
+from edge_runtime.tracing.objectives import Objectives
 from edge_runtime.tracing.recorder import Recorder
 from edge_runtime.tracing.trace import span
 
@@ -40,6 +41,7 @@ class ServerContext:
     max_body: int
     """Bytes."""
     recorder: Recorder
+    objectives: Objectives
     max_new_tokens: int | None
     """What an answer may have at most; None: what the context has room for."""
     responses: ResponseStore = field(default_factory=ResponseStore)

@@ -63,6 +63,17 @@ class Meter:
             registry=registry,
         )  # fmt: skip
 
+        self._objectives = Counter(
+            "edge_glm_latency_objectives",
+            "Requests of classes that want a latency: met, or why not.",
+            ["task_class", "outcome"],
+            registry=registry,
+        )
+
+    def objective(self, task: str, outcome: str) -> None:
+        """See :class:`edge_runtime.tracing.objectives.Objectives`."""
+        self._objectives.labels(task, outcome).inc()
+
     def serve(self, models: Callable[[], Iterable[tuple[str, ServedModel]]], budget: int | None = None) -> None:
         """Tell of these, too: those that are open when somebody asks. ``budget``: bytes of memory."""
         if budget is not None:
@@ -100,6 +111,11 @@ class Watched:
         self._meter.seconds.labels(model).observe(now - self._started)
         if self._counts[key] > 1:
             self._meter.per_token.labels(model).observe((now - self._first[key]) / (self._counts[key] - 1))
+
+    @property
+    def first_at(self) -> float | None:
+        """When the first token came, by :func:`time.perf_counter`."""
+        return min(self._first.values(), default=None)
 
     def end(self, usage: Usage, broken: bool) -> None:
         """Once; ``broken``: it came to no end of its own."""

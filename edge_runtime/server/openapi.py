@@ -90,6 +90,7 @@ _GETS = {
     "/health/ready": "Whether every model can answer",
     "/health/live": "Whether the process answers",
     "/metrics": "For Prometheus",
+    "/slo": "Which requests met the latency that their class wants, and why others did not",
     "/traces": "Where the time of the newest requests went",
 }
 _QUERIES: Mapping[str, Mapping[str, tuple[dict[str, Any], str]]] = {

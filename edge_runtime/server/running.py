@@ -10,7 +10,7 @@ import anyio
 import anyio.to_thread
 from starlette.types import Receive
 
-from edge_runtime.errors import EngineStopped
+from edge_runtime.errors import EdgeError, EngineStopped
 from edge_runtime.generation import Generation
 from edge_runtime.request import Chunk, Usage
 from edge_runtime.route import Route
@@ -32,6 +32,7 @@ class Running:
         self._whole = False
         """All has been read to the end."""
         self._release: Callable[[], None] | None = None
+        self._failed = False
         self._generations: list[Generation] = []
 
     def release_with(self, release: Callable[[], None]) -> None:
@@ -67,7 +68,16 @@ class Running:
                 prompt_tokens=usage.prompt_tokens,
                 cached_tokens=usage.cached_tokens,
                 completion_tokens=usage.completion_tokens,
+                outcome="whole" if self._whole else "failed" if self._failed else "left",
             )
+            first = self._watched.first_at
+            latency = {
+                "ttft_ms": None if first is None else (1e9 * first - lane.trace.started) / 1e6,
+                "wanted_ttft_ms": route.wanted_ttft_ms,
+                "wanted_total_ms": route.wanted_total_ms,
+                "degraded": 1 if route.degraded else None,  # why is told to whoever asked
+            }
+            lane.trace.say(**{name: value for name, value in latency.items() if value is not None})
 
     def _start(self, start: Start) -> None:
         self._generations.append(start())
@@ -109,6 +119,7 @@ class Running:
             if lane is not None:
                 lane.delivered()
             self._watched.chunk(number, chunk)
+            self._failed |= chunk.error is not None
             chunk.checked()
             if chunk.finish_reason == "cancelled":
                 raise EngineStopped("the answer was cut off: the server is shutting down")
@@ -120,8 +131,12 @@ class Running:
         lane = current()
         if lane is not None:
             lane.pause()
-        for generation in self._generations:
-            await generation.opened()
+        try:
+            for generation in self._generations:
+                await generation.opened()
+        except EdgeError:
+            self._failed = True
+            raise
         if lane is not None:
             lane.skip()
 

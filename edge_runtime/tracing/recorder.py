@@ -20,6 +20,10 @@ class Recorder:
         self.ring = Ring() if ring is None else ring
         self._sinks = list(sinks)
 
+    def add(self, sink: Sink) -> None:
+        """One more."""
+        self._sinks.append(sink)
+
     def keep(self, trace: Trace) -> None:
         """One that has ended. A sink that fails is left out from then on, and the log says so."""
         self.ring.add(trace)

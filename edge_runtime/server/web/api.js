@@ -40,6 +40,11 @@ export async function traces(limit) {
   return (await (await request(`traces?limit=${limit}`)).json()).data;
 }
 
+// Which requests met the latency that their class wants.
+export async function slo() {
+  return (await request("slo")).json();
+}
+
 // Calls onText with each piece; returns {tier, finish, usage, firstMs, seconds}.
 export async function answer(body, signal, onText) {
   const started = performance.now();

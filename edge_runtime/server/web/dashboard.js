@@ -1,6 +1,6 @@
 // What /metrics tells, as tiles and live plots.
 
-import { metrics, traces } from "./api.js";
+import { metrics, slo, traces } from "./api.js";
 
 const EVERY_MS = 2000;
 const POINTS = 150; // five minutes
@@ -68,9 +68,9 @@ export class Dashboard {
   }
 
   async update() {
-    let samples, newest;
+    let samples, newest, objectives;
     try {
-      [samples, newest] = await Promise.all([metrics().then(parse), traces(NEWEST)]);
+      [samples, newest, objectives] = await Promise.all([metrics().then(parse), traces(NEWEST), slo()]);
     } catch (error) {
       this.onError(error);
       return;
@@ -101,7 +101,21 @@ export class Dashboard {
     this.plot("Requests at work", total(samples, "edge_glm_requests_running"), (value) => value.toFixed(0));
     this.plot("Memory, MiB", memory / MIB, (value) => value.toFixed(0));
     this.tiers(samples);
+    this.objectives(objectives.classes);
     this.requests(newest);
+  }
+
+  objectives(classes) {
+    document.getElementById("targets").hidden = !classes.length;
+    const wants = (each) => [["first token", each.wanted_ttft_ms], ["all", each.wanted_total_ms]]
+      .filter(([, limit]) => limit !== null).map(([name, limit]) => `${name} ${shown(limit)}`).join(", ");
+    fill("slo", classes.map((each) => [
+      each.class,
+      wants(each),
+      each.requests,
+      share(each.met, each.requests),
+      Object.entries(each.missed).map(([reason, count]) => `${reason} ${count}`).join(", "),
+    ]));
   }
 
   tiles(rows) {

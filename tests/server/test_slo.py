@@ -1,0 +1,104 @@
+"""Latency targets, as the server and the command line tell of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from edge_runtime.cli.main import main
+from edge_runtime.server.app import create_app
+from tests.server.served import CHAT as PLAIN
+from tests.server.served import running, wait_until
+from tests.server.test_tiers import CHAT
+from tests.tiers.house import LOCAL, TieredModel, cloud, house, task
+from tests.tiers.upstream import Connection, answers, status, upstream
+
+NEVER, ALWAYS = {"ttft": 0.001}, {"ttft": 60_000.0, "total": 60_000.0}
+
+
+def ask(url: str, **more: object) -> None:
+    """One request, until it has been counted."""
+    before = sum(each["requests"] for each in httpx.get(f"{url}/slo").json()["classes"])
+    response = httpx.post(f"{url}/v1/chat/completions", json=CHAT | more)
+    assert response.status_code == 200, response.text
+    wait_until(lambda: sum(each["requests"] for each in httpx.get(f"{url}/slo").json()["classes"]) == before + 1)
+
+
+def slowly(client: Connection) -> None:
+    time.sleep(0.05)
+    answers("from ", "afar")(client)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    classes = task(name="quick", latency=NEVER, match={"field": {"user": "hasty"}}) + task(latency=ALWAYS)
+    with house(tmp_path, LOCAL + classes) as here, running(create_app(TieredModel(here))) as url:
+        yield url
+
+
+def test_met_and_missed(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["slo", "--url", url]) == 0
+    assert capsys.readouterr().out == "no request of a class with a latency target has ended yet\n"
+    for more in ({}, {"stream": True}, {"user": "hasty"}):
+        ask(url, **more)
+    report = httpx.get(f"{url}/slo").json()
+    told = {each["class"]: each for each in report["classes"]}
+    assert (told["all"]["requests"], told["all"]["share"], told["all"]["missed"]) == (2, 1.0, {})
+    assert (told["all"]["wanted_ttft_ms"], told["all"]["wanted_total_ms"]) == (60_000, 60_000)
+    assert (told["quick"]["requests"], told["quick"]["met"]) == (1, 0)
+    (miss,) = report["misses"]
+    assert told["quick"]["missed"] == {miss["reason"]: 1}
+    assert miss["ttft_ms"] > 0.001
+    assert miss["tier"] == "local"
+    counted = httpx.get(f"{url}/metrics").text
+    assert 'edge_glm_latency_objectives_total{outcome="met",task_class="all"} 2.0' in counted
+    assert f'edge_glm_latency_objectives_total{{outcome="{miss["reason"]}",task_class="quick"}} 1.0' in counted
+
+    assert main(["slo", "--url", url]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["class", "wants", "requests", "met", "missed", "for"]
+    assert lines[1][-2:] == ["2", "100.0%"]
+    assert "0.0%" in lines[2]
+    assert lines[-1][1:3] == ["quick", "local"]
+    assert main(["slo", "--url", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == httpx.get(f"{url}/slo").json()
+
+
+def test_a_tier_that_does_not_answer_and_one_that_is_slow(tmp_path: Path) -> None:
+    classes = task(prefer="remote", latency=NEVER)
+    for server_does, reason in ((status(503), "fell back"), (slowly, "elsewhere")):
+        folder = tmp_path / reason
+        folder.mkdir()
+        with (
+            upstream(server_does) as server,
+            house(folder, cloud(server.url) + LOCAL + classes) as here,
+            running(create_app(TieredModel(here))) as url,
+        ):
+            ask(url, stream=True)
+            (told,) = httpx.get(f"{url}/slo").json()["classes"]
+            assert told["missed"] == {reason: 1}
+
+
+def test_where_nobody_answers(tmp_path: Path) -> None:
+    policy = task(prefer="remote", latency=ALWAYS, tiers=["cloud"])
+    with (
+        upstream(status(503)) as server,
+        house(tmp_path, LOCAL + cloud(server.url) + policy) as here,
+        running(create_app(TieredModel(here))) as url,
+    ):
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code >= 500
+        wait_until(lambda: bool(httpx.get(f"{url}/slo").json()["classes"]))
+        (told,) = httpx.get(f"{url}/slo").json()["classes"]
+        assert (told["share"], told["missed"]) == (0.0, {"failed": 1})
+
+
+def test_without_targets_nothing_is_counted(tmp_path: Path) -> None:
+    with house(tmp_path, LOCAL + task()) as here, running(create_app(TieredModel(here))) as url:
+        assert httpx.post(f"{url}/v1/chat/completions", json=PLAIN).status_code == 200
+        time.sleep(0.05)
+        assert httpx.get(f"{url}/slo").json() == {"classes": [], "misses": []}
