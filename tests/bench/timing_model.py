@@ -114,8 +114,8 @@ class Quiet:
         return found
 
     def wait(self) -> None:
-        """For a tenth of a second in which others take little, at most five seconds."""
-        end = time.monotonic() + 5
+        """For a tenth of a second in which others take little, at most a second."""
+        end = time.monotonic() + 1
         while time.monotonic() < end:
             before = _others_s()
             time.sleep(0.1)
