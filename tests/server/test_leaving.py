@@ -31,7 +31,7 @@ def sent(url: str, path: str, request: dict[str, Any]) -> Iterator[socket.socket
     body = json.dumps(request).encode()
     with socket.create_connection((parts.hostname, parts.port)) as connection:
         head = (
-            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         connection.sendall(head.encode() + body)
         yield connection
