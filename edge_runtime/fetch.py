@@ -84,7 +84,7 @@ def _run_pip(requirement: str, target: Path, progress: Progress | None) -> None:
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "raw", "--dest", str(target), requirement]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # nosec B603  # no shell, and a name that the form of references allows
             command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True, errors="replace"
         )
         try:
