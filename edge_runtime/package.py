@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -66,24 +66,30 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return sum(entry.bytes for entry in self.files)
 
 
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
+"""Of a vocabulary, a context and so on. What memory is planned by and arrays are made by: no model's comes near it."""
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+"""Of layers and heads, and of a head's size."""
+
+
 class ArchitectureSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a device and a planner must know of the network."""
 
     family: str
     parameters: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    vocab_size: int
-    max_context: int
-    sliding_windows: tuple[int | None, ...] = ()
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    hidden_size: Size
+    vocab_size: Size
+    max_context: Size
+    sliding_windows: tuple[Size | None, ...] = ()
     """Per layer; empty: none."""
     rope_switch: int | None = None
     tied_head: bool | None = None
     """The vocabulary projection is the embedding. None: not known."""
-    kv_heads: tuple[int, ...] = ()
+    kv_heads: tuple[Count, ...] = ()
     """Per layer, where they are not all ``num_kv_heads``, which is then the most."""
 
     @property

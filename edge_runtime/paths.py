@@ -73,9 +73,11 @@ DURABLE = "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-
 
 
 def private_file(path: Path) -> None:
-    """Make it, if it is not there, readable by its user only."""
+    """Make it, if it is not there, and have it readable by its user only. OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
+    if path.stat().st_mode & 0o077 and os.name == "posix":  # copied from elsewhere, or of an older version
+        path.chmod(0o600)
 
 
 def home() -> Home:

@@ -245,7 +245,8 @@ def _paid(name: str, function: Callable[..., Any], meter: Callable[[], Meter]) -
         purse.spend_on(args[skip:])
         purse.spend_on(kwargs)
         if extra is not None:
-            args = (*args[:skip], *extra(purse, *args[skip:], **kwargs))
+            paid = extra(purse, *args[skip:], **kwargs)  # nosec B610  # Django's method of that name is meant
+            args = (*args[:skip], *paid)
             kwargs = {}
         result = function(*args, **kwargs)
         if isinstance(result, GeneratorType):

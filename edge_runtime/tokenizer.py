@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import CorruptModel, InvalidRequest
+from edge_runtime.tokenizer_bounds import check_bounds
 
 
 class Tokenizer:
@@ -24,13 +26,16 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer_json: str, *, bos_id: int | None = None, eos_ids: Iterable[int] = ()) -> None:
-        """``tokenizer_json`` is the file's text. CorruptModel if the tokenizers library does not accept it."""
+        """``tokenizer_json`` is the file's text. CorruptModel if the tokenizers library does not accept it, or if it
+        could make texts endlessly long (:mod:`edge_runtime.tokenizer_bounds`)."""
         import tokenizers  # late: `import edge_runtime` stays light
 
         try:
             self._inner = tokenizers.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises bare Exception
             raise CorruptModel(f"the tokenizer is not valid: {error}; pull or export the model again") from error
+        before, decoder = [self._inner.normalizer, self._inner.pre_tokenizer], _state(self._inner.decoder)
+        check_bounds([_state(each) for each in before], [decoder])
         # A saved truncation or padding would silently change prompts.
         self._inner.no_truncation()
         self._inner.no_padding()
@@ -44,7 +49,7 @@ class Tokenizer:
         self.special_texts = tuple(added[index].content for index in sorted(self.special_ids))
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
-        self._to_bytes = _byte_reader(self._inner)
+        self._to_bytes = _byte_reader(decoder)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -73,7 +78,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}") from error
-        with self._lock:
+        with self._lock, _panics():
             self._inner.encode_special_tokens = not parse_special
             ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         if not add_bos:
@@ -89,7 +94,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}") from error
-        with self._lock:
+        with self._lock, _panics():
             self._inner.encode_special_tokens = True
             encoded = self._inner.encode(text, add_special_tokens=True)
         marks = encoded.special_tokens_mask
@@ -101,7 +106,8 @@ class Tokenizer:
 
         InvalidRequest if an id is negative or over 32 bits."""
         try:
-            text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            with _panics():
+                text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
             raise InvalidRequest("token ids must be from 0 to 4294967295") from error
         return text
@@ -134,12 +140,29 @@ class Tokenizer:
         return b"" if token is None else self._to_bytes(token)
 
 
+@contextmanager
+def _panics() -> Iterator[None]:
+    """A panic of the library is no Exception in Python (PyO3), and would go past everything that handles errors. It has
+    one where a pattern of the file takes too many steps: InvalidRequest, for another text may pass."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InvalidRequest(f"this model's tokenizer fails on this text: {error}") from error
+
+
 # --- bytes of a token -------------------------------------------------------------------------------------------------
 
 
-def _byte_reader(inner: Any) -> Callable[[str], bytes]:
+def _state(part: Any) -> Any:
+    """A part of the tokenizer as it would stand in ``tokenizer.json``."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _byte_reader(decoder: Any) -> Callable[[str], bytes]:
     """How this tokenizer spells bytes, from its decoder: GPT-2's alphabet, or SentencePiece's ``▁`` and ``<0x0A>``."""
-    decoders = _flatten(json.loads(inner.decoder.__getstate__())) if inner.decoder is not None else []
+    decoders = [] if decoder is None else _flatten(decoder)
     kinds = {decoder["type"] for decoder in decoders}
     if "ByteLevel" in kinds:
         return _ByteLevel().read
@@ -190,7 +213,7 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptModel(f"{path} is not valid JSON ({error}); pull or export the model again") from error
     if not isinstance(value, dict):
         raise CorruptModel(f"{path} must hold an object, not {type(value).__name__}; pull or export the model again")

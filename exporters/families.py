@@ -27,6 +27,11 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 
+MAX_HEAD_DIM = 1 << 16
+MAX_POSITIONS = 1 << 24
+"""Tables of cosines are made by these two, before any weight has shown whether the configuration is true. No model in
+use has a hundredth of the first, or more than ten million positions."""
+
 HARMLESS = frozenset(
     name
     for names in (
@@ -128,9 +133,9 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         raise CorruptModel(f"config.json ({name}): {heads} heads cannot share {kv_heads} key-value heads evenly")
     if not fields.has("head_dim") and family.head_dim is None and hidden % heads:
         raise CorruptModel(f"config.json ({name}): hidden_size {hidden} is not a multiple of {heads} heads")
-    head_dim = fields.integer("head_dim", family.head_dim or max(hidden // heads, 1))
+    head_dim = fields.integer("head_dim", family.head_dim or max(hidden // heads, 1), maximum=MAX_HEAD_DIM)
     count = fields.integer("num_hidden_layers", maximum=10_000)
-    max_context = fields.integer("max_position_embeddings", family.max_context)
+    max_context = fields.integer("max_position_embeddings", family.max_context, maximum=MAX_POSITIONS)
 
     ropes, rope_switch = read_ropes(fields, family.rope, head_dim, max_context)
     layers = _layers(fields, family, count, ropes)

@@ -58,7 +58,9 @@ SAMPLING = {
 }
 _TEMPLATE = "tokenizer.chat_template"
 _NAMED = ("bos", "eos", "unk", "pad")
-
+MAX_TOKEN = 1024
+"""Characters of a token. The longest in use are runs of some hundred spaces; merges are found in time that grows with
+the square of it."""
 
 T = TypeVar("T", bool, str)
 
@@ -121,6 +123,11 @@ def _vocabulary(metadata: Mapping[str, Any], vocab_size: int, where: str) -> _Vo
         found = f"{len(stored)} tokens" if isinstance(stored, list) else "no list of tokens"
         raise CorruptModel(f"{where}: tokenizer.ggml.tokens has {found}, the embedding {vocab_size} rows")
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(stored)]  # llama.cpp's name for it
+    longest = max(tokens, key=len, default="")
+    if len(longest) > MAX_TOKEN:
+        raise CorruptModel(
+            f"{where}: tokenizer.ggml.tokens holds a token of {len(longest)} characters; the limit is {MAX_TOKEN}"
+        )
     ids = {token: index for index, token in enumerate(tokens)}
     if len(ids) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if ids[token] != index)
@@ -164,6 +171,8 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary, pre: PreTo
 
 def _split_merge(merge: str, ids: Mapping[str, int], where: str) -> tuple[str, str]:
     """The two halves of a merge; where a half contains spaces, the split at which all three are tokens."""
+    if len(merge) > 2 * MAX_TOKEN + 1:
+        raise CorruptModel(f"{where}: a merge has {len(merge)} characters; two tokens have at most {2 * MAX_TOKEN}")
     at = merge.find(" ", 1)
     while at > 0:
         left, right = merge[:at], merge[at + 1 :]

@@ -29,20 +29,27 @@ class PagedAttention {
     base_.scale = attributes.real("scale");
     base_.softcap = attributes.real("softcap");
     base_.epsilon = attributes.real("epsilon");
-    require(base_.kv_heads > 0 && base_.heads % base_.kv_heads == 0, "heads must be whole groups of KV heads");
+    require(base_.kv_heads > 0 && base_.heads > 0 && base_.heads % base_.kv_heads == 0,
+            "heads must be whole groups of KV heads");
+    require(base_.heads <= kMost && base_.head_dim > 0 && base_.head_dim <= kMost, "heads and their size must fit 16 bits");
+    require(base_.window >= 0 && layer_ >= 0, "window and layer must not be negative");
   }
 
   void compute(const Context& context, const Kernels& kernels) {
     Attention job = base_;
     const int64_t width = (job.heads + 2 * job.kv_heads) * job.head_dim;
     const auto qkv = context.dims(0), cache = context.dims(1), table = context.dims(4);
+    require(table.size() == 2, "the block table must be (sequences, blocks)");
     require(qkv.size() == 2 && qkv[1] == width, "qkv must be (tokens, (heads + 2 KV heads) · head size)");
     require(cache.size() == 5 && layer_ < cache[1] && cache[2] == 2 && cache[3] >= job.kv_heads,
             "the KV cache has another shape");
     job.stored = stored(job, cache[4]);
     job.tokens = qkv[0];
-    job.sequences = table.at(0);
-    job.table_width = table.at(1);
+    job.sequences = table[0];
+    job.table_width = table[1];
+    require(context.dims(2) == std::vector<int64_t>{job.sequences + 1}, "begins must be (sequences + 1)");
+    require(context.dims(3) == std::vector<int64_t>{job.sequences}, "past must be (sequences)");
+    require(context.dims(5) == std::vector<int64_t>{job.tokens}, "positions must be (tokens)");
     job.qkv = context.input<float>(0);
     job.cache_heads = cache[3];
     job.block_stride = cache[1] * 2 * job.cache_heads * cache[4];
@@ -56,7 +63,8 @@ class PagedAttention {
     job.sin = context.input<float>(7);
     job.q_norm = context.input<float>(8);
     job.k_norm = context.input<float>(9);
-    job.rotary_dim = job.cos ? 2 * context.dims(6).at(1) : 0;
+    check_companions(job, context);
+    job.rotary_dim = job.cos ? 2 * context.dims(6)[1] : 0;
     require(job.begins[0] == 0 && job.begins[job.sequences] == job.tokens, "begins must cover all tokens");
     job.query = Scratch::of_this_thread().take<float>(job.tokens * job.heads * job.head_dim);
     job.y = context.output(job.tokens, job.heads * job.head_dim);
@@ -91,6 +99,7 @@ class PagedAttention {
   // Enough to keep all threads busy to the end.
   static constexpr int64_t kManyTiles = 32;
   static constexpr int64_t kShareFloats = 1 << 20;  // held at once for the shares of all segments
+  static constexpr int64_t kMost = 1 << 16;         // heads, and elements of one
 
   // What a cache with so many bytes for a head's keys in a block holds.
   static Stored stored(Attention job, int64_t head_bytes) {
@@ -159,6 +168,22 @@ class PagedAttention {
       kernels.finish_share(job, tiles[i], total);
     }
     return true;
+  }
+
+  // What may be absent has the size that is read of it; a graph need not be one of ours.
+  static void check_companions(const Attention& job, const Context& context) {
+    const std::vector<int64_t> head{job.head_dim};
+    require(!job.q_norm || context.dims(8) == head, "the norm of queries must be (head size)");
+    require(!job.k_norm || context.dims(9) == head, "the norm of keys must be (head size)");
+    require(bool(job.q_norm) == bool(job.k_norm), "norms are of queries and keys, or of neither");
+    require(bool(job.cos) == bool(job.sin), "cos comes with sin");
+    if (!job.cos) return;
+    const auto cos = context.dims(6);
+    require(cos.size() == 2 && cos == context.dims(7) && cos[1] >= 0 && 2 * cos[1] <= job.head_dim,
+            "cos and sin must be (positions, at most half the head size)");
+    for (int64_t token = 0; token < job.tokens; ++token) {
+      require(job.positions[token] >= 0 && job.positions[token] < cos[0], "a position is outside cos and sin");
+    }
   }
 
   static void check_table(const Attention& job, int64_t sequence, int64_t blocks) {

@@ -15,12 +15,17 @@ using ort::Element;
 // Parts of about this many bytes of weights: enough to pay for handing them out, few enough to share evenly.
 constexpr int64_t kPartBytes = 32 << 10;
 
+// Of rows and columns: a matrix's size in bytes is then far from what 64 bits hold, so that a weight of that size is all
+// that is read.
+constexpr int64_t kMostRows = int64_t(1) << 28;
+
 inline PackedMatrix matrix_of(const Attributes& attributes) {
   PackedMatrix matrix{nullptr, attributes.integer("N"), attributes.integer("K"), int(attributes.integer("bits")),
                       int(attributes.integer("block")), attributes.integer("offsets", 1) != 0};
   require(matrix.bits == 4 || matrix.bits == 8, "bits must be 4 or 8");
   require(matrix.block == 16 || matrix.block == 32, "block must be 16 or 32");
   require(matrix.rows > 0 && matrix.columns > 0 && matrix.columns % matrix.block == 0, "K must be whole blocks");
+  require(matrix.rows <= kMostRows && matrix.columns <= kMostRows, "N and K must be at most 2^28");
   return matrix;
 }
 
@@ -52,6 +57,7 @@ class QuantizedMatMul {
     const auto dims = context.dims(0);
     require(dims.size() == 2 && dims[1] == input.width(), "x must be (tokens, K), or (tokens, 2 · K) for a gate");
     require(!input.norm || context.dims(3) == std::vector<int64_t>{matrix_.columns}, "the norm must be (K)");
+    require(!context.input<float>(2) || context.dims(2) == std::vector<int64_t>{matrix_.rows}, "the bias must be (N)");
     MatMul job{matrix_, {}, dims[0], context.input<float>(2), context.input<float>(4), nullptr};
     require(!job.addend || context.dims(4) == std::vector<int64_t>{dims[0], matrix_.rows},
             "the addend must be (tokens, N)");

@@ -49,7 +49,8 @@ def ask(module: str, order: bytes, limit_s: float | None = None) -> bytes:
     """What ``module``, run as a process of its own by :func:`edge_runtime.bench.child.serve`, answers to a line.
 
     EdgeError if it dies, or takes longer than ``limit_s``."""
-    with subprocess.Popen((*COMMAND, module), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+    command = (*COMMAND, module)  # this Python and a module of ours
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:  # nosec B603  # so
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:

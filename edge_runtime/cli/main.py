@@ -45,10 +45,11 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _report(error: Exception, verbose: bool) -> int:
     from devices.errors import EdgeError
+    from edge_runtime.terminal import harmless
 
     if verbose:
         traceback.print_exc()
-    text = " ".join(str(error).split())
+    text = harmless(" ".join(str(error).split()))
     if isinstance(error, EdgeError):
         print(f"edge-glm: {text}", file=sys.stderr)
     else:

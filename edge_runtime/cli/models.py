@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from devices.base import Engine
+from edge_runtime.cli.licence import licence_of
 from edge_runtime.cli.progress import Bars
 from edge_runtime.cli.recipes import compression_lines, parse_prune
 from edge_runtime.columns import columns
@@ -21,6 +22,7 @@ from edge_runtime.placement import Wish, place
 from edge_runtime.recipe import Recipe
 from edge_runtime.settings import load_settings
 from edge_runtime.store import Store, StoredModel, export_package
+from edge_runtime.terminal import harmless
 
 _ENGINES: dict[str, tuple[Engine, ...]] = {
     "onnx": ("onnxruntime",),
@@ -42,7 +44,8 @@ def pull(arguments: argparse.Namespace) -> int:
         else:
             for engine in _ENGINES[arguments.engine]:
                 package, _ = store.ensure(arguments.ref, engine, settings.format, bars)
-    print(f"{package.name}: {_variants(package)} in {package.folder}")
+    print(harmless(f"{package.name}: {_variants(package)} in {package.folder}"))
+    print(f"licence: {licence_of(package)}")
     return 0
 
 
@@ -63,7 +66,8 @@ def export(arguments: argparse.Namespace) -> int:
             calibration=calibration,
             vocabulary=vocabulary,
         )
-    print(f"{package.name}: {_variants(package)} in {package.folder}")
+    print(harmless(f"{package.name}: {_variants(package)} in {package.folder}"))
+    print(f"licence: {licence_of(package)}")
     if recipe is not None:
         variant = next(each for each in package.manifest.variants if each.compression is not None)
         print("\n".join(compression_lines(variant)))
@@ -140,16 +144,17 @@ def _print_package(package: Package) -> None:
         "name": manifest.name,
         "folder": str(package.folder),
         "source": str(provenance.get("source", "unknown")),
-        "licence": str(provenance.get("licence", "unknown")),
+        "licence": licence_of(package),
         "family": f"{arch.family}, {arch.parameters / 1e6:.0f}M parameters, {arch.num_layers} layers",
         "context": f"{arch.max_context} tokens, vocabulary of {arch.vocab_size}",
         "chat": "yes" if package.chat_template is not None else "no chat template",
         "made by": manifest.created_by,
     }
     for key, value in rows.items():
-        print(f"{key:12}  {value}")
+        print(f"{key:12}  {harmless(value)}")
     for variant in manifest.variants:
-        print(f"{'variant':12}  {variant.name}: {variant.engine}, {variant.weights}, {format_bytes(variant.bytes)}")
+        said = f"{variant.name}: {variant.engine}, {variant.weights}, {format_bytes(variant.bytes)}"
+        print(f"{'variant':12}  {harmless(said)}")
         for line in compression_lines(variant):
             print(line)
 

@@ -12,6 +12,7 @@ import msgspec
 from devices.encoder import DEVICES
 from devices.host import host_memory
 from devices.registry import choose_device
+from edge_runtime.cli.licence import told_if_pulled
 from edge_runtime.cli.progress import Bars
 from edge_runtime.cli.run import open_model
 from edge_runtime.embedder import EdgeEmbedder
@@ -67,7 +68,7 @@ def _is_encoder(ref: str, settings: Settings) -> bool:
         except UnsupportedModel:
             return True  # or nothing that is known, which opening it says
         except ModelNotFound:
-            with Bars() as bars:
+            with told_if_pulled(ref), Bars() as bars:
                 package = place(store, Wish(ref, settings.device, settings.format), bars).package
         else:
             return False

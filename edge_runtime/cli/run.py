@@ -7,6 +7,7 @@ import sys
 from contextlib import closing, suppress
 
 from devices.names import parse_device
+from edge_runtime.cli.licence import told_if_pulled
 from edge_runtime.cli.progress import Bars
 from edge_runtime.errors import InvalidRequest, RequestError
 from edge_runtime.llm import EdgeLLM, Prompt
@@ -15,6 +16,7 @@ from edge_runtime.request import LOCAL
 from edge_runtime.route import Route
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.settings import Settings, load_settings
+from edge_runtime.terminal import harmless
 
 Message = dict[str, str]
 
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def open_model(ref: str, settings: Settings, workload: Workload = "one", name: str | None = None) -> EdgeLLM:
     """Load, showing bars for whatever has to be fetched or prepared first, and saying where the device is another."""
-    with Bars() as bars:
+    with told_if_pulled(ref), Bars() as bars:
         llm = EdgeLLM(
             ref,
             settings.device,
@@ -99,15 +101,18 @@ def _answer(llm: EdgeLLM, prompt: Prompt, params: SamplingParams) -> None:
 def _say_who(route: Route) -> None:
     """Where a policy had another tier answer, or wanted to."""
     if route.continued is not None:
-        print(f"edge-glm: {route.tier} answered, {route.continued}", file=sys.stderr)
+        said = f"{route.tier} answered, {route.continued}"
     elif route.degraded is not None:
-        print(f"edge-glm: {route.tier} answered in place of another: {route.degraded}", file=sys.stderr)
+        said = f"{route.tier} answered in place of another: {route.degraded}"
     elif route.tier not in ("", LOCAL):
-        print(f"edge-glm: {route.tier} answered: {route.reason}", file=sys.stderr)
+        said = f"{route.tier} answered: {route.reason}"
+    else:
+        return
+    print(f"edge-glm: {harmless(said)}", file=sys.stderr)
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -118,7 +123,7 @@ def _chat(llm: EdgeLLM, system: str | None, params: SamplingParams) -> int:
 
     start: list[Message] = [] if system is None else [_message("system", system)]
     messages = start
-    print(f"{llm.model_id} on {llm.device}, {llm.reason}", file=sys.stderr)
+    print(harmless(f"{llm.model_id} on {llm.device}, {llm.reason}"), file=sys.stderr)
     print("Ctrl-C stops an answer, Ctrl-D leaves, /help lists more", file=sys.stderr)
     interrupted = False
     while True:

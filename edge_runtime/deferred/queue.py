@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY CHECK (id = 1), boot TE
 """
 JUMP_S = 5.0
 """Of the wall clock against the one that cannot be set; less is drift."""
-_COLUMNS = "id, created, state, attempts, due, waits_for, body, result"
+_SELECT = "SELECT id, created, state, attempts, due, waits_for, body, result FROM requests "
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Queue:
             now = self._now()
             self._forget(now, bounds)
             found = self._connection.execute(
-                f"SELECT {_COLUMNS} FROM requests WHERE state = 'queued' AND due <= ? ORDER BY created LIMIT 1", (now,)
+                _SELECT + "WHERE state = 'queued' AND due <= ? ORDER BY created LIMIT 1", (now,)
             ).fetchone()
             if found is None:
                 return None
@@ -147,13 +147,13 @@ class Queue:
 
     def get(self, name: str) -> Entry | None:
         with self._lock, self._translated():
-            found = self._connection.execute(f"SELECT {_COLUMNS} FROM requests WHERE id = ?", (name,)).fetchone()
+            found = self._connection.execute(_SELECT + "WHERE id = ?", (name,)).fetchone()
         return None if found is None else Entry(*found)
 
     def entries(self) -> list[Entry]:
         """Oldest first."""
         with self._lock, self._translated():
-            found = self._connection.execute(f"SELECT {_COLUMNS} FROM requests ORDER BY created").fetchall()
+            found = self._connection.execute(_SELECT + "ORDER BY created").fetchall()
         return [Entry(*row) for row in found]
 
     def remove(self, name: str) -> bool:

@@ -34,7 +34,7 @@ class Parcel:
     """A request on its way to a tier. ``request`` identifies it: the same for every attempt."""
 
     spec: RemoteTierSpec
-    key: str | None
+    key: str | None = field(repr=False)
     task: TaskClass
     request: str
     attempt: int
@@ -172,7 +172,9 @@ class Door:
             context: ssl.SSLContext | bool = True
             if spec.ca_file is not None:
                 context = ssl.create_default_context(cafile=str(Path(spec.ca_file).expanduser()))
-            client = self._clients[spec.name] = httpx2.AsyncClient(timeout=timeout, verify=context)
+            # a redirect is a failure of the tier: it would take the request, and could take the key, to who knows where
+            client = httpx2.AsyncClient(timeout=timeout, verify=context, follow_redirects=False)
+            self._clients[spec.name] = client
         return client
 
 
@@ -190,6 +192,7 @@ def _headers(parcel: Parcel) -> dict[str, str]:
     headers = {
         "content-type": "application/json",
         "accept": "text/event-stream",
+        "accept-encoding": "identity",  # a few compressed bytes can stand for gigabytes
         "idempotency-key": parcel.request,
         "user-agent": "edge-glm",
     }

@@ -58,6 +58,7 @@ _COLUMNS = (
     *("seq", "time", "event", "settles", "request", "attempt", "tier", "class", "bytes_out", "bytes_in"),
     *("prompt_tokens", "completion_tokens", "cost", "outcome", "sha256", "content", "previous", "hash"),
 )
+_INSERT = f"INSERT INTO entries VALUES ({', '.join('?' * len(_COLUMNS))})"  # nosec B608  # only question marks
 _HASHED = tuple(name for name in _COLUMNS if name not in ("content", "hash"))
 FIRST = "0" * 64
 """What stands before the first row."""
@@ -182,11 +183,9 @@ class Ledger:
 
     def rows(self, newest: int | None = None) -> Iterator[dict[str, Any]]:
         """In order, ``content`` as bytes or None; only the ``newest`` ones."""
-        wanted = "SELECT * FROM entries ORDER BY seq"
-        if newest is not None:
-            wanted = f"SELECT * FROM (SELECT * FROM entries ORDER BY seq DESC LIMIT {int(newest)}) ORDER BY seq"
+        wanted = "SELECT * FROM (SELECT * FROM entries ORDER BY seq DESC LIMIT ?) ORDER BY seq"
         with self._lock, _translated(self._path):
-            found = self._connection.execute(wanted).fetchall()
+            found = self._connection.execute(wanted, (-1 if newest is None else newest,)).fetchall()
         yield from (dict(zip(_COLUMNS, row, strict=True)) for row in found)
 
     def verify(self, head: str | None = None) -> list[str]:
@@ -244,8 +243,7 @@ class Ledger:
         row = dict.fromkeys(_COLUMNS) | {"bytes_out": 0, "bytes_in": 0, "outcome": ""} | values
         row |= {"seq": last["seq"] + 1, "time": time, "class": task_class, "previous": last["hash"]}
         row["hash"] = _hash(row)
-        places = ", ".join("?" * len(_COLUMNS))
-        self._connection.execute(f"INSERT INTO entries VALUES ({places})", [row[name] for name in _COLUMNS])
+        self._connection.execute(_INSERT, [row[name] for name in _COLUMNS])
         return int(last["seq"]) + 1
 
     def _spent(self, cap: Cap, now: float) -> int:

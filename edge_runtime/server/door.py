@@ -2,7 +2,8 @@
 
 No CORS header is sent unless an origin is allowed by name, so a web page cannot read an answer; and without an API key,
 a web page's POST (browsers name it by the ``Origin`` header) is refused, so that no page a user visits can put their
-machine to work.
+machine to work. Nor does a page get in by a name of its own that resolves to this machine (DNS rebinding): its requests
+say that name (``Host``), and a server that listens on loopback without a key is asked by loopback's names only.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Guard:
         self._own = () if api_key is None else (Key("--api-key", digest(api_key), 0),)
         self._ring = ring
         self._per_minute = per_minute
+        self.loopback_only = False
+        """Whether whoever asks without a key must have asked for this machine; set where it listens on loopback."""
         self._rate = RateLimit()
 
     @property
@@ -59,6 +62,7 @@ class Door:
         self._app = app
         self._guard = guard
         self._origins = frozenset(origins)
+        self._hosts = frozenset(_name(origin.rpartition("//")[2]) for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
@@ -86,6 +90,9 @@ class Door:
             if key is None:
                 text = "the API key is wrong" if given else "an API key is needed: send Authorization: Bearer <key>"
                 return Failure(401, text, "invalid_request_error", "invalid_api_key")
+        elif self._guard.loopback_only and not self._is_ours(headers.get("host", "")):
+            text = "this server answers at localhost: under another name (Host header) it needs an API key"
+            return Failure(403, text, "invalid_request_error", "forbidden")
         elif scope["method"] == "POST" and headers.get("origin") not in (None, _own_origin(scope), *self._origins):
             text = "requests from web pages (Origin header) need an API key: start the server with one"
             return Failure(403, text, "invalid_request_error", "forbidden")
@@ -100,11 +107,23 @@ class Door:
         text = f"too many requests: try again in {wait} s"
         return Failure(429, text, "rate_limit_error", "rate_limit_exceeded", retry_after=wait)
 
+    def _is_ours(self, host: str) -> bool:
+        """Also a name of a page that may ask: a proxy in front may pass it on. Without one (HTTP/1.0) it is no
+        browser."""
+        return not host or _is_loopback(host) or _name(host) in self._hosts
+
 
 def _own_origin(scope: Scope) -> str:
     """Of pages that this server serves itself. A name that resolves here but is not ours does not count: a page of
     another site could have it (DNS rebinding), so only loopback names do."""
     host = Headers(scope=scope).get("host", "")
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    known = name in ("127.0.0.1", "localhost", "[::1]")
-    return f"{scope.get('scheme', 'http')}://{host}" if known else ""
+    return f"{scope.get('scheme', 'http')}://{host}" if _is_loopback(host) else ""
+
+
+def _is_loopback(host: str) -> bool:
+    return _name(host) in ("127.0.0.1", "localhost", "[::1]")
+
+
+def _name(host: str) -> str:
+    """Without the port."""
+    return (host if host.endswith("]") else host.rsplit(":", 1)[0]).lower()

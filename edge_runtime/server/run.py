@@ -104,6 +104,7 @@ def listen(app: Starlette, host: str, port: int, *, allow_open: bool = False) ->
             f"{host} is reachable from other machines and there is no API key: set one (--api-key, or "
             "edge-glm key add), serve on 127.0.0.1, or say that anybody may ask (--allow-open)"
         )
+    context.guard.loopback_only = not allow_open and _is_loopback(host)
     if not 0 <= port <= 65535:
         raise ConfigError(f"the port must be from 0 to 65535, not {port}")
     try:

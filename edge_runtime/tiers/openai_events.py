@@ -29,8 +29,10 @@ class Broken(ValueError):
 class EventParser:
     """The ``data`` of a stream's events → chunks."""
 
-    def __init__(self, tier: str, n: int) -> None:
+    def __init__(self, tier: str, n: int, key: str | None = None) -> None:
+        """``key``: what no message may hold, though the server repeats it."""
         self._tier = tier
+        self._key = key
         self._n = n
         self.done = False
         """``[DONE]`` has come."""
@@ -51,15 +53,15 @@ class EventParser:
         try:
             event = msgspec.json.decode(data)
         except (msgspec.DecodeError, UnicodeError) as error:
-            raise Nonsense(f"an event is not JSON: {data[:80]!r}") from error
+            raise Nonsense(f"an event is not JSON: {self._start(data)!r}") from error
         if not isinstance(event, dict):
-            raise Nonsense(f"an event is no object: {data[:80]!r}")
+            raise Nonsense(f"an event is no object: {self._start(data)!r}")
         if event.get("error"):
-            raise Broken(f"the server broke off: {message_of(event)}")
+            raise Broken(f"the server broke off: {message_of(event, self._key)}")
         self.usage = _usage(event.get("usage")) or self.usage
         choices = event.get("choices")
         if not isinstance(choices, list):
-            raise Nonsense(f"an event has no choices: {data[:80]!r}")
+            raise Nonsense(f"an event has no choices: {self._start(data)!r}")
         for choice in choices:
             chunk = self._chunk(choice)
             if chunk is not None:
@@ -67,18 +69,18 @@ class EventParser:
 
     def _chunk(self, choice: Any) -> Chunk | None:
         if not isinstance(choice, dict):
-            raise Nonsense(f"a choice is no object: {choice!r:.80}")
+            raise Nonsense(f"a choice is no object: {self._start(repr(choice))}")
         index, reason = choice.get("index", 0), choice.get("finish_reason")
         if not isinstance(index, int) or not 0 <= index < self._n or index in self.ended:
-            raise Nonsense(f"it answers for a completion that was not asked for or is over: {index!r:.20}")
+            raise Nonsense(f"it answers for a completion that was not asked for or is over: {self._start(repr(index))}")
         delta = choice.get("delta", choice)
         if not isinstance(delta, dict):
-            raise Nonsense(f"a delta is no object: {delta!r:.80}")
+            raise Nonsense(f"a delta is no object: {self._start(repr(delta))}")
         text = delta.get("content" if "delta" in choice else "text")
         if not isinstance(text, str | None):
-            raise Nonsense(f"the text is no text: {text!r:.80}")
+            raise Nonsense(f"the text is no text: {self._start(repr(text))}")
         if reason is not None and reason not in _ENDS:
-            raise Nonsense(f"it ends for an unknown reason: {reason!r:.40}")
+            raise Nonsense(f"it ends for an unknown reason: {self._start(repr(reason))}")
         extra = (
             {name: delta[name] for name in ("tool_calls", "refusal") if delta.get(name)} if delta is not choice else {}
         )
@@ -94,12 +96,20 @@ class EventParser:
             extra=extra or None,
         )
 
+    def _start(self, text: str) -> str:
+        return without(self._key, text)[:80]
 
-def message_of(body: Any) -> str:
-    """The message of an error body, however it is made; at most 200 characters."""
+
+def message_of(body: Any, key: str | None = None) -> str:
+    """The message of an error body, however it is made, without ``key``; at most 200 characters."""
     error = body.get("error", body) if isinstance(body, dict) else body
     text = error.get("message") or error.get("detail") or error if isinstance(error, dict) else error
-    return " ".join(str(text).split())[:200]
+    return without(key, " ".join(str(text).split()))[:200]
+
+
+def without(key: str | None, text: str) -> str:
+    """Some servers repeat it. Before a text is cut, lest a part of it stay."""
+    return text if not key else text.replace(key, "[the key]")
 
 
 def _usage(value: Any) -> Usage | None:

@@ -34,6 +34,10 @@ SLEPT_S = 1.0
 """Where this process has slept for so long during an attempt, its failure says nothing of the tier."""
 MAX_ERROR = 64 * 1024
 """Bytes of an error body that are read."""
+MAX_ANSWER = 64 * 2**20
+"""Bytes of an answer: thirty times what a million tokens take as events of OpenAI's."""
+LONGEST_PAUSE_S = 86_400.0
+"""That a server can ask for: no answer puts its tier aside for good."""
 ANSWERED = "answered"
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _NO_ENTRY = frozenset({401, 402, 403, 407})
@@ -184,15 +188,21 @@ class RemoteTier:
     ) -> AsyncGenerator[Chunk]:
         response, times = delivery.response, self.spec.timeouts
         assert response is not None
+        encoding = response.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            delivery.free = response.status_code != 200
+            raise _Final(f"{self.name} compresses its answers ({encoding[:40]}), which it was asked not to", self.name)
         if response.status_code != 200:
             async with asyncio.timeout_at(first):
                 raise await self._refused(delivery)
-        parser = EventParser(self.name, request.content.params.n)
+        parser = EventParser(self.name, request.content.params.n, self._key)
         restorer = ChunkRestorer(delivery.originals, as_json=request.content.wants_json)
         last: Chunk | None = None
         due = first
         events = aiter(httpx2.EventSource(response))
         while not parser.done:
+            if response.num_bytes_downloaded > MAX_ANSWER:
+                raise Nonsense(f"more than {MAX_ANSWER} bytes")
             try:
                 async with asyncio.timeout_at(min(due, deadline)):
                     event = await anext(events, None)
@@ -232,16 +242,12 @@ class RemoteTier:
             said: Any = msgspec.json.decode(body)
         except msgspec.DecodeError:
             said = body[:200].decode(errors="replace")
-        text = f"{self.name} answers {status}: {self._without_key(message_of(said)) or 'nothing more'}"
+        text = f"{self.name} answers {status}: {message_of(said, self._key) or 'nothing more'}"
         if status in _TRY_AGAIN:
             return TierFailed(text, self.name, _retry_after(response))
         if status in _NO_ENTRY or status >= 500 or status < 400:
             return _Final(text, self.name)
         return TierRefused(text, self.name, status)
-
-    def _without_key(self, text: str) -> str:
-        """Some servers repeat it."""
-        return text if self._key is None else text.replace(self._key, "[the key]")
 
     def _translated(self, error: BaseException, deadline: float, begun: bool) -> TierError | LedgerError | None:
         """What went wrong, in our terms; None: it was cancelled, or is a bug."""
@@ -286,17 +292,19 @@ def _now() -> float:
 def _retry_after(response: httpx2.Response) -> float | None:
     """Seconds (RFC 9110, section 10.2.3: a number or a date, which is by the server's clock; ours may be wrong)."""
     value = response.headers.get("retry-after", "").strip()
-    with suppress(ValueError):
-        return max(0.0, float(value))
     try:
-        now = _seconds(response.headers["date"]) if "date" in response.headers else time.time()
-        return max(0.0, _seconds(value) - now)
-    except (TypeError, ValueError):
-        return None
+        seconds = float(value)
+    except ValueError:
+        try:
+            now = _seconds(response.headers["date"]) if "date" in response.headers else time.time()
+            seconds = _seconds(value) - now
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return min(max(0.0, seconds), LONGEST_PAUSE_S)
 
 
 def _seconds(date: str) -> float:
-    """Unix time. TypeError, ValueError."""
+    """Unix time. TypeError, ValueError, OverflowError."""
     return parsedate_to_datetime(date).timestamp()
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from edge_runtime.errors import CorruptModel, UnsupportedModel
+from edge_runtime.package import is_inside
 from exporters.hf_text import read_json, special_tokens
 
 Pooling = Literal["mean", "cls", "max"]
@@ -179,12 +180,15 @@ def _pooling(folder: Path) -> tuple[Pooling, bool]:
         paths = {kind: str(each["path"]) for kind, each in zip(kinds, listed, strict=True)}
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise CorruptModel(f"{modules} is not what sentence-transformers writes: {error}") from error
+    outside = [path for path in paths.values() if path and not is_inside(path)]
+    if outside:
+        raise CorruptModel(f"{modules}: path {outside[0]!r} leads out of the folder")
     unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if unknown:
         raise UnsupportedModel(f"{modules}: {', '.join(unknown)} is not supported")
     config = _optional(folder / paths.get("Pooling", "") / "config.json") if "Pooling" in paths else {}
     chosen = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
-    names: dict[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}
+    names: dict[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}  # nosec B105  # none
     if not chosen and isinstance(config.get("pooling_mode"), str):
         chosen = [{"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens"}.get(config["pooling_mode"], "other")]
     if len(chosen or ["mean_tokens"]) != 1 or (chosen and chosen[0] not in names):

@@ -156,6 +156,11 @@ def changed(folder: Path, name: str, value: Any) -> None:
     save_file({**tensors, name: value}, folder / "model.safetensors")
 
 
+def _pooling_at(path: str) -> Any:
+    listed = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": path}]
+    return lambda folder: (folder / "modules.json").write_text(json.dumps(listed))
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "words"),
     [
@@ -180,6 +185,10 @@ def changed(folder: Path, name: str, value: Any) -> None:
             lambda f: (f / "modules.json").write_text(json.dumps([{"type": "x.Dense", "path": ""}])),
             UnsupportedModel,
             "Dense is not supported",
+        ),
+        *(
+            (_pooling_at(path), CorruptModel, "leads out of the folder")
+            for path in ("../other", "/etc", "1_Pooling/../../other", "C:\\other")
         ),
     ],
 )

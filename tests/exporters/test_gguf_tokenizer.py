@@ -136,6 +136,18 @@ def test_refusals(name: str, change: dict[str, Any], error: type[Exception], sai
         _read({key: value for key, value in metadata.items() if value is not None})
 
 
+def test_endless_tokens_are_refused(tmp_path: Path) -> None:
+    """Merges are found by taking tokens apart at every place: 10 MB of one token would take years."""
+    metadata = _metadata(tmp_path, "spm")
+    metadata["tokenizer.ggml.tokens"][-1] = "x" * 10_000_000
+    with pytest.raises(CorruptModel, match="10000000 characters"):
+        _read(metadata)
+    metadata = _metadata(tmp_path, "bpe-gpt-2")
+    metadata["tokenizer.ggml.merges"] = [" " * 1_000_000]
+    with pytest.raises(CorruptModel, match="a merge has 1000000 characters"):
+        _read(metadata)
+
+
 def test_vocabulary_must_fit_the_embedding_and_be_unique(tmp_path: Path) -> None:
     metadata = _metadata(tmp_path, "spm")
     tokens = metadata["tokenizer.ggml.tokens"]

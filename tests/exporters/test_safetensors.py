@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,49 @@ def test_truncated_file(folder: Callable[[str], Path], keep: int) -> None:
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CorruptModel, match=r"model\.safetensors is truncated"):
         SafetensorsCheckpoint(file.parent)
+
+
+def _header(tensors: dict[str, Any]) -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(64)
+
+
+HOSTILE = {
+    "length": struct.pack("<Q", 2**60) + b"{}",
+    "length of all bits": struct.pack("<Q", 2**64 - 1) + b"{}",
+    "nesting": struct.pack("<Q", 100_000) + b"[" * 100_000,
+    "offsets": _header({"model.norm.weight": {"dtype": "F32", "shape": [2**61], "data_offsets": [0, 2**63]}}),
+    "offsets backwards": _header({"model.norm.weight": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}),
+    "shape that overflows": _header(
+        {"model.norm.weight": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 16]}}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers(name: str, folder: Callable[[str], Path]) -> None:
+    path = folder("llama")
+    (path / "model.safetensors").write_bytes(HOSTILE[name])
+    with pytest.raises(CorruptModel, match="not a safetensors file"):
+        SafetensorsCheckpoint(path)
+
+
+@pytest.mark.parametrize("name", ["head_dim", "max_position_embeddings", "num_hidden_layers"])
+def test_a_configuration_alone_takes_no_memory(name: str, folder: Callable[[str], Path]) -> None:
+    path = folder("llama")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    write(path / "config.json", {**config, name: 10**9})
+    with pytest.raises(CorruptModel, match=rf"{name} must be an integer from 1 to \d+, not 1000000000"):
+        SafetensorsCheckpoint(path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/b.safetensors"])
+def test_an_index_stays_in_its_folder(name: str, folder: Callable[[str], Path]) -> None:
+    path = folder("llama")
+    (path / "model.safetensors").rename(path.parent / "model.safetensors")
+    write(path / "model.safetensors.index.json", {"weight_map": {"model.norm.weight": name}})
+    with pytest.raises(CorruptModel, match="not a plain file name"):
+        SafetensorsCheckpoint(path)
 
 
 def test_missing_tensor(folder: Callable[[str], Path]) -> None:
@@ -254,6 +298,9 @@ def test_damaged_text_files(text_folder: Path) -> None:
     with pytest.raises(CorruptModel, match="not a tokenizer"):
         read_text_files(text_folder, {})
     (text_folder / "tokenizer.json").write_text('{"model"')
+    with pytest.raises(CorruptModel, match="not readable JSON"):
+        read_text_files(text_folder, {})
+    (text_folder / "tokenizer.json").write_text("[" * 100_000)
     with pytest.raises(CorruptModel, match="not readable JSON"):
         read_text_files(text_folder, {})
     (text_folder / "tokenizer.json").unlink()

@@ -248,12 +248,25 @@ def test_only_its_own_layer_and_blocks_are_written() -> None:
         ("qkv", np.zeros((1, 8), np.float32), "qkv must be"),
         ("cache", np.zeros((4, LAYERS, 2, 1, 128), np.uint8), "another shape"),
         ("cache", np.zeros((4, LAYERS, 2, 2, 32 * 65), np.uint8), "another shape"),
+        ("begins", np.array([0], np.int32), r"begins must be \(sequences \+ 1\)"),
+        ("past", np.zeros(0, np.int32), r"past must be \(sequences\)"),
+        ("positions", np.zeros(0, np.int64), r"positions must be \(tokens\)"),
+        ("positions", np.array([2**40]), "outside cos and sin"),
+        ("positions", np.array([-1]), "outside cos and sin"),
+        ("table", np.zeros(1, np.int32), "block table must be"),
+        ("sin", np.zeros((1, 1), np.float32), "cos and sin must be"),
     ],
 )
 def test_wrong_inputs_are_refused(name: str, value: NDArray[Any], message: str) -> None:
     case = Case()
     case.add(1)
-    inputs: Arrays = {
+    with pytest.raises(Exception, match=message):
+        run("PagedAttention", {**inputs_of(case), name: value}, **case.attributes())
+
+
+def inputs_of(case: Case) -> Arrays:
+    """Of its first token."""
+    return {
         "qkv": case.sequences[0],
         "cache": case.cache(),
         "begins": np.array([0, 1], np.int32),
@@ -263,8 +276,36 @@ def test_wrong_inputs_are_refused(name: str, value: NDArray[Any], message: str) 
         "cos": case.cos,
         "sin": case.sin,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layer", -1, "must not be negative"),
+        ("window", -1, "must not be negative"),
+        ("num_heads", 0, "whole groups"),
+        ("num_heads", -4, "whole groups"),
+        ("num_heads", 2**62, "fit 16 bits"),
+        ("head_dim", 2**62, "fit 16 bits"),
+        ("head_dim", -64, "fit 16 bits"),
+    ],
+)
+def test_wrong_attributes_are_refused(name: str, value: int, message: str) -> None:
+    case = Case()
+    case.add(1)
     with pytest.raises(Exception, match=message):
-        run("PagedAttention", {**inputs, name: value}, **case.attributes())
+        run("PagedAttention", inputs_of(case), **{**case.attributes(), name: value})
+
+
+def test_companions_of_another_size_are_refused() -> None:
+    case = Case()
+    case.add(1)
+    wide = np.zeros((4, 33), np.float32)  # more than half of a head's 64
+    with pytest.raises(Exception, match="half the head size"):
+        run("PagedAttention", {**inputs_of(case), "cos": wide, "sin": wide}, **case.attributes())
+    norms = {"q_norm": np.ones(64, np.float32), "k_norm": np.ones(3, np.float32)}
+    with pytest.raises(Exception, match="norm of keys"):
+        run("PagedAttention", {**inputs_of(case), **norms}, **case.attributes())
 
 
 @pytest.mark.parametrize("n", [1, 8, 19, 64])

@@ -149,6 +149,7 @@ def test_an_addend_behind() -> None:
     [
         ({"norm": np.ones(32, np.float32)}, r"norm must be \(K\)"),
         ({"addend": np.ones((3, 16), np.float32)}, r"addend must be \(tokens, N\)"),
+        ({"bias": np.ones(15, np.float32)}, r"bias must be \(N\)"),
         ({"gate": 0}, r"x must be \(tokens, K\), or \(tokens, 2"),
         ({"gate": 3}, "gate must be"),
     ],
@@ -195,6 +196,14 @@ def test_a_weight_of_another_size_is_refused() -> None:
             block=32,
             activation_bits=8,
         )
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2**59, 128), (16, 2**59), (2**30, 2**31)])
+def test_sizes_that_overflow_are_refused(rows: int, columns: int) -> None:
+    """2**59 · 128 columns take 2**64 bytes and a few, which a weight of those few would pass for."""
+    attributes = {"K": columns, "N": rows, "bits": 4, "block": 32}
+    with pytest.raises(Exception, match=r"at most 2\^28"):
+        run("QuantizedGather", {"ids": np.array([2**40]), "weight": np.zeros(0, np.uint8)}, **attributes)
 
 
 def test_attributes_are_checked() -> None:

@@ -21,7 +21,14 @@ def tiny_folder(path: Path) -> Path:
     return path
 
 
-def tiny_wheel(folder: Path, members: dict[str, bytes] | None = None, name: str = "tiny_model") -> Path:
+def tiny_wheel(
+    folder: Path,
+    members: dict[str, bytes] | None = None,
+    name: str = "tiny_model",
+    *,
+    method: int = zipfile.ZIP_DEFLATED,
+    licence: str = "Apache-2.0",
+) -> Path:
     """A wheel of the distribution ``tiny-model`` 1.2; by default it holds :func:`tiny_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     if members is None:
@@ -29,13 +36,13 @@ def tiny_wheel(folder: Path, members: dict[str, bytes] | None = None, name: str 
         members = {f"{name}/data/{path.name}": path.read_bytes() for path in source.iterdir()}
         shutil.rmtree(source)
     info = f"{name}-1.2.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.2\nLicense: Apache-2.0\n"
+    metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.2\nLicense: {licence}\n"
     wheel_file = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     # importing it would be noticed
     code = b"raise SystemExit('the wheel was imported')"
     files = {f"{name}/__init__.py": code, **members, f"{info}/METADATA": metadata, f"{info}/WHEEL": wheel_file}
     path = folder / f"{name}-1.2-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path, "w", method) as archive:
         for member, data in files.items():
             archive.writestr(member, data)
         archive.writestr(f"{info}/RECORD", "".join(f"{member},,\n" for member in files))

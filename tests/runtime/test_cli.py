@@ -160,6 +160,7 @@ def test_models_come_and_go(home: Path, edge: Run, tmp_path: Path) -> None:
     assert json.loads(edge("list", "--json", **here).stdout) == []
     pulled = edge("pull", "synthetic:tiny", "--engine", "onnx", "--weights", "int8", **here)
     assert pulled.stdout.startswith("synthetic:tiny: onnx-int8 in ")
+    assert pulled.stdout.splitlines()[1] == "licence: CC0-1.0"
     assert edge("list", **here).stdout.split()[0] == "synthetic:tiny"
     (row,) = json.loads(edge("list", "--json", **here).stdout)
     assert row["variants"] == ["onnx-int8"]

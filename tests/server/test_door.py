@@ -151,6 +151,34 @@ def test_origins() -> None:
     model.engine.close()
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/api/ps", "/health", "/", "/v1/responses/resp_1"])
+def test_a_page_whose_name_resolves_here_reads_nothing(path: str) -> None:
+    """DNS rebinding: to the browser it is the page's own site, so that no Origin is sent, but its Host is."""
+    model = FakeModel()
+    with running(create_app(model)) as url:
+        port = url.rsplit(":", 1)[1]
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil.example", "[x"):
+            refused = httpx.get(url + path, headers={"host": host})
+            assert (refused.status_code, error_of(refused)["code"]) == (403, "forbidden"), host
+        for host in ("localhost", f"LocalHost:{port}", f"127.0.0.1:{port}", "[::1]", f"[::1]:{port}"):
+            assert httpx.get(url + path, headers={"host": host}).status_code in (200, 404), host
+    model.engine.close()
+
+
+def test_names_of_other_machines_with_a_key_a_proxy_or_where_all_may_ask() -> None:
+    model, name = FakeModel(), {"host": "llm.example"}
+    with running(create_app(model, api_key="k")) as url:
+        given = {**name, "authorization": "Bearer k"}
+        assert httpx.get(f"{url}/v1/models", headers=given).status_code == 200
+        assert httpx.get(f"{url}/health", headers=name).status_code == 200
+    with running(create_app(model, origins=["https://llm.example"])) as url:
+        assert httpx.get(f"{url}/v1/models", headers=name).status_code == 200
+        assert httpx.get(f"{url}/v1/models", headers={"host": "other.example"}).status_code == 403
+    with running(create_app(model), allow_open=True) as url:
+        assert httpx.get(f"{url}/v1/models", headers=name).status_code == 200
+    model.engine.close()
+
+
 def test_slow_clients_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(context, "BODY_SECONDS", 0.3)
@@ -158,11 +186,11 @@ def test_slow_clients_go(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(create_app(model)) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
             assert ask(url).status_code == 200  # others are not kept waiting
             assert slow.recv(100) == b""
         with socket.create_connection((host, int(port)), timeout=20) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
             assert b" 408 " in slow.recv(1000).splitlines()[0]
         with httpx.Client(base_url=url) as client:  # a connection that has asked may wait
             assert client.get("/health").status_code == 200
@@ -171,7 +199,7 @@ def test_slow_clients_go(monkeypatch: pytest.MonkeyPatch) -> None:
     model.engine.close()
 
 
-HEAD = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
+HEAD = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 STRANGE_HEADS = {
     "too long": HEAD + b"X: " + b"a" * 200_000,
     "too many": HEAD + b"".join(b"X%d: 1\r\n" % number for number in range(20_000)),
@@ -180,9 +208,9 @@ STRANGE_HEADS = {
     "no host": b"GET /v1/models HTTP/1.1\r\n\r\n",
     "two hosts": HEAD + b"Host: y\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
-    "a negative length": b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n{}",
-    "two lengths": b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
-    "an unknown encoding": b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
+    "a negative length": b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n{}",
+    "two lengths": b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    "an unknown encoding": b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
 }
 
 

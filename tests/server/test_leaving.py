@@ -30,9 +30,8 @@ def sent(url: str, path: str, request: dict[str, Any]) -> Iterator[socket.socket
     parts = urlsplit(url)
     body = json.dumps(request).encode()
     with socket.create_connection((parts.hostname, parts.port)) as connection:
-        head = (
-            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         yield connection
 
