@@ -51,14 +51,15 @@ def test_devices_import_nothing_of_ours(path: Path) -> None:
     assert [name for name, _ in imports(path) if under(name, "edge_runtime", "exporters", *FORMATS)] == []
 
 
-def test_the_runtime_meets_exporters_in_the_store() -> None:
+def test_the_runtime_meets_exporters_in_one_place() -> None:
     met = {
         (path.relative_to(ROOT).as_posix(), function)
         for path in modules("edge_runtime")
         for name, function in imports(path)
         if under(name, "exporters")
     }
-    assert met == {("edge_runtime/store.py", function) for function in ("_export", "_outline", "_write_baseline")}
+    functions = ("export_fetched", "outline_fetched", "_write_baseline")
+    assert met == {("edge_runtime/exporting.py", function) for function in functions}
 
 
 def test_the_runtime_leaves_engines_and_formats_alone() -> None:

@@ -57,7 +57,7 @@ def test_a_package_by_path_stays_as_it_is(store: Store, tmp_path: Path) -> None:
 
 def test_a_package_from_the_hub_has_what_it_has(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = export_package("synthetic:tiny", tmp_path / "made", ["openvino"], "int4")
-    monkeypatch.setattr("edge_runtime.store.fetch_hub", lambda *_: Fetched(made.folder, {"source": "hf:org/tiny"}))
+    monkeypatch.setattr("edge_runtime.exporting.fetch_hub", lambda *_: Fetched(made.folder, {"source": "hf:org/tiny"}))
     for best in (True, False):
         device, package, variant, *_ = place(store, Wish("hf:org/tiny", "auto"), best=best)
         assert (device.name, variant.name) == ("openvino:cpu", "openvino-int4")
