@@ -72,8 +72,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     embedding_bits: int = 8
     """4 or 8, of embedding and head."""
     bits: float | None = None
-    """A weight's bits on average, scales and zero points included: matrices whose rounding moves the output most have 8
-    bits, as many as fit. None: all have 4."""
+    """A weight's bits on average, scales and zero points included: matrices whose rounding moves the output most have
+    8, or 16 where the engine takes them, as many as fit. None: all have 4."""
     prune: Prune | None = None
 
     def __post_init__(self) -> None:
@@ -81,8 +81,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
             raise ConfigError(f"a group has {', '.join(map(str, GROUPS))} columns, not {self.group}")
         if self.embedding_bits not in (4, 8):
             raise ConfigError(f"embedding and head have 4 or 8 bits, not {self.embedding_bits}")
-        if self.bits is not None and not 4 < self.bits <= 9:
-            raise ConfigError(f"bits must be above 4 and at most 9, scales included, not {self.bits:g}")
+        if self.bits is not None and not 4 < self.bits <= 16:
+            raise ConfigError(f"bits must be above 4 and at most 16, scales included, not {self.bits:g}")
 
     @property
     def calibrated(self) -> bool:
@@ -154,6 +154,8 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     """A weight's on average, scales (float16) and zero points included."""
     wide: tuple[str, ...] = ()
     """Matrices that have 8 bits where others have 4."""
+    half: tuple[str, ...] = ()
+    """Matrices that are float16."""
     quality: dict[str, float] = {}
     """Beside the source in float32, on ``evaluated`` tokens of texts that come along: ``kl``, ``top1``, ``top5``, … as
     :class:`edge_runtime.evaluation.metrics.Figures` says; activations are not rounded there."""

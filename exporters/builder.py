@@ -39,6 +39,11 @@ Linear = tuple[Tensor, NDArray[np.float32] | None]
 """A weight (out, in) and its bias (out,) or None."""
 
 
+Levels = tuple[int, ...]
+"""Bits that a graph's matrices may have side by side, of 4, 8 and 16 (float16): those that its engine keeps as small as
+they are, and multiplies as fast as their size lets it."""
+
+
 class Builder(Protocol[Value]):
     """Each call adds operators to the graph. Weights are written out as they come, never gathered in memory."""
 

@@ -10,6 +10,8 @@ is its blocks one after another, and a block is its codes, ``d`` of the sixteen 
 as the instructions take them that multiply four neighbouring bytes: 64 bytes are four columns of sixteen rows, row by
 row. Codes of 8 bits are int8; with 4 bits a byte holds the code of a column in the block's first half (low) and of the
 same column in its second half (high), so that unpacking is a mask and a shift.
+
+A matrix of 16 bits is float16 itself: a panel is its columns one after another, and there are no constants.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from exporters.weights import QuantizedTensor
 
 PANEL = 16
 """Rows."""
+HALF_COLUMNS = 16
+"""Of float16 a matrix has a multiple of them."""
 _CONSTANT_BYTES = PANEL * 2
 """Of one block's ``d``, or ``m``."""
 _CHUNK_VALUES = 1 << 22
@@ -39,9 +43,9 @@ class PackedMatrix:
     rows: int
     columns: int
     bits: int
-    """4 or 8."""
+    """4, 8 or 16."""
     block: int
-    """16 or 32 columns."""
+    """16 or 32 columns; of 16 bits it means nothing."""
     offsets: bool
     """Whether there is an ``m``."""
 
@@ -66,6 +70,16 @@ def pack(tensor: QuantizedTensor) -> PackedMatrix:
         if offsets:
             m[...] = _constants("offset", offset, part.group // block)
     return PackedMatrix(data.reshape(-1), rows, columns, bits, block, offsets)
+
+
+def pack_half(values: NDArray[np.float16]) -> PackedMatrix:
+    """Lay out a matrix as it is. ValueError if its columns are no multiple of HALF_COLUMNS."""
+    rows, columns = values.shape
+    if columns % HALF_COLUMNS:
+        raise ValueError(f"the CPU kernels take multiples of {HALF_COLUMNS} columns of float16, not {columns}")
+    panels = _whole_panels(values).reshape(-1, PANEL, columns).transpose(0, 2, 1)
+    data = np.ascontiguousarray(panels).view(np.uint8).reshape(-1)
+    return PackedMatrix(data, rows, columns, 16, HALF_COLUMNS, False)
 
 
 def _block(group: int) -> int:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from edge_runtime.package import ArchitectureSummary, Manifest, Weights, storage
 from edge_runtime.package_writer import PackageContents, PackageWriter, write_package
 from edge_runtime.recipe import Compression, Recipe
 from exporters.architecture import Architecture
+from exporters.builder import Levels
 from exporters.checkpoint import Checkpoint, TextFiles
-from exporters.compression.shrink import Shrinking, shrink
-from exporters.graphs import Engine, write_graph
+from exporters.compression.budget import NARROW
+from exporters.compression.compress import LEVELS
+from exporters.compression.shrink import Shrinking, Shrunk
+from exporters.graphs import Engine, matrix_levels, write_graph
 from exporters.network import parameters
 from exporters.npu_weights import GROUP, NpuCheckpoint
 from exporters.quantize import QuantizedCheckpoint
@@ -58,22 +62,27 @@ def export(
         _check_vocabulary(source)
         made, compression = source, None
         with ExitStack() as stack:
+            shrunk = None
             if shrinking is not None:
-                made, compression = stack.enter_context(_shrunk(source, shrinking, weights, writer.folder, progress))
-                _check_heads(made.architecture, engines)
-                if writer.existing is not None:
-                    _check_network(writer.existing, made.architecture, compression, folder)
-            for variant, engine in missing.items():
-                report = None if progress is None else _named(progress, variant)
-                quantized = (
-                    NpuCheckpoint(made, weights) if engine == "openvino-npu" else QuantizedCheckpoint(made, weights)
-                )
-                _write_variant(writer, quantized, variant, engine, weights, report, compression)
+                shrunk = stack.enter_context(_shrunk(source, shrinking, weights, writer.folder, progress))
+            for levels, variants in _by_levels(missing, shrinking).items():
+                if shrunk is not None:
+                    made, compression = shrunk.rounded(levels)
+                    _check_heads(made.architecture, engines)
+                    if writer.existing is not None:
+                        _check_network(writer.existing, made.architecture, compression, folder)
+                for variant, engine in variants.items():
+                    _write_variant(writer, made, variant, engine, weights, progress, compression)
         writer.commit(contents(name or folder.absolute().name, made_from, summarize(made.architecture), made.text))
 
 
-def _named(progress: Progress, variant: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(variant, done, total)
+def _by_levels(variants: Mapping[str, Engine], shrinking: Shrinking | None) -> Mapping[Levels, Mapping[str, Engine]]:
+    """Those together that are rounded alike: where matrices differ in their bits, engines do in which they take."""
+    mixed = shrinking is not None and shrinking.recipe.bits is not None
+    found: dict[Levels, dict[str, Engine]] = {}
+    for variant, engine in variants.items():
+        found.setdefault(matrix_levels(engine) if mixed else LEVELS, {})[variant] = engine
+    return found
 
 
 def _write_variant(
@@ -82,15 +91,17 @@ def _write_variant(
     variant: str,
     engine: Engine,
     weights: Weights,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
     compression: Compression | None,
 ) -> None:
+    view = NpuCheckpoint if engine == "openvino-npu" else QuantizedCheckpoint
+    report = None if progress is None else partial(progress, variant)
     target = writer.variant_folder(variant)
     # Weight files grow on the package's disk, which needs the room anyway; a temporary folder may be in memory.
     scratch = writer.folder / "scratch"
     scratch.mkdir()
     try:
-        runs_on, file = write_graph(checkpoint, engine, weights, target, scratch, progress)
+        runs_on, file = write_graph(view(checkpoint, weights), engine, weights, target, scratch, report)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     writer.add_variant(variant, runs_on, weights, file, compression)
@@ -99,15 +110,18 @@ def _write_variant(
 @contextmanager
 def _shrunk(
     source: Checkpoint, shrinking: Shrinking, weights: Weights, folder: Path, progress: Progress | None
-) -> Iterator[tuple[Checkpoint, Compression]]:
+) -> Iterator[Shrunk]:
     """``folder``: on whose disk the tensors lie meanwhile."""
     with storage_errors(f"cannot keep tensors in {folder}"), tempfile.TemporaryDirectory(dir=folder) as tensors:
-        yield shrink(source, shrinking, weights, Path(tensors), progress)
+        yield Shrunk(source, shrinking, weights, Path(tensors), progress)
 
 
 def _check_possible(recipe: Recipe, weights: Weights, engines: Sequence[Engine]) -> None:
     if recipe.rounds and weights != "int4":
         raise ConfigError(f"how matrices are rounded is for int4 weights, not {weights}")
+    for engine in engines:
+        if recipe.rounds and NARROW not in matrix_levels(engine):
+            raise ConfigError(f"how matrices are rounded is for int4 weights, which {engine} does not take")
     if (
         recipe.rounds
         and "openvino-npu" in engines

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import devices.base
 from edge_runtime.errors import ConfigError
-from exporters.builder import Builder
+from exporters.builder import Builder, Levels
 from exporters.checkpoint import Checkpoint
 from exporters.network import build
 from exporters.onnx_operators import WeightFormat
@@ -17,6 +17,9 @@ Engine = Literal["onnx", "onnx-coreml", "onnx-cuda", "openvino", "openvino-npu",
 
 
 class _NewBuilder(Protocol):
+    @property
+    def levels(self) -> Levels: ...
+
     def __call__(self, architecture: Any, weights: WeightFormat, scratch: Path | None) -> Builder[Any]: ...
 
 
@@ -35,6 +38,11 @@ def write_graph(
     build(checkpoint, graph, progress)
     graph.save(folder)
     return runs_on, file
+
+
+def matrix_levels(engine: Engine) -> Levels:
+    """Bits that matrices of its graphs may have side by side."""
+    return _builder(engine)[2].levels
 
 
 def write_baseline(

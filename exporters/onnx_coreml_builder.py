@@ -14,14 +14,14 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import StorageError, UnsupportedModel
 from exporters.architecture import Activation, Architecture
-from exporters.builder import AttentionSpec, Linear
+from exporters.builder import AttentionSpec, Levels, Linear
 from exporters.onnx_graph import MODEL_FILE
 from exporters.onnx_operators import WeightFormat, passes_float16
 from exporters.onnx_plain_operators import FLOAT, PlainOperators
@@ -132,6 +132,8 @@ Both = tuple[str, str]
 
 class OnnxCoreMLBuilder:
     """Implements :class:`exporters.builder.Builder` on both graphs at once. UnsupportedModel for quantized weights."""
+
+    levels: ClassVar[Levels] = (16,)
 
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None = None) -> None:
         if weights not in ("fp16", "fp32"):

@@ -39,6 +39,8 @@ class _Matrix:
 class OnnxCudaBuilder(OnnxOperators[_Matrix]):
     """Emits PagedAttention, MatMulNBits, GatherBlockQuantized and the fused norms (com.microsoft)."""
 
+    levels = (4, 8, 16)
+
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None = None) -> None:
         """``weights``: fp16 dequantizes what comes quantized; with int8 and int4 quantized matrices are stored as they
         come and float ones in 16 bits. ``scratch``: see OnnxGraph. UnsupportedModel for fp32."""

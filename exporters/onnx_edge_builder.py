@@ -12,9 +12,9 @@ Operators of the domain ``edge_glm``, version 1; activations are float32:
 
 - ``QuantizedMatMul(x [tokens, K], weight [bytes] uint8, bias [N]?, norm [K]?, addend [tokens, N]?) → [tokens, N]``,
   attributes ``K``, ``N``, ``bits``, ``block``, ``offsets`` (see exporters/edge_weights.py), ``activation_bits``: 8 or
-  16, to which ``x`` is rounded, ``epsilon``, and ``gate``: −1 (none) or as GatedUnit's, whose ``gate_up
-  [tokens, 2 · K]`` then comes for ``x``. With ``norm`` it multiplies the root-mean-square norm of ``x``; ``addend`` is
-  added to the product.
+  16, to which ``x`` is rounded, or 32, with float16 weights, where it is not, ``epsilon``, and ``gate``: −1 (none) or
+  as GatedUnit's, whose ``gate_up [tokens, 2 · K]`` then comes for ``x``. With ``norm`` it multiplies the
+  root-mean-square norm of ``x``; ``addend`` is added to the product.
 - ``QuantizedGather(ids [tokens] int64, weight [bytes] uint8) → [tokens, K]``, attributes ``K``, ``N``, ``bits``,
   ``block``, ``offsets``: rows of such a matrix.
 - ``PagedAttention(qkv, kv_cache, begins, past, block_table, positions, cos?, sin?, q_norm?, k_norm?)``
@@ -30,12 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.errors import UnsupportedModel
 from exporters.architecture import Activation, Architecture
 from exporters.builder import AttentionSpec
 from exporters.edge_fusion import fuse
-from exporters.edge_weights import PackedMatrix, pack
+from exporters.edge_weights import HALF_COLUMNS, PackedMatrix, pack, pack_half
 from exporters.onnx_graph import EDGE
 from exporters.onnx_operators import OnnxOperators, WeightFormat
 from exporters.weights import QuantizedTensor
@@ -58,6 +59,8 @@ class _Matrix:
 
 class OnnxEdgeBuilder(OnnxOperators[_Matrix]):
     """Emits QuantizedMatMul, QuantizedGather, PagedAttention and GatedUnit (edge_glm) and com.microsoft's norms."""
+
+    levels = (4, 8, 16)
 
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None = None) -> None:
         """``weights``: how matrices are stored. fp32 and fp16 also dequantize what comes quantized; with int8 and
@@ -83,10 +86,17 @@ class OnnxEdgeBuilder(OnnxOperators[_Matrix]):
     def _embed_packed(self, matrix: _Matrix, table: QuantizedTensor) -> str:
         return self._graph.one("QuantizedGather", [self._ids, matrix.data], EDGE, **matrix.form)
 
+    def _half_product(self, x: str, weight: NDArray[np.float16], bias: str, name: str) -> str:
+        if weight.shape[1] % HALF_COLUMNS:
+            return super()._half_product(x, weight, bias, name)
+        packed = pack_half(weight)
+        matrix = _Matrix(self._graph.weight(f"{name}.packed", packed.data), packed.bits, _form(packed))
+        return self._packed_product(x, matrix, bias, name)
+
     def _packed_product(self, x: str, matrix: _Matrix, bias: str, name: str) -> str:
         wide = matrix.bits == 8 or any(part in name for part in _WIDE_INPUT)
-        inputs = [x, matrix.data, bias]
-        return self._graph.one("QuantizedMatMul", inputs, EDGE, **matrix.form, activation_bits=16 if wide else 8)
+        bits = 32 if matrix.bits == 16 else 16 if wide else 8
+        return self._graph.one("QuantizedMatMul", [x, matrix.data, bias], EDGE, **matrix.form, activation_bits=bits)
 
     def attention(self, qkv: str, spec: AttentionSpec) -> str:
         graph, rope = self._graph, spec.layer.rope

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeGuard, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeGuard, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import UnsupportedModel
 from exporters.architecture import Activation, Architecture, Rope
-from exporters.builder import AttentionSpec, Linear
+from exporters.builder import AttentionSpec, Levels, Linear
 from exporters.onnx_graph import MICROSOFT, OPSET, OnnxGraph
-from exporters.weights import QuantizedTensor, Tensor, concat_rows, dequantize
+from exporters.weights import QuantizedTensor, Tensor, concat_rows, dequantize, is_half
 
 WeightFormat = Literal["fp32", "fp16", "int8", "int4"]
 Matrix = TypeVar("Matrix")
@@ -33,6 +33,8 @@ class OnnxOperators(ABC, Generic[Matrix]):
     """Norms, sums, gates, rotary tables and float matrices; how quantized ones are stored and attention is done is a
     subclass's business."""
 
+    levels: ClassVar[Levels] = (4, 8)
+    """ONNX Runtime's CPU provider makes float32 of a float16 matrix, in twice the memory, as it loads it."""
     _ids: str
     """The input of token ids; a subclass makes it."""
     _row_index: str
@@ -106,9 +108,19 @@ class OnnxOperators(ABC, Generic[Matrix]):
         bias_name = "" if bias is None else graph.weight(f"{name}.bias", bias.astype(self._dtype))
         if isinstance(weight, QuantizedTensor):
             return self._packed_product(x, self._matrix(weight, name), bias_name, name)
-        stored = graph.weight(f"{name}.weight", self._stored(weight.T))
-        y = graph.one("MatMul", [x, self._widened(stored)])
-        return graph.one("Add", [y, bias_name]) if bias_name else y
+        if is_half(weight):
+            return self._half_product(x, weight, bias_name, name)
+        return self._float_product(x, dequantize(weight), bias_name, name)
+
+    def _half_product(self, x: str, weight: NDArray[np.float16], bias: str, name: str) -> str:
+        """``x`` times a matrix that a recipe keeps in float16: where the engine has nothing of its own for it, one of
+        floats as any other."""
+        return self._float_product(x, dequantize(weight), bias, name)
+
+    def _float_product(self, x: str, weight: NDArray[np.float32], bias: str, name: str) -> str:
+        stored = self._graph.weight(f"{name}.weight", self._stored(weight.T))
+        y = self._graph.one("MatMul", [x, self._widened(stored)])
+        return self._graph.one("Add", [y, bias]) if bias else y
 
     def _stored(self, weight: NDArray[np.float32]) -> NDArray[np.generic]:
         if self._stored_dtype == weight.dtype:

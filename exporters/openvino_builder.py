@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exporters.architecture import Activation, Architecture, Rope
-from exporters.builder import AttentionSpec, Linear
+from exporters.builder import AttentionSpec, Levels, Linear
 from exporters.openvino_weights import View, WeightFile, compressed_matrix, float_matrix, offset_matrix, ops, ov
 from exporters.weights import QuantizedTensor, Tensor, concat_rows, dequantize
 
@@ -41,6 +41,9 @@ class OpenVinoBuilder:
     is spared, where no block sums are needed then. ``scratch`` is the folder for the growing
     weight file, by default the system's temporary one; memory holds the tensors of one call.
     """
+
+    levels: ClassVar[Levels] = (4, 8)
+    """The CPU plugin makes float32 of a float16 matrix, which takes twice the memory and as long as one of float32."""
 
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None = None) -> None:
         self._arch = architecture

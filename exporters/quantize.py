@@ -11,7 +11,8 @@ int8      8 bit                         same values, 8-bit codes (see ``widen``)
 int4      4 bit; embedding, head 8 bit  as it is                                    as it is
 ========  ============================  ==========================================  ==========================
 
-A source that is quantized already is never rounded a second time by int8 and int4. 8 bit is symmetric around the
+A source that is quantized already is never rounded a second time by int8 and int4, nor is a matrix that a recipe keeps
+in float16. 8 bit is symmetric around the
 code 128; 4 bit is asymmetric with an integer zero point. Both round to nearest between the extremes of a group,
 and 0 is always a value exactly.
 """
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import ConfigError, UnsupportedModel
 from exporters.checkpoint import Checkpoint, CheckpointView
-from exporters.weights import QuantizedTensor, Tensor, dequantize
+from exporters.weights import QuantizedTensor, Tensor, dequantize, is_half
 
 WeightFormat = Literal["fp32", "fp16", "int8", "int4"]
 
@@ -63,8 +64,10 @@ class QuantizedCheckpoint(CheckpointView):
             return _to_fp16(name, dequantize(value))
         if isinstance(value, QuantizedTensor):
             return widen(value) if self._weights == "int8" else value
+        if is_half(value):
+            return value
         bits = 8 if self._weights == "int8" or name in ("embed", "head") else 4
-        return quantize(value, bits, self._group)
+        return quantize(dequantize(value), bits, self._group)
 
 
 def quantize(values: NDArray[np.float32], bits: int, group: int) -> Tensor:

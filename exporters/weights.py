@@ -1,5 +1,8 @@
 """Weights on their way from a checkpoint to a graph: float arrays, or group-wise affine codes.
 
+A matrix of float16 is one that a recipe keeps so among rounded ones (:mod:`exporters.compression`): the int8 and int4
+formats leave it alone, and a builder stores it as it is.
+
 A :class:`QuantizedTensor` is exact for every block format whose values are ``scale · (code − zero)``:
 GGUF Q4_0, Q4_1, Q4_K, Q5_*, Q6_K and Q8_0 pass through without a second rounding. The zero point is a
 float; an emitter whose engine wants integers takes :meth:`QuantizedTensor.split_zero` and carries the rest.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +69,13 @@ class QuantizedTensor:
         return nearest.astype(np.uint8), offset.astype(np.float32)
 
 
-Tensor = NDArray[np.float32] | QuantizedTensor
-"""A weight: 1-D (norms, biases) and unquantized matrices are float32 arrays."""
+Tensor = NDArray[np.float32] | NDArray[np.float16] | QuantizedTensor
+"""A weight: 1-D (norms, biases) and unquantized matrices are float32 arrays, matrices that are kept so float16."""
+
+
+def is_half(tensor: Tensor) -> TypeGuard[NDArray[np.float16]]:
+    """Whether it is a matrix that is kept in float16."""
+    return not isinstance(tensor, QuantizedTensor) and tensor.dtype == np.float16
 
 
 def dequantize(tensor: Tensor) -> NDArray[np.float32]:
@@ -88,13 +97,16 @@ def concat_rows(parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _format(tensor: Tensor) -> tuple[int, int]:
-    return (tensor.bits, tensor.group) if isinstance(tensor, QuantizedTensor) else (0, 0)
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.bits, tensor.group
+    return (16, 0) if is_half(tensor) else (32, 0)
 
 
 def _stack(run: Sequence[Tensor]) -> Tensor:
     quantized = [part for part in run if isinstance(part, QuantizedTensor)]
     if not quantized:
-        return np.concatenate([dequantize(part) for part in run])
+        joined = np.concatenate([dequantize(part) for part in run])
+        return joined.astype(np.float16) if is_half(run[0]) else joined
     return QuantizedTensor(
         np.concatenate([part.codes for part in quantized]),
         np.concatenate([part.scale for part in quantized]),

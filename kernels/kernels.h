@@ -17,19 +17,20 @@ constexpr int64_t kTileRows = 48;    // query vectors (tokens × heads) that one
 
 using half = uint16_t;  // IEEE 754 binary16
 
-// A matrix (rows, columns) of `scale · code + offset` in blocks of `block` columns, or of `scale · code`;
+// A matrix (rows, columns) of `scale · code + offset` in blocks of `block` columns, or of `scale · code`, or of halves;
 // exporters/edge_weights.py packs it.
 struct PackedMatrix {
   const uint8_t* data;
   int64_t rows, columns;
-  int bits;   // 4: codes 0..15; 8: codes −128..127
+  int bits;   // 4: codes 0..15; 8: codes −128..127; 16: halves, and no constants
   int block;  // 16 or 32
   bool offsets;
 
   int64_t blocks() const { return columns / block; }
   int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
   int64_t codes_bytes() const { return block * kPanel * bits / 8; }
-  int64_t block_bytes() const { return codes_bytes() + (offsets ? 2 : 1) * kPanel * int64_t(sizeof(half)); }
+  int64_t constants() const { return bits == 16 ? 0 : offsets ? 2 : 1; }
+  int64_t block_bytes() const { return codes_bytes() + constants() * kPanel * int64_t(sizeof(half)); }
   int64_t panel_bytes() const { return blocks() * block_bytes(); }
   int64_t bytes() const { return panels() * panel_bytes(); }
 };
@@ -58,6 +59,8 @@ struct Input {
 // Rows that meet the weights together lie together, block by block, so that one pointer finds all of them: codes are
 // (tiles, blocks, rows of the tile, block), factors (tiles, blocks, 2, rows of the tile), scales before sums. How many rows
 // a tile has, the instruction set decides; the last one has what is left.
+//
+// With halves for weights nothing is rounded: 32 bits, `codes` are floats (rows, columns), and there are no factors.
 struct Activations {
   int bits;
   int digits;      // rows for each row of x: 1 or 2

@@ -22,7 +22,7 @@ constexpr int64_t kMostRows = int64_t(1) << 28;
 inline PackedMatrix matrix_of(const Attributes& attributes) {
   PackedMatrix matrix{nullptr, attributes.integer("N"), attributes.integer("K"), int(attributes.integer("bits")),
                       int(attributes.integer("block")), attributes.integer("offsets", 1) != 0};
-  require(matrix.bits == 4 || matrix.bits == 8, "bits must be 4 or 8");
+  require(matrix.bits == 4 || matrix.bits == 8 || matrix.bits == 16, "bits must be 4, 8 or 16");
   require(matrix.block == 16 || matrix.block == 32, "block must be 16 or 32");
   require(matrix.rows > 0 && matrix.columns > 0 && matrix.columns % matrix.block == 0, "K must be whole blocks");
   require(matrix.rows <= kMostRows && matrix.columns <= kMostRows, "N and K must be at most 2^28");
@@ -47,7 +47,8 @@ class QuantizedMatMul {
     input_.gate = Gate(attributes.integer("gate", int64_t(Gate::kNone)));
     input_.epsilon = attributes.real("epsilon", 0.0f);
     require(input_.gate >= Gate::kNone && input_.gate <= Gate::kGelu, "gate must be -1, 0, 1 or 2");
-    require(bits_ == 16 || (bits_ == 8 && matrix_.bits == 4), "8-bit activations take 4-bit weights only");
+    require((bits_ == 32) == (matrix_.bits == 16), "32-bit activations take float16 weights only, and those no others");
+    require(bits_ == 32 || bits_ == 16 || (bits_ == 8 && matrix_.bits == 4), "8-bit activations take 4-bit weights only");
   }
 
   void compute(const Context& context, const Kernels& kernels) {
@@ -68,7 +69,9 @@ class QuantizedMatMul {
     const int64_t blocks = matrix_.blocks();
     const int digits = bits_ == 16 && matrix_.bits == 4 ? 2 : 1;
     const int64_t rows = job.tokens * digits;
-    job.x = {bits_, digits, rows, scratch.take<int16_t>(rows * matrix_.columns), scratch.take<float>(2 * rows * blocks)};
+    const int64_t code_bytes = bits_ == 32 ? sizeof(float) : sizeof(int16_t);
+    job.x = {bits_, digits, rows, scratch.take<uint8_t>(rows * matrix_.columns * code_bytes),
+             scratch.take<float>(bits_ == 32 ? 0 : 2 * rows * blocks)};
     constexpr int64_t kRows = 16;
     context.parallel((job.tokens + kRows - 1) / kRows, [&](int64_t i) {
       kernels.quantize(input, i * kRows, std::min(job.tokens, (i + 1) * kRows), matrix_.block, job.x);

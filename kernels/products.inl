@@ -69,8 +69,18 @@ void quantize_rows(const Input& input, int64_t first, int64_t last, int block, c
   }
 }
 
+void keep_rows(const Input& input, int64_t first, int64_t last, const Activations& into) {
+  for (int64_t row = first; row < last; ++row) {
+    float* kept = static_cast<float*>(into.codes) + row * input.columns;
+    const float* x = input_row(input, row, kept);
+    if (x != kept) std::copy(x, x + input.columns, kept);
+  }
+}
+
 void quantize(const Input& input, int64_t first, int64_t last, int block, const Activations& into) {
-  if (into.digits == 2) {
+  if (into.bits == 32) {
+    keep_rows(input, first, last, into);
+  } else if (into.digits == 2) {
     quantize_rows<int8_t, 2>(input, first, last, block, into);
   } else if (into.bits == 8) {
     quantize_rows<int8_t, 1>(input, first, last, block, into);
@@ -81,6 +91,22 @@ void quantize(const Input& input, int64_t first, int64_t last, int block, const 
 
 // ---- products
 
+// Halves with floats.
+template <int R>
+inline void half_tile(const MatMul& job, const uint8_t* panel, int64_t row, Vec (&out)[R][kPanelVectors]) {
+  const int64_t columns = job.weight.columns;
+  const half* weights = reinterpret_cast<const half*>(panel);
+  const float* x = static_cast<const float*>(job.x.codes) + row * columns;
+  for (int64_t k = 0; k < columns; ++k, weights += kPanel) {
+    if (R <= 2) prefetch(reinterpret_cast<const uint8_t*>(weights) + kAhead, kPanel * sizeof(half));
+    for (int h = 0; h < kPanelVectors; ++h) {
+      const Vec column = load(weights + h * kLanes);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) out[r][h] = fma(column, all(x[r * columns + k]), out[r][h]);
+    }
+  }
+}
+
 // Rows [row, row + R) of the activations with one panel.
 template <int R, int DIGITS>
 void panel_tile(const MatMul& job, int64_t panel, int64_t row) {
@@ -90,7 +116,9 @@ void panel_tile(const MatMul& job, int64_t panel, int64_t row) {
   for (int r = 0; r < R; ++r) {
     for (int h = 0; h < kPanelVectors; ++h) out[r][h] = all(0.0f);
   }
-  if (w.bits == 4) {
+  if (w.bits == 16) {
+    half_tile<R>(job, data, row, out);
+  } else if (w.bits == 4) {
     w.block == 32 ? narrow_tile<R, 32>(job, data, row, out) : narrow_tile<R, 16>(job, data, row, out);
   } else {
     w.block == 32 ? wide_tile<R, 32>(job, data, row, out) : wide_tile<R, 16>(job, data, row, out);
@@ -137,6 +165,11 @@ void matmul(const MatMul& job, int64_t first, int64_t last) {
 void matrix_row(const PackedMatrix& matrix, int64_t index, float* out) {
   const int64_t row = index % kPanel, half_block = matrix.block / 2;
   const uint8_t* data = matrix.data + index / kPanel * matrix.panel_bytes();
+  if (matrix.bits == 16) {
+    const half* values = reinterpret_cast<const half*>(data) + row;
+    for (int64_t k = 0; k < matrix.columns; ++k) out[k] = to_float(values[k * kPanel]);
+    return;
+  }
   for (int64_t block = 0; block < matrix.blocks(); ++block, data += matrix.block_bytes()) {
     const half* parameters = reinterpret_cast<const half*>(data + matrix.codes_bytes());
     const float scale = to_float(parameters[row]), offset = matrix.offsets ? to_float(parameters[kPanel + row]) : 0.0f;

@@ -69,8 +69,8 @@ def export(arguments: argparse.Namespace) -> int:
     print(harmless(f"{package.name}: {_variants(package)} in {package.folder}"))
     print(f"licence: {licence_of(package)}")
     if recipe is not None:
-        variant = next(each for each in package.manifest.variants if each.compression is not None)
-        print("\n".join(compression_lines(variant)))
+        for lines in dict.fromkeys(tuple(compression_lines(each)) for each in package.manifest.variants):
+            print("\n".join(lines))
     return 0
 
 

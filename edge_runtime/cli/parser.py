@@ -252,7 +252,11 @@ def _add_recipe(export: argparse.ArgumentParser) -> None:
     recipe.add_argument("--symmetric", action="store_true", default=None, help="no zero points")
     recipe.add_argument("--embedding-bits", type=int, choices=(4, 8), help="of embedding and head (default: 8)")
     recipe.add_argument(
-        "--bits", type=float, metavar="B", help="bits a weight on average: what suffers most has 8, as many as fit"
+        "--bits",
+        type=float,
+        metavar="B",
+        help="bits a weight on average: what suffers most has 8 (or 16, for the engines "
+        "onnx-edge and onnx-cuda), as many as fit",
     )
     recipe.add_argument(
         "--prune",

@@ -62,8 +62,8 @@ def compression_lines(variant: Variant) -> Iterator[str]:
                 "repair", f"{_figures(made.pruned.before_repair)} before, {_figures(made.pruned.quality)} after"
             )
     parts = [*_rounding_parts(recipe), f"{made.bits:.2f} bits a weight"]
-    if made.wide:
-        parts.append(f"{len(made.wide)} matrices of 8")
+    levels = {8: made.wide, 16: made.half}
+    parts += [f"{len(names)} matrices of {bits}" for bits, names in levels.items() if names]
     if made.calibration is not None:
         parts.append(f"by {made.calibration.tokens:,} tokens of {made.calibration.name}")
     yield _line("recipe", ", ".join(parts))

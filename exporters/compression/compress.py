@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +15,24 @@ from tokenizers import Tokenizer
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.recipe import Calibration, Compression, Recipe
+from exporters.builder import Levels
 from exporters.checkpoint import Checkpoint
-from exporters.compression.budget import mean_bits, wide_tensors
+from exporters.compression.budget import NARROW, Option, choose_levels, mean_bits, stored_bits
 from exporters.compression.calibrated import round_along
 from exporters.compression.rounding import Inputs, compensated, nearest
 from exporters.compression.scaling import ScaledCheckpoint, find_scales
 from exporters.compression.sensitivity import sensitivities
 from exporters.compression.tensor_folder import ReplacedCheckpoint, TensorFolder
+from exporters.hf_names import tensor_shape
 from exporters.network import tensor_names
-from exporters.quantize import fitting_group, quantize
+from exporters.quantize import MIN_GROUP, fitting_group, quantize
 from exporters.weights import QuantizedTensor, Tensor, dequantize
 
 WINDOW = 512
 """Tokens of a text that are looked at together."""
 MOST_WINDOWS = 24
 LEAST_TOKENS = 256
+LEVELS: Levels = (4, 8, 16)
 SCAN_TOKENS = 256
 """Of which the sensitivity of each matrix is learned."""
 Progress = Callable[[str, int, int], None]
@@ -43,82 +48,112 @@ class Text:
 
 
 def compress(
-    source: Checkpoint, recipe: Recipe, text: Text | None, folder: Path, progress: Progress | None = None
-) -> tuple[Checkpoint, Compression]:
-    """Follow ``recipe`` with ``text``, which a calibrated one needs. Tensors are kept in ``folder`` as
-    long as the checkpoint is read. ConfigError for a text that is too short, or a size that cannot be reached."""
-    report = progress or (lambda what, done, total: None)
-    calibration, wide = None, frozenset[str]()
-    tensors = TensorFolder(folder)
-    if not recipe.calibrated:
-        _round_each(source, recipe, tensors)
-        return _finished(source, recipe, tensors)
-    assert text is not None
-    ids, calibration = windows(source, text)
-    if recipe.method in ("awq", "awq+gptq"):
-        scales = find_scales(source, ids, recipe.group, recipe.symmetric, lambda *at: report("scaling", *at))
-        source = ScaledCheckpoint(source, scales)
-    if recipe.bits is not None:
-        scan = sensitivities(
-            source,
-            ids.reshape(-1)[:SCAN_TOKENS],
-            lambda name, value: _plain(value, 4, recipe, name),
-            lambda *at: report("sensitivity", *at),
-        )
-        wide = wide_tensors(source.architecture, recipe, scan)
-    if recipe.method in ("nearest", "awq"):
-        _round_each(source, recipe, tensors, wide)
-    else:
-        round_along(source, ids, _Rounder(recipe, wide), tensors, lambda *at: report("rounding", *at))
-        if "embed" not in tensors:
-            tensors["embed"] = _plain(source.tensor("embed"), recipe.embedding_bits, recipe, "embed")
-    return _finished(source, recipe, tensors, calibration, wide)
-
-
-def _finished(
     source: Checkpoint,
     recipe: Recipe,
-    tensors: TensorFolder,
-    calibration: Calibration | None = None,
-    wide: frozenset[str] = frozenset(),
+    text: Text | None,
+    folder: Path,
+    progress: Progress | None = None,
+    levels: Levels = LEVELS,
 ) -> tuple[Checkpoint, Compression]:
-    made = ReplacedCheckpoint(source, tensors)
-    bits = mean_bits(made)
-    return made, Compression(recipe=recipe, calibration=calibration, bits=bits, wide=tuple(sorted(wide)))
+    """As :class:`Rounding`, for once."""
+    return Rounding(source, recipe, text, progress)(folder, levels)
+
+
+class Rounding:
+    """What ``recipe`` makes of ``source``: learned from ``text``, which a calibrated one needs, and then done as often
+    as there are kinds of graphs."""
+
+    def __init__(self, source: Checkpoint, recipe: Recipe, text: Text | None, progress: Progress | None = None) -> None:
+        """ConfigError for a text that is too short."""
+        self._report = progress or (lambda what, done, total: None)
+        self._source = source
+        self._recipe = recipe
+        self._ids: NDArray[np.int64] | None = None
+        self._calibration: Calibration | None = None
+        self._options: Mapping[str, Sequence[Option]] = {}
+        if not recipe.calibrated:
+            return
+        assert text is not None
+        self._ids, self._calibration = windows(source, text)
+        if recipe.method in ("awq", "awq+gptq"):
+            scales = find_scales(source, self._ids, recipe.group, recipe.symmetric, self._progress("scaling"))
+            self._source = ScaledCheckpoint(source, scales)
+        if recipe.bits is not None:
+            tokens = self._ids.reshape(-1)[:SCAN_TOKENS]
+            self._options = sensitivities(self._source, tokens, self._candidates, self._progress("sensitivity"))
+
+    def __call__(self, folder: Path, levels: Levels = LEVELS) -> tuple[Checkpoint, Compression]:
+        """Tensors are kept in ``folder`` as long as the checkpoint is read. ``levels``: that the graph's engine takes
+        side by side. ConfigError for a size that cannot be reached."""
+        source, recipe, tensors = self._source, self._recipe, TensorFolder(folder)
+        chosen = self._chosen(levels)
+        if self._ids is None or recipe.method in ("nearest", "awq"):
+            _round_each(source, recipe, tensors, chosen)
+        else:
+            round_along(source, self._ids, _Rounder(recipe, chosen), tensors, self._progress("rounding"))
+            if "embed" not in tensors:
+                tensors["embed"] = _plain(source.tensor("embed"), recipe.embedding_bits, recipe)
+        made = ReplacedCheckpoint(source, tensors)
+        return made, Compression(
+            recipe=recipe,
+            calibration=self._calibration,
+            bits=mean_bits(made),
+            wide=tuple(sorted(name for name, level in chosen.items() if level == 8)),
+            half=tuple(sorted(name for name, level in chosen.items() if level == 16)),
+        )
+
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        return partial(self._report, what)
+
+    def _candidates(self, name: str, tensor: Tensor) -> Mapping[int, Tensor]:
+        found = {level: _plain(tensor, level, self._recipe) for level in (NARROW, 8)}
+        whole = tensor.shape[1] % MIN_GROUP == 0  # others stay as they are
+        if whole and not isinstance(tensor, QuantizedTensor) and np.abs(tensor).max() <= np.finfo(np.float16).max:
+            found[16] = _plain(tensor, 16, self._recipe)
+        return found
+
+    def _chosen(self, levels: Levels) -> Mapping[str, int]:
+        if self._recipe.bits is None:
+            return {}
+        arch, recipe = self._source.architecture, self._recipe
+        sizes = {name: math.prod(shape) for name in tensor_names(arch) if len(shape := tensor_shape(arch, name)) == 2}
+        options = {name: [each for each in found if each.level in levels] for name, found in self._options.items()}
+        outer = stored_bits(_plain(self._source.tensor("embed"), recipe.embedding_bits, recipe))
+        return choose_levels(recipe, sizes, options, outer)
 
 
 class _Rounder:
     """Rounds with errors made good."""
 
-    def __init__(self, recipe: Recipe, wide: frozenset[str]) -> None:
+    def __init__(self, recipe: Recipe, levels: Mapping[str, int]) -> None:
         self._recipe = recipe
-        self._wide = wide
+        self._levels = levels
 
     def __call__(self, name: str, tensor: Tensor, inputs: Inputs) -> Tensor:
-        recipe, bits = self._recipe, bits_for(name, self._recipe, self._wide)
+        recipe, bits = self._recipe, _bits_for(name, self._recipe, self._levels)
         group = fitting_group(tensor.shape[1], recipe.group)
-        if bits == 8 or group is None or _is_so_already(tensor, recipe):
-            return _plain(tensor, bits, recipe, name)
+        if bits != NARROW or group is None or _is_so_already(tensor, recipe):
+            return _plain(tensor, bits, recipe)
         return compensated(dequantize(tensor), inputs, bits, group, recipe.symmetric)
 
 
-def _round_each(source: Checkpoint, recipe: Recipe, tensors: TensorFolder, wide: frozenset[str] = frozenset()) -> None:
+def _round_each(source: Checkpoint, recipe: Recipe, tensors: TensorFolder, levels: Mapping[str, int]) -> None:
     for name in tensor_names(source.architecture):
         tensor = source.tensor(name)
         if len(tensor.shape) == 2:
-            tensors[name] = _plain(tensor, bits_for(name, recipe, wide), recipe, name)
+            tensors[name] = _plain(tensor, _bits_for(name, recipe, levels), recipe)
 
 
-def bits_for(name: str, recipe: Recipe, wide: frozenset[str]) -> int:
-    if name in ("embed", "head"):
-        return recipe.embedding_bits
-    return 8 if name in wide else 4
+def _bits_for(name: str, recipe: Recipe, levels: Mapping[str, int]) -> int:
+    return recipe.embedding_bits if name in ("embed", "head") else levels.get(name, NARROW)
 
 
-def _plain(tensor: Tensor, bits: int, recipe: Recipe, name: str) -> Tensor:
+def _plain(tensor: Tensor, bits: int, recipe: Recipe) -> Tensor:
     """Each weight by itself; what has the wanted form already stays as it is."""
+    if bits == 16:
+        return dequantize(tensor).astype(np.float16)
     if bits == 8:
-        return tensor if isinstance(tensor, QuantizedTensor) else quantize(tensor, 8, 32)
+        return tensor if isinstance(tensor, QuantizedTensor) else quantize(dequantize(tensor), 8, 32)
     if _is_so_already(tensor, recipe):
         return tensor
     group = fitting_group(tensor.shape[1], recipe.group)

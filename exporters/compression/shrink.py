@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 
 from edge_runtime.package import Weights
 from edge_runtime.recipe import Calibration, Compression, Pruned, Recipe
+from exporters.builder import Levels
 from exporters.checkpoint import Checkpoint
 from exporters.compression.budget import mean_bits
-from exporters.compression.compress import Text, compress, encode, windows
+from exporters.compression.compress import LEVELS, Rounding, Text, encode, windows
 from exporters.compression.prune import Costs, PrunedModel, WeightCosts, prune
 from exporters.compression.quality import Judge, compare
 from exporters.compression.vocabulary import TrimmedCheckpoint, tokens_to_keep
@@ -42,27 +44,52 @@ class Shrinking:
 
 
 def shrink(
-    source: Checkpoint, shrinking: Shrinking, weights: Weights, folder: Path, progress: Progress | None = None
+    source: Checkpoint,
+    shrinking: Shrinking,
+    weights: Weights,
+    folder: Path,
+    progress: Progress | None = None,
+    levels: Levels = LEVELS,
 ) -> tuple[Checkpoint, Compression]:
-    """The smaller model, whose tensors are kept in ``folder`` as long as it is read, and what became of it.
+    """As :class:`Shrunk`, for once."""
+    return Shrunk(source, shrinking, weights, folder, progress).rounded(levels)
 
-    ConfigError for a text that is too short, and for a size or a cut that cannot be.
-    """
-    report = progress or (lambda what, done, total: None)
-    recipe = shrinking.recipe
-    made, pruned, calibration = source, None, None
-    judged = _Judged(source, shrinking)
-    if recipe.prune is not None:
-        made, pruned, calibration = _pruned(source, shrinking, judged, folder, report)
-    if recipe.rounds:
-        (folder / "rounded").mkdir()
-        made, compression = compress(made, recipe, shrinking.calibration, folder / "rounded", report)
-        compression = msgspec.structs.replace(compression, pruned=pruned)
-    else:
-        bits = mean_bits(QuantizedCheckpoint(made, weights), 16 if weights == "fp16" else 32)
-        compression = Compression(recipe=recipe, calibration=calibration, bits=bits, pruned=pruned)
-    quality, tokens = judged(QuantizedCheckpoint(made, weights), made, report)
-    return made, msgspec.structs.replace(compression, quality=quality, evaluated=tokens)
+
+class Shrunk:
+    """The smaller model, whose tensors are kept in ``folder`` as long as it is read: cut once, and rounded for each
+    kind of graph."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        shrinking: Shrinking,
+        weights: Weights,
+        folder: Path,
+        progress: Progress | None = None,
+    ) -> None:
+        """ConfigError for a text that is too short, and for a cut that cannot be."""
+        self._report = progress or (lambda what, done, total: None)
+        self._recipe = shrinking.recipe
+        self._weights: Weights = weights
+        self._folder = folder
+        self._judged = _Judged(source, shrinking)
+        self._cut, self._pruned, self._calibration = source, None, None
+        if self._recipe.prune is not None:
+            self._cut, self._pruned, self._calibration = _pruned(source, shrinking, self._judged, folder, self._report)
+        self._rounding: Rounding | None = None
+        if self._recipe.rounds:
+            self._rounding = Rounding(self._cut, self._recipe, shrinking.calibration, self._report)
+
+    def rounded(self, levels: Levels = LEVELS) -> tuple[Checkpoint, Compression]:
+        """With what became of it; ``levels``: that the graph's engine takes. ConfigError for a size that cannot be."""
+        made, weights = self._cut, self._weights
+        if self._rounding is None:
+            bits = mean_bits(QuantizedCheckpoint(made, weights), 16 if weights == "fp16" else 32)
+            compression = Compression(recipe=self._recipe, calibration=self._calibration, bits=bits)
+        else:
+            made, compression = self._rounding(Path(tempfile.mkdtemp(prefix="rounded-", dir=self._folder)), levels)
+        quality, tokens = self._judged(QuantizedCheckpoint(made, weights), made, self._report)
+        return made, msgspec.structs.replace(compression, pruned=self._pruned, quality=quality, evaluated=tokens)
 
 
 class _Judged:

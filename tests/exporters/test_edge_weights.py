@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from exporters import edge_weights as module
-from exporters.edge_weights import PackedMatrix, pack
+from exporters.edge_weights import PackedMatrix, pack, pack_half
 from exporters.quantize import quantize, widen
 from exporters.weights import QuantizedTensor
 
@@ -162,3 +162,22 @@ def test_constants_beyond_float16_are_refused(bits: int) -> None:
     zero = np.full_like(tensor.zero, 10)
     with pytest.raises(ValueError, match=r"its largest offset, (600000|7.08e\+06), is over float16's largest, 65504"):
         pack(QuantizedTensor(tensor.codes, large, zero, bits))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 16), (16, 48), (37, 64)])
+def test_float16_lies_in_panels(rows: int, columns: int) -> None:
+    values = np.random.default_rng(3).standard_normal((rows, columns)).astype(np.float16)
+    packed = pack_half(values)
+    assert (packed.rows, packed.columns, packed.bits, packed.offsets) == (rows, columns, 16, False)
+    data = packed.data.view(np.float16)
+    whole = -(-rows // 16) * 16
+    assert data.size == whole * columns
+    for row in range(whole):
+        for column in range(columns):
+            found = data[(row // 16 * columns + column) * 16 + row % 16]
+            assert found == (values[row, column] if row < rows else 0)
+
+
+def test_float16_of_other_columns_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiples of 16 columns of float16, not 24"):
+        pack_half(np.zeros((16, 24), np.float16))

@@ -17,7 +17,7 @@ from edge_runtime.evaluation.metrics import Tally
 from edge_runtime.package import Package
 from edge_runtime.recipe import Recipe
 from exporters.compression.compress import compress
-from exporters.compression.shrink import Shrinking, shrink
+from exporters.compression.shrink import Shrinking, Shrunk, shrink
 from exporters.compression.tensor_folder import TensorFolder
 from exporters.export import export
 from exporters.npu_weights import NpuCheckpoint
@@ -25,7 +25,7 @@ from exporters.synthetic import SyntheticCheckpoint
 from exporters.weights import QuantizedTensor, Tensor
 from tests.conftest import EXPORTS
 from tests.exporters.numpy_builder import run
-from tests.exporters.test_compression import SHORT, TEXT, Spoken
+from tests.exporters.test_compression import FRAGILE, SHORT, TEXT, Fragile, Spoken
 
 
 def test_a_package_made_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +53,41 @@ def test_a_package_made_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixtur
         export(source, folder, engines=["openvino-npu"], weights="int4")
     with pytest.raises(ConfigError, match="int4 weights"):
         export(source, folder, engines=["onnx"], weights="int8", shrinking=shrinking)
+
+
+def test_each_engine_has_the_levels_that_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """4, 8 and 16 bits side by side where float16 pays, and 4 and 8 elsewhere; all compute what numpy does."""
+    source = Fragile(SyntheticCheckpoint("tiny"))
+    shrinking = Shrinking(Recipe(method="gptq", bits=8.75), TEXT, [TEXT], Tally)
+    folder, tensors = tmp_path / "made", tmp_path / "tensors"
+    export(source, folder, engines=EXPORTS, weights="int4", shrinking=shrinking)
+    tensors.mkdir()
+    shrunk = Shrunk(source, shrinking, "int4", tensors)
+    ids = np.arange(40, dtype=np.int64) + 60
+    plain = run(source, ids)[-1]
+    package = Package.open(folder)
+    errors = {}
+    for variant in package.manifest.variants:
+        device = {"onnxruntime-edge": "edge:cpu", "onnxruntime": "onnxruntime:cpu", "openvino": "openvino:cpu"}
+        made, compression = shrunk.rounded((4, 8, 16) if variant.engine == "onnxruntime-edge" else (4, 8))
+        assert variant.compression == compression
+        expected = run(made, ids)[-1]
+        decoder = open_decoder(package.spec(variant), device[variant.engine], DecoderOptions(max_sequences=1))
+        (found,) = decoder.forward([Step(decoder.new_sequence(), ids)])
+        decoder.close()
+        assert np.corrcoef(found[0], expected)[0, 1] > 0.995
+        errors[variant.engine] = np.abs(found[0] - plain).mean()
+        assert (FRAGILE in compression.half) == (variant.engine == "onnxruntime-edge")
+        assert compression.bits <= 8.75
+    edge = next(each.compression for each in package.manifest.variants if each.engine == "onnxruntime-edge")
+    assert edge is not None
+    assert edge.wide
+    assert errors["onnxruntime-edge"] < 0.3 * errors["onnxruntime"]
+    assert main(["show", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{len(edge.wide)} matrices of 8, {len(edge.half)} matrices of 16, by" in shown
+    with pytest.raises(ConfigError, match="onnx-coreml does not take"):
+        export(source, tmp_path / "other", engines=["onnx-coreml"], weights="int4", shrinking=shrinking)
 
 
 def test_npus_have_a_form_of_their_own(tmp_path: Path) -> None:
