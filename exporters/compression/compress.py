@@ -17,7 +17,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.recipe import Calibration, Compression, Recipe
 from exporters.builder import Levels
 from exporters.checkpoint import Checkpoint
-from exporters.compression.budget import NARROW, Option, choose_levels, mean_bits, stored_bits
+from exporters.compression.budget import NARROW, Precision, choose_levels, mean_bits, stored_bits
 from exporters.compression.calibrated import round_along
 from exporters.compression.rounding import Inputs, compensated, nearest
 from exporters.compression.scaling import ScaledCheckpoint, find_scales
@@ -70,7 +70,7 @@ class Rounding:
         self._recipe = recipe
         self._ids: NDArray[np.int64] | None = None
         self._calibration: Calibration | None = None
-        self._options: Mapping[str, Sequence[Option]] = {}
+        self._options: Mapping[str, Sequence[Precision]] = {}
         if not recipe.calibrated:
             return
         assert text is not None

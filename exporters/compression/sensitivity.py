@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from exporters.builder import Linear
 from exporters.checkpoint import Checkpoint
-from exporters.compression.budget import NARROW, Option, stored_bits
+from exporters.compression.budget import NARROW, Precision, stored_bits
 from exporters.compression.calibrated import PARTS
 from exporters.compression.numpy_network import Array, product
 from exporters.compression.streams import Streams
@@ -25,7 +25,7 @@ def sensitivities(
     ids: NDArray[np.int64],
     candidates: Candidates,
     progress: Callable[[int, int], None] | None = None,
-) -> Mapping[str, Sequence[Option]]:
+) -> Mapping[str, Sequence[Precision]]:
     """For each matrix of the layers its options; ``ids`` (tokens,).
 
     The loss of the narrowest is measured: the mean KL divergence of the next-token distribution when it takes the
@@ -37,10 +37,10 @@ def sensitivities(
     return {name: _options(network.found[name], tried) for name, tried in network.tried.items()}
 
 
-def _options(loss: float, tried: Mapping[int, tuple[float, float]]) -> list[Option]:
+def _options(loss: float, tried: Mapping[int, tuple[float, float]]) -> list[Precision]:
     """``tried``: bits of a weight and error, by level."""
     narrow = tried[NARROW][1]
-    return [Option(level, bits, loss * error / narrow if narrow else 0.0) for level, (bits, error) in tried.items()]
+    return [Precision(level, bits, loss * error / narrow if narrow else 0.0) for level, (bits, error) in tried.items()]
 
 
 class _Rounded(Streams):

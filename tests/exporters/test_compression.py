@@ -16,7 +16,7 @@ from edge_runtime.evaluation.metrics import Tally
 from edge_runtime.recipe import Recipe
 from exporters.checkpoint import Checkpoint, CheckpointView, TextFiles
 from exporters.compression import compress as module
-from exporters.compression.budget import Option, choose_levels, mean_bits
+from exporters.compression.budget import Precision, choose_levels, mean_bits
 from exporters.compression.calibrated import round_along
 from exporters.compression.compress import LEVELS, Text, compress
 from exporters.compression.grids import fit
@@ -256,15 +256,15 @@ def test_the_loss_of_more_bits_follows_from_the_error_in_the_product(tmp_path: P
         assert found[name][1].loss == pytest.approx(measured, rel=0.3)
 
 
-Options = dict[str, list[Option]]
+Precisions = dict[str, list[Precision]]
 
 
-def options_of(count: int, generator: np.random.Generator) -> tuple[dict[str, int], Options]:
+def options_of(count: int, generator: np.random.Generator) -> tuple[dict[str, int], Precisions]:
     sizes = {str(place): int(generator.integers(1, 9)) * 64 for place in range(count)}
     losses = {name: generator.random() * np.array([1, generator.random() * 0.3, 1e-6]) for name in sizes}
     bits = (4.625, 8.5, 16.0)
     return sizes, {
-        name: [Option(level, *each) for level, *each in zip(LEVELS, bits, loss.tolist(), strict=True)]
+        name: [Precision(level, *each) for level, *each in zip(LEVELS, bits, loss.tolist(), strict=True)]
         for name, loss in losses.items()
     }
 
@@ -294,7 +294,10 @@ def test_bits_go_where_rounding_moves_most(bits: float, seed: int) -> None:
 
 
 def test_what_has_options_is_counted_with_what_has_none() -> None:
-    options = {"a": [Option(4, 4.5, 1.0), Option(8, 8.5, 0.1)], "b": [Option(4, 4.5, 0.0), Option(8, 8.5, 0.0)]}
+    options = {
+        "a": [Precision(4, 4.5, 1.0), Precision(8, 8.5, 0.1)],
+        "b": [Precision(4, 4.5, 0.0), Precision(8, 8.5, 0.0)],
+    }
     sizes = {"a": 100, "b": 100, "embed": 200}
     assert choose_levels(Recipe(bits=9.0), sizes, options, 8.5) == {"a": 8}  # b gains nothing
     assert choose_levels(Recipe(bits=7.5), sizes, options, 8.5) == {"a": 8}

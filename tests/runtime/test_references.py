@@ -54,7 +54,9 @@ def test_unknown(text: str) -> None:
 
 
 def test_unknown_lists_the_forms() -> None:
-    with pytest.raises(UnknownReference, match=r"smollm2:135m.*pypi:NAME.*hf:ORG/NAME.*synthetic:NAME.*path"):
+    with pytest.raises(
+        UnknownReference, match=r"smollm2:135m.*pypi:NAME.*hf:ORG/NAME.*synthetic:NAME.*path.*optimum-intel.*genai"
+    ):
         parse_reference("llama")
 
 
