@@ -19,7 +19,7 @@ from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.chat_deferred import defer, deferred_response
 from edge_runtime.server.context import GONE, ServerContext, head, json_response, message_body, read_body, usage_body
 from edge_runtime.server.logprobs import chat_logprobs, shown
-from edge_runtime.server.running import Running, while_connected
+from edge_runtime.server.running import Running
 from edge_runtime.server.served import ServedModel
 from edge_runtime.server.shelf import Lease
 from edge_runtime.server.sse import EventStream, Write, event
@@ -52,12 +52,7 @@ async def _answered(request: Request, context: ServerContext, body: ChatRequest,
         running.release_with(lease.keep())
         return EventStream(running, partial(_stream, model=model, params=params, include_usage=body.include_usage))
     answer = _Answer(model, params)
-
-    async def work() -> None:
-        async with running:
-            await running.pump(answer.add)
-
-    if not await while_connected(request.receive, work):
+    if not await running.finish(request.receive, answer.add):
         return GONE
     return json_response(answer.body(running), running.route.headers())
 

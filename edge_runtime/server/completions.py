@@ -13,7 +13,7 @@ from edge_runtime.request import Chunk
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.context import GONE, ServerContext, head, json_response, read_body, usage_body
 from edge_runtime.server.logprobs import TextLogprobs, shown
-from edge_runtime.server.running import Running, while_connected
+from edge_runtime.server.running import Running
 from edge_runtime.server.served import ServedModel
 from edge_runtime.server.shelf import Lease
 from edge_runtime.server.sse import EventStream, Write, event
@@ -44,12 +44,7 @@ async def _answered(
         events = _Events(model, params, choices, body.include_usage)
         return EventStream(running, partial(_stream, events=events, include_usage=body.include_usage))
     answer = _Answer(model, params, choices)
-
-    async def work() -> None:
-        async with running:
-            await running.pump(answer.add)
-
-    if not await while_connected(request.receive, work):
+    if not await running.finish(request.receive, answer.add):
         return GONE
     return json_response(answer.body(running), running.route.headers())
 

@@ -26,7 +26,7 @@ from edge_runtime.request import Chunk
 from edge_runtime.server.context import GONE, ServerContext, json_response, read_body
 from edge_runtime.server.embeddings import check_dimensions, embedded
 from edge_runtime.server.errors import Failure, failure_of
-from edge_runtime.server.running import Running, Start, while_connected
+from edge_runtime.server.running import Running, Start
 from edge_runtime.server.served import ServedEmbedder, ServedModel
 from edge_runtime.server.shelf import FOREVER, Lease, Place
 from edge_runtime.server.sse import EventStream, Write
@@ -107,12 +107,7 @@ async def _answered(
         running.release_with(lease.keep())
         produce = partial(_stream, answer=answer)
         return EventStream(running, produce, end=b"", failed=_failed_line, media_type=_LINES)
-
-    async def work() -> None:
-        async with running:
-            await running.pump(answer.add)
-
-    if not await while_connected(request.receive, work):
+    if not await running.finish(request.receive, answer.add):
         return GONE
     return json_response(answer.whole(running), running.route.headers())
 

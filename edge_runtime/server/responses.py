@@ -20,7 +20,7 @@ from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.context import GONE, ServerContext, caller, json_response, read_body
 from edge_runtime.server.logprobs import entries_of, shown
 from edge_runtime.server.response_events import ResponseEvents, failed_event, text_part
-from edge_runtime.server.running import Running, while_connected
+from edge_runtime.server.running import Running
 from edge_runtime.server.served import ServedModel
 from edge_runtime.server.shelf import Lease
 from edge_runtime.server.sse import EventStream, Write
@@ -59,12 +59,7 @@ async def _answered(
         await running.__aenter__()
         running.release_with(lease.keep())
         return EventStream(running, partial(_stream, answer=answer, keep=keep), end=b"", failed=failed_event)
-
-    async def work() -> None:
-        async with running:
-            await running.pump(answer.add)
-
-    if not await while_connected(request.receive, work):
+    if not await running.finish(request.receive, answer.add):
         return GONE
     keep()
     return json_response(answer.body(running), running.route.headers())

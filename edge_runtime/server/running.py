@@ -111,6 +111,15 @@ class Running:
             raise failures[0]
         self._whole = True
 
+    async def finish(self, receive: Receive, emit: Emit) -> bool:
+        """Start, pump and close it, for an answer that is sent as a whole. False if the client left meanwhile."""
+
+        async def work() -> None:
+            async with self:
+                await self.pump(emit)
+
+        return await while_connected(receive, work)
+
     async def _pump_one(self, number: int, emit: Emit) -> None:
         lane = current()
         if lane is not None:

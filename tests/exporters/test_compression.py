@@ -294,10 +294,7 @@ def test_bits_go_where_rounding_moves_most(bits: float, seed: int) -> None:
 
 
 def test_what_has_options_is_counted_with_what_has_none() -> None:
-    options = {
-        "a": [Precision(4, 4.5, 1.0), Precision(8, 8.5, 0.1)],
-        "b": [Precision(4, 4.5, 0.0), Precision(8, 8.5, 0.0)],
-    }
+    options = {name: [Precision(4, 4.5, loss), Precision(8, 8.5, 0.0)] for name, loss in (("a", 1.0), ("b", 0.0))}
     sizes = {"a": 100, "b": 100, "embed": 200}
     assert choose_levels(Recipe(bits=9.0), sizes, options, 8.5) == {"a": 8}  # b gains nothing
     assert choose_levels(Recipe(bits=7.5), sizes, options, 8.5) == {"a": 8}

@@ -54,9 +54,8 @@ def test_unknown(text: str) -> None:
 
 
 def test_unknown_lists_the_forms() -> None:
-    with pytest.raises(
-        UnknownReference, match=r"smollm2:135m.*pypi:NAME.*hf:ORG/NAME.*synthetic:NAME.*path.*optimum-intel.*genai"
-    ):
+    forms = r"smollm2:135m.*pypi:NAME.*hf:ORG/NAME.*synthetic:NAME.*path.*optimum-intel.*onnxruntime-genai"
+    with pytest.raises(UnknownReference, match=forms):
         parse_reference("llama")
 
 
