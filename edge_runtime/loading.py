@@ -16,6 +16,7 @@ from edge_runtime.drafting.draft_model import DraftModel
 from edge_runtime.drafting.opening import draft_bytes, open_draft, place_draft
 from edge_runtime.engine import Engine, Successor
 from edge_runtime.errors import NotMeasured
+from edge_runtime.footprint import Model
 from edge_runtime.heap import return_free_heap
 from edge_runtime.measurements import Workload
 from edge_runtime.memory import BudgetSize
@@ -107,7 +108,7 @@ def load(
         given, device.name, variant, loading.workload, store.home, loading.tuning, budget=loading.budget is not None
     )
     helper = None if loading.draft is None else place_draft(store, loading.draft, placement, loading.draft_device)
-    kept = 0 if helper is None else draft_bytes(helper)
+    kept = 0 if helper is None else draft_bytes(Model.of(helper.package, helper.variant))
     kv_tokens, store_bytes = share_out(
         loading.budget,
         device,

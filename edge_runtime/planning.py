@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from devices.base import DecoderOptions
+from devices.base import DecoderOptions, Engine
 from devices.discovery import Device, probe_device
 from devices.kv_types import KVWish
-from devices.names import OPTIONAL, parse_device
+from devices.names import KNOWN, OPTIONAL, parse_device
 from edge_runtime.budgets import Budget, resolve
+from edge_runtime.drafting.opening import draft_bytes
 from edge_runtime.errors import BudgetError, ConfigError, ModelNotFound, NotMeasured
 from edge_runtime.footprint import (
     KV_TYPES,
@@ -49,6 +50,10 @@ class Need:
     sequences: int | None = None
     workload: Workload = "one"
     prefix_store: bool = True
+    draft: str | None = None
+    """A smaller model that drafts."""
+    draft_device: str | None = None
+    """None: the model's."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,16 @@ class Candidate:
     """Why it cannot be taken. None: it can."""
     timing: TimingModel | NotMeasured | None = None
     """How long requests take on it, or why that is not known; None: it cannot be opened here."""
+    draft: int = 0
+    """Bytes that the model which drafts takes beside it; ``least`` has them, ``parts`` has not."""
 
     @property
     def fits(self) -> bool:
         return self.reason is None
+
+    @property
+    def peak(self) -> int:
+        return self.parts.peak + self.draft
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,9 @@ def plan(store: Store, ref: str, device: str, size: BudgetSize | None, need: Nee
     package = store.present(ref)
     weights = None if need.weights == "auto" else need.weights
     models = _of_package(package, weights) if package is not None else _of_outline(store, ref, weights)
-    _check(need, next(iter(models.values())).architecture.max_context)
+    architecture = next(iter(models.values())).architecture
+    _check(need, architecture.max_context)
+    drafts = _Drafts(store, need, ref, architecture.vocab_size)
     found = []
     budgets: dict[str, Budget | None] = {}
     """Of each piece of hardware: what is free changes while one looks."""
@@ -106,7 +119,7 @@ def plan(store: Store, ref: str, device: str, size: BudgetSize | None, need: Nee
         budget = budgets.get(hardware) if probed.ready else None
         found += [
             replace(
-                _candidate(probed, variant, model, budget, need),
+                _candidate(probed, variant, model, budget, need, drafts),
                 timing=_timing(store, package, variant, probed, need, size is not None) if probed.ready else None,
             )
             for variant, model in models.items()
@@ -155,29 +168,63 @@ def _check(need: Need, max_context: int) -> None:
             raise ConfigError(f"--{what} must be from 1 to {most}, not {given}")
 
 
-def _candidate(device: Device, variant: str, model: Model, budget: Budget | None, need: Need) -> Candidate:
+class _Drafts:
+    """What the model that drafts takes, by the engine that it runs on."""
+
+    def __init__(self, store: Store, need: Need, ref: str, vocab_size: int) -> None:
+        """ConfigError for another vocabulary; as :func:`plan` for what ``need.draft`` may be."""
+        self._ref, self._device = need.draft, need.draft_device
+        self._sizes: dict[Engine, int] = {}
+        if need.draft is None:
+            return
+        package = store.present(need.draft)
+        models = _of_outline(store, need.draft, None) if package is None else _of_package(package, None)
+        for model in sorted(models.values(), key=lambda each: each.nbytes):  # as the smallest is opened
+            if model.architecture.vocab_size != vocab_size:
+                raise ConfigError(
+                    f"{need.draft} cannot draft for {ref}: it has {model.architecture.vocab_size} tokens, not "
+                    f"{vocab_size}; take a smaller model of the same family, or one pruned without vocab="
+                )
+            self._sizes.setdefault(model.engine, draft_bytes(model))
+
+    def beside(self, device: Device) -> tuple[int, str | None]:
+        """Bytes of the draft for a model on ``device``, and why it cannot be there, if it cannot."""
+        if self._ref is None:
+            return 0, None
+        names = [device.name] if self._device is None else parse_device(self._device)
+        for name in names:
+            if KNOWN[name].engine in self._sizes:
+                return self._sizes[KNOWN[name].engine], None
+        return 0, f"{self._ref} has no variant for {' or '.join(names)} to draft there"
+
+
+def _candidate(
+    device: Device, variant: str, model: Model, budget: Budget | None, need: Need, drafts: _Drafts
+) -> Candidate:
     context = model.architecture.max_context
     asked = need.context is not None or need.sequences is not None
     sequences = need.sequences or (1 if asked else DecoderOptions.max_sequences)
     each = need.context or context
     contexts = sequences if asked or (budget is not None and budget.asked) else 1
     use = Use(each * contexts, sequences, kv_type=need.kv_type, prefix_store=need.prefix_store)
-    reason = device.problem
+    draft, no_draft = drafts.beside(device)
+    reason = device.problem or no_draft
     if need.kv_type not in (None, "auto", *KV_TYPES[model.engine]):
         reason = f"it keeps keys and values as {' or '.join(KV_TYPES[model.engine])}, not {need.kv_type}"
         use = use._replace(kv_type=None)
     tokens = use.tokens
     if budget is not None and reason is None:
-        tokens, use, reason = _within(budget, variant, model, use, asked)
+        tokens, use, reason = _within(budget, variant, model, use, asked, draft)
     return Candidate(
         device=device.name,
         variant=variant,
         parts=footprint(model, use._replace(tokens=tokens)),
-        least=least_budget(model, use),
+        least=least_budget(model, use) + draft,
         max_context=min(each, tokens),
         max_sequences=sequences,
         budget=budget,
         reason=reason,
+        draft=draft,
     )
 
 
@@ -197,20 +244,24 @@ def _timing(
         return why
 
 
-def _within(budget: Budget, variant: str, model: Model, use: Use, asked: bool) -> tuple[int, Use, str | None]:
-    """Tokens of KV cache, with the prefix store or without it, and why not, if not."""
+def _within(
+    budget: Budget, variant: str, model: Model, use: Use, asked: bool, draft: int
+) -> tuple[int, Use, str | None]:
+    """Tokens of KV cache beside the draft, with the prefix store or without it, and why not, if not."""
+    left = budget.nbytes - draft
     needed = use.tokens if asked else tokens_needed(model, use)
     for kept in dict.fromkeys((use.prefix_store, False)):
         use = use._replace(prefix_store=kept)
-        tokens = tokens_within(budget.nbytes, model, use)
+        tokens = tokens_within(left, model, use)
         if tokens >= needed:
             return tokens, use, None
-    least = footprint(model, use._replace(tokens=needed)).budget
-    reason = f"{variant} needs {format_bytes(least)} with {needed} tokens of KV cache, more than {budget}"
+    least = footprint(model, use._replace(tokens=needed)).budget + draft
+    drafting = f" and the draft ({format_bytes(draft)})" if draft else ""
+    reason = f"{variant} needs {format_bytes(least)} with {needed} tokens of KV cache{drafting}, more than {budget}"
     if tokens >= tokens_needed(model, use):
         reason += f"; {tokens} tokens would fit"
     for kv_type in KV_TYPES[model.engine]:
-        if footprint(model, use._replace(tokens=needed, kv_type=kv_type)).budget <= budget.nbytes:
+        if footprint(model, use._replace(tokens=needed, kv_type=kv_type)).budget <= left:
             reason += f"; --kv-type {kv_type} would fit"
     return needed, use, reason
 

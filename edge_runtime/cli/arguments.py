@@ -46,11 +46,15 @@ def add_prefixes(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="draft tokens from what was said before: faster where an answer repeats its prompt",
     )
+    add_draft(parser)
+    add_prefix_store(parser)
+
+
+def add_draft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft", metavar="REF", help="a smaller model of the same vocabulary that drafts tokens where that is faster"
     )
     parser.add_argument("--draft-device", metavar="DEVICE", help="what drafts (default: the model's device)")
-    add_prefix_store(parser)
 
 
 def add_prefix_store(parser: argparse._ActionsContainer) -> None:

@@ -9,6 +9,7 @@ from edge_runtime.cli.arguments import (
     REFERENCE_HELP,
     WEIGHTS,
     add_device,
+    add_draft,
     add_engine,
     add_fallback,
     add_kv_type,
@@ -197,6 +198,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_kv_type(plan)
     add_prefix_store(plan)
     add_workload(plan, "one")
+    add_draft(plan)
     plan.add_argument("--context", type=int, metavar="N", help="tokens of each sequence (default: what fits)")
     plan.add_argument("--sequences", type=int, metavar="N", help="sequences of so many tokens at once (default: 1)")
     plan.add_argument("--prompt", type=int, metavar="N", default=512, help="how long would so many tokens take? (512)")

@@ -33,7 +33,7 @@ def plan(arguments: argparse.Namespace) -> int:
     asked = Asked(arguments.prompt, arguments.new_tokens)
     if min(asked) < 1:
         raise ConfigError(f"--prompt and --new-tokens are at least 1, not {asked.prompt} and {asked.new_tokens}")
-    names = ("device", "weights", "memory_budget", "kv_type", "workload", "prefix_store")
+    names = ("device", "weights", "memory_budget", "kv_type", "workload", "prefix_store", "draft", "draft_device")
     settings = load_settings({name: getattr(arguments, name) for name in names})
     size = None if settings.memory_budget is None else parse_budget(settings.memory_budget)
     need = Need(
@@ -43,6 +43,8 @@ def plan(arguments: argparse.Namespace) -> int:
         sequences=arguments.sequences,
         workload=settings.workload or "one",
         prefix_store=parse_bytes(settings.prefix_store) > 0,
+        draft=settings.draft,
+        draft_device=settings.draft_device,
     )
     made = make_plan(Store(home()), arguments.ref, settings.device, size, need)
     print(json.dumps(_row(made, asked), indent=2) if arguments.json else f"{_table(made)}\n\n{_times(made, asked)}")
@@ -58,6 +60,7 @@ def _row(made: Plan, asked: Asked) -> dict[str, Any]:
         "fits": made.choice is not None,
         "choice": None if made.choice is None else {"device": made.choice.device, "variant": made.choice.variant},
         "parts": about.get("parts"),
+        "draft_bytes": about.get("draft_bytes"),
         "peak_bytes": about.get("peak_bytes"),
         "max_context": about.get("max_context"),
         "max_sequences": about.get("max_sequences"),
@@ -74,7 +77,8 @@ def _about(candidate: Candidate, asked: Asked) -> dict[str, Any]:
         "variant": candidate.variant,
         "fits": candidate.fits,
         "parts": candidate.parts._asdict(),
-        "peak_bytes": candidate.parts.peak,
+        "draft_bytes": candidate.draft,
+        "peak_bytes": candidate.peak,
         "least_budget_bytes": candidate.least,
         "budget_bytes": None if candidate.budget is None else candidate.budget.nbytes,
         "max_context": candidate.max_context,
@@ -109,10 +113,11 @@ def _estimates(candidate: Candidate, asked: Asked) -> dict[str, Estimate] | str:
 
 def _table(made: Plan) -> str:
     """MiB. One row for each candidate, the chosen one marked; then why the others cannot be taken."""
-    head = ["", "device", "variant", "base", "weights", "loading", "kv", "prefix", "activations", "peak", "least"]
-    rows = [[*head, "context"]]
+    head = ["", "device", "variant", "base", "weights", "loading", "kv", "prefix", "activations"]
+    drafts = any(each.draft for each in made.candidates)
+    rows = [[*head, *(["draft"] if drafts else []), "peak", "least", "context"]]
     for each in made.candidates:
-        sizes = [*each.parts, each.parts.peak, each.least]
+        sizes = [*each.parts, *([each.draft] if drafts else []), each.peak, each.least]
         mark = "*" if each is made.choice else "" if each.fits else "-"
         rows.append([mark, each.device, each.variant, *(f"{size / _MIB:.0f}" for size in sizes), str(each.max_context)])
     lines = [columns(rows, "lllr", head=True)]

@@ -8,6 +8,7 @@ from devices.base import Decoder, DecoderOptions
 from devices.registry import open_decoder
 from edge_runtime.errors import ConfigError
 from edge_runtime.footprint import Model, Use, footprint
+from edge_runtime.package import ArchitectureSummary
 from edge_runtime.placement import Placement, Wish, place
 from edge_runtime.store import Store
 from edge_runtime.tokenizer import Tokenizer
@@ -31,18 +32,18 @@ def place_draft(store: Store, reference: str, model: Placement, device: str | No
     return placed
 
 
-def _tokens(placed: Placement) -> int:
-    return min(DRAFT_TOKENS, placed.package.manifest.architecture.max_context)
+def _tokens(architecture: ArchitectureSummary) -> int:
+    return min(DRAFT_TOKENS, architecture.max_context)
 
 
-def draft_bytes(placed: Placement) -> int:
+def draft_bytes(draft: Model) -> int:
     """What it takes beside the model."""
-    parts = footprint(Model.of(placed.package, placed.variant), Use(_tokens(placed), prefix_store=False))
+    parts = footprint(draft, Use(_tokens(draft.architecture), prefix_store=False))
     return parts.weights + parts.kv + parts.activations
 
 
 def open_draft(store: Store, placed: Placement, options: DecoderOptions) -> Decoder:
     """With the model's options. CorruptModel, DeviceUnavailable, EngineError."""
     store.verify(placed.package, placed.variant)
-    own = replace(options, kv_tokens=_tokens(placed))
+    own = replace(options, kv_tokens=_tokens(placed.package.manifest.architecture))
     return open_decoder(placed.package.spec(placed.variant), placed.device.name, own)

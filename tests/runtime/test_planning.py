@@ -12,6 +12,7 @@ from devices.base import DecoderOptions
 from edge_runtime.budgets import Budget
 from edge_runtime.cli.main import main
 from edge_runtime.errors import BudgetError, ConfigError, ModelNotFound, UnknownDevice, UnknownReference
+from edge_runtime.footprint import Model, kv_bytes_per_token
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.machine import fingerprint
 from edge_runtime.memory import BudgetSize
@@ -94,6 +95,44 @@ def test_a_budget_decides(store: Store, tiny: str) -> None:
     nothing = made(store, tiny, edge.least - 1)
     assert nothing.choice is None
     assert all(not each.fits for each in nothing.candidates)
+
+
+def test_what_drafts_is_counted(store: Store, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As opening takes it: out of the budget before the KV cache gets the rest."""
+    alone = made(store, BIG, 4 << 30, "edge:cpu").candidates[0]
+    with pytest.raises(ConfigError, match="cannot draft for synthetic:tiny: it has 59264 tokens, not 512"):
+        made(store, "synthetic:tiny", draft=BIG)
+    (helped,) = made(store, BIG, 4 << 30, "edge:cpu", draft=BIG).candidates
+    model = Model(store.outline(BIG, "int4").architecture, "onnxruntime-edge", "int4", 0)
+    assert alone.draft == 0
+    assert helped.draft > alone.parts.weights + 4096 * kv_bytes_per_token(model, None)
+    assert helped.least == alone.least + helped.draft
+    assert helped.peak == helped.parts.peak + helped.draft
+    assert helped.parts.budget + helped.draft <= 4 << 30
+    assert helped.max_context < alone.max_context or helped.parts.kv < alone.parts.kv
+    tight = made(store, BIG, helped.least - MIB, "edge:cpu", draft=BIG)
+    assert tight.choice is None
+    assert "and the draft (" in tight.reason
+    (there,) = made(store, BIG, 4 << 30, "edge:cpu", draft=BIG, draft_device="openvino:cpu").candidates
+    assert there.draft > helped.draft  # OpenVINO packs another copy of the weights
+    arguments = ["plan", BIG, "--device", "edge:cpu", "--memory-budget", "4GiB", "--draft", BIG]
+    assert main([*arguments, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["draft_bytes"] == helped.draft
+    assert shown["peak_bytes"] == helped.peak
+    assert main(arguments) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[-4:] == ["draft", "peak", "least", "context"]
+    assert f" {helped.draft / MIB:.0f} " in table[1]
+
+
+def test_what_drafts_must_have_a_variant_there(store: Store, tmp_path: Path) -> None:
+    only = str(export_package("synthetic:tiny", tmp_path / "only", ["onnxruntime"], "int4").folder)
+    found = {each.device: each for each in made(store, "synthetic:tiny", 1 << 30, draft=only).candidates}
+    assert found["onnxruntime:cpu"].fits
+    assert found["edge:cpu"].reason == f"{only} has no variant for edge:cpu to draft there"
+    elsewhere = made(store, "synthetic:tiny", 1 << 30, draft=only, draft_device="onnxruntime:cpu")
+    assert all(each.fits for each in elsewhere.candidates)
 
 
 def test_a_use_that_was_asked_for_must_fit_as_a_whole(store: Store) -> None:
