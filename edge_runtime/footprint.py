@@ -3,14 +3,16 @@
 The peak is ``base + weights``, and beside them the larger of what loading takes for a moment and what running takes.
 Each part is an upper bound, but close: ``python -m tests.bench.memory`` holds them to the measured peak, and all
 constants come from it (SmolLM2-135M and the shapes of GLM-Edge-1.5B and, for OpenVINO, Llama-1B in int4, onnxruntime
-1.32, openvino 2026.4, x86-64 Linux, 2 cores).
+1.32, openvino 2026.4, x86-64 Linux, 2 cores of a Xeon that has AMX; what OpenVINO generates also of an AMD without).
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 from devices.base import DecoderOptions, Engine
+from devices.host import instructions
 from devices.kv_types import KVType, KVWish
 from edge_runtime.package import ArchitectureSummary, Package, Variant, Weights
 from edge_runtime.prefix_store import QUEUED, SEGMENT
@@ -90,7 +92,8 @@ class _Costs(NamedTuple):
     running: int
     """What the first inferences take, whatever the model."""
     streams: int
-    """The same for each sequence: OpenVINO generates code for each number of tokens, up to a limit."""
+    """The same for each sequence: OpenVINO generates code for each number of tokens, up to a limit. See
+    :func:`_streams`."""
     copies: int
     """Values of the hidden size alive for each token of a step."""
     logits: int
@@ -110,6 +113,8 @@ _COSTS: dict[Engine, _Costs] = {
     # nothing was measured on an NPU; emulated there is no holding to it, for the CPU has float32 copies
     "openvino-npu": _Costs(103 * MIB, 3.0, 3.0, 0.0, 0.0, 0, 4 * MIB, 0, 24, 1),
 }
+_VECTORS = frozenset({"AVX-VNNI", "AVX-512"})
+_MATRIX_UNIT = "AMX-INT8"
 _TOKENIZER = 340
 """Bytes for an entry of the vocabulary: 16 MiB for 49,152 with merges."""
 _KV_BLOCK = 32
@@ -148,8 +153,21 @@ def footprint(model: Model, use: Use, resident: int = 0) -> Footprint:
         loading=max(int(costs.loading * model.nbytes) - unread, 0),
         kv=rounded * per_token,
         prefix=_STORE_SEGMENTS * SEGMENT * per_token if use.prefix_store else 0,
-        activations=activations + costs.running + costs.streams * use.sequences,
+        activations=activations + costs.running + _streams(costs) * use.sequences,
     )
+
+
+def _streams(costs: _Costs) -> int:
+    return costs.streams // 2 if _generates_less() else costs.streams
+
+
+@cache
+def _generates_less() -> bool:
+    """Whether OpenVINO has half as much code and buffers for a number of tokens as with a matrix unit (AMX). So it is
+    with AVX-VNNI, AVX-512 and AVX-512 VNNI, and all else that it has differs by 1 % between these; where there is AVX2
+    alone nothing was measured, and as much is counted as with AMX."""
+    found = set(instructions())
+    return bool(found & _VECTORS) and _MATRIX_UNIT not in found
 
 
 _BYTES_OF_A_ROW: dict[Weights, float] = {"fp32": 4, "fp16": 2, "int8": 1.125, "int4": 1.125}

@@ -15,9 +15,6 @@ from tests.conftest import usable
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 
 STREAMS = 16
-BELOW = {"openvino:cpu": 0.12}
-"""By how much the peak may be smaller than predicted: what OpenVINO packs depends on the processor's instructions. An
-AMD with AVX-512 VNNI takes 10 % less than those that the prediction was made by."""
 MIB = 1 << 20
 
 
@@ -32,7 +29,7 @@ def test_the_peak_is_as_predicted(device: str, smollm2_package: Package) -> None
     predicted = footprint(model(smollm2_package, device), Use(308 * STREAMS, STREAMS)).peak
     answer = run(order)
     print(f"{device}: predicted {predicted / MIB:.0f} MiB, measured {answer.peak / MIB:.0f}")
-    assert (1 - BELOW.get(device, 0.05)) * predicted <= answer.peak <= 1.05 * predicted
+    assert answer.peak == pytest.approx(predicted, rel=0.05)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,6 +7,7 @@ import pytest
 from devices import DecoderOptions, open_decoder
 from devices.base import Engine
 from devices.kv_types import KVType
+from edge_runtime import footprint as module
 from edge_runtime.footprint import (
     KV_TYPES,
     Model,
@@ -113,3 +114,29 @@ def test_the_least_budget_is_enough_and_no_byte_too_much() -> None:
 def _tied(value: bool | None) -> ArchitectureSummary:
     fields = {name: getattr(SHAPE, name) for name in SHAPE.__struct_fields__}
     return ArchitectureSummary(**{**fields, "tied_head": value})
+
+
+@pytest.mark.parametrize(
+    ("found", "less"),
+    [
+        (("AVX2",), False),
+        (("AVX2", "AVX-VNNI"), True),
+        (("AVX2", "AVX-512", "AVX-512 VNNI"), True),
+        (("AVX2", "AVX-VNNI", "AVX-512", "AVX-512 VNNI", "AMX-INT8"), False),
+        ((), False),
+    ],
+)
+def test_what_an_engine_generates_depends_on_the_processor(
+    found: tuple[str, ...], less: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def activations(engine: Engine, *instructions: str) -> int:
+        monkeypatch.setattr(module, "instructions", lambda: instructions)
+        module._generates_less.cache_clear()
+        return footprint(MODEL._replace(engine=engine), Use(64, sequences=16)).activations
+
+    try:
+        most = activations("openvino", "AMX-INT8")
+        assert activations("openvino", *found) == most - (16 * 2 * MIB if less else 0)
+        assert activations("onnxruntime-edge", *found) == activations("onnxruntime-edge", "AMX-INT8")
+    finally:
+        module._generates_less.cache_clear()
