@@ -20,7 +20,6 @@ from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Outlet
 from edge_runtime.request import PLAIN, Chunk, FinishReason, Kind
 from edge_runtime.sampling import Sampler, TokenLogprob, check_largest, log_sum_exp
-from edge_runtime.timing.pace import Begun
 from edge_runtime.tools.reader import CallReader
 from edge_runtime.tracing.trace import Lane
 from edge_runtime.watch import Watch
@@ -45,8 +44,6 @@ class Request(ABC):
     reused: int = 0
     """Tokens that were in the KV cache already when it was admitted."""
     finished: bool = False
-    begun: Begun | None = None
-    """Once it has a place, until its first token is there. None: nobody wants to know how long that takes."""
     lane: Lane | None = None
     """Where its time is written down. None: nobody wants to know."""
 

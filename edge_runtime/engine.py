@@ -43,7 +43,6 @@ from edge_runtime.sampling import SamplingParams
 from edge_runtime.scheduler import NotStarted, Scheduler, Work
 from edge_runtime.step_watch import STEP_TIMEOUT_S, Abandoned, StepWatch
 from edge_runtime.submission import Asking, Completing, Submission, Terms
-from edge_runtime.timing.pace import Pace
 from edge_runtime.tools.reader import CallReader
 from edge_runtime.tracing import trace as tracing
 from edge_runtime.watch import Watch
@@ -191,11 +190,6 @@ class Engine:
             forward_seconds=self._forwarding.seconds,
             inference_seconds=self._decoder.engine_seconds,
         )
-
-    @property
-    def pace(self) -> Pace:
-        """How long first tokens took lately."""
-        return self._scheduler.pace
 
     def known(self, ids: Sequence[int]) -> int:
         """How many first ones of ``ids`` the prefix cache could give just now: a glance, which does not wait."""
@@ -403,9 +397,6 @@ class Engine:
             if request.lane is not None:
                 request.lane.mark("batch")
             self._take(request, logits, work.draft)
-            if request.begun is not None and len(request.tokens) > request.prompt_length:
-                self._scheduler.pace.first_token(request.begun)
-                request.begun = None
             if work.by_model and self._drafter is not None:
                 self._drafter.pace.fared(len(work.draft), max(len(request.tokens) - before - 1, 0))
             if request in self._without_numbers:

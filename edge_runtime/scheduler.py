@@ -17,7 +17,6 @@ from edge_runtime.memory import format_bytes
 from edge_runtime.precision import PrecisionManager
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.request import Kind
-from edge_runtime.timing.pace import Pace
 from edge_runtime.tracing.trace import Part
 
 DRAFTED_STEP = 16
@@ -73,7 +72,6 @@ class Scheduler:
         self.preemptions = 0
         self.kv_limit: int | None = None
         """Bytes of KV cache that requests may have for now, where that is less than there is."""
-        self.pace = Pace()
         self._decoder = decoder
         self._cache = cache
         self._drafter = drafter
@@ -309,8 +307,6 @@ class Scheduler:
         self._crowded = self._crowded and len(self.running) > 1
         if isinstance(request, Completion) and request.index == 0 and len(request.tokens) == request.prompt_length:
             request.outlet.set_cached(request.fed)
-            others = [other.fed for other in self.running if other is not request]
-            request.begun = self.pace.begin(request.prompt_length, request.fed, len(others), sum(others))
         return True
 
     def _open(self, request: Request) -> DecoderSequence:

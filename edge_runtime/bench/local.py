@@ -25,7 +25,6 @@ from edge_runtime.llm import EdgeLLM
 from edge_runtime.measurements import Shape
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import Progress
-from edge_runtime.timing.pace import Pace
 
 COPY_TOKENS = 160
 """Longest answer that copies."""
@@ -44,10 +43,6 @@ class MeasuredLLM(EdgeLLM):
     def options(self) -> DecoderOptions:
         """It was opened with."""
         return self._loaded.options
-
-    @property
-    def pace(self) -> Pace:
-        return self._loaded.engine.pace
 
     @property
     def tuned(self) -> str | None:

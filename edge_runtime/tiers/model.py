@@ -56,8 +56,7 @@ class LocalModel:
         if stats.running + stats.waiting >= engine.limits.max_sequences:
             return None
         beside = Beside(stats.running + stats.waiting, stats.running_tokens, stats.pending)
-        pace = engine.pace.ratio(loaded.timing)
-        return foretell(loaded.timing, len(prepared.ids), engine.known(prepared.ids), beside, pace)
+        return foretell(loaded.timing, len(prepared.ids), engine.known(prepared.ids), beside)
 
     def start(self, prepared: TierRequest) -> Generation:
         """See :meth:`edge_runtime.switching.Switching.start`."""

@@ -17,8 +17,6 @@ class Foretold:
     cached: int
     """Of them, those that are known already."""
     beside: Beside
-    pace: float = 1.0
-    """Times of late over those that were measured: :class:`edge_runtime.timing.pace.Pace`."""
 
     @property
     def ms(self) -> float:
@@ -28,11 +26,10 @@ class Foretold:
         known = f", {self.cached} of them known" if self.cached else ""
         others = f", after {sum(self.beside.prompts)} tokens of others" if self.beside.prompts else ""
         decoding = f", beside {self.beside.decoding} answers" if self.beside.decoding else ""
-        slower = f", at {self.pace:.1f} times what was measured" if self.pace != 1 else ""
-        return f"about {self.first_token} for {self.prompt} tokens{known}{others}{decoding}{slower}"
+        return f"about {self.first_token} for {self.prompt} tokens{known}{others}{decoding}"
 
 
-def foretell(model: TimingModel, prompt: int, cached: int, beside: Beside, pace: float = 1.0) -> Foretold:
+def foretell(model: TimingModel, prompt: int, cached: int, beside: Beside) -> Foretold:
     """``cached``: a guess, cut to what a prompt can have known of it."""
     known = max(min(cached, prompt - 1), 0)
-    return Foretold(model.ttft(prompt, known, beside).times(pace), prompt, known, beside, pace)
+    return Foretold(model.ttft(prompt, known, beside), prompt, known, beside)

@@ -53,9 +53,6 @@ class Estimate:
     low: float
     high: float
 
-    def times(self, factor: float) -> Estimate:
-        return Estimate(factor * self.seconds, factor * self.low, factor * self.high)
-
     def __str__(self) -> str:
         return f"{short(self.seconds)} ({short(self.low)} to {short(self.high)})"
 

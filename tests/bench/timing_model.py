@@ -30,7 +30,6 @@ from edge_runtime.bench.requests import NEW_TOKENS, Timer
 from edge_runtime.columns import columns
 from edge_runtime.timing.model import Beside, Estimate, TimingModel
 from edge_runtime.timing.observations import FirstToken, Observation, TimedRun
-from edge_runtime.timing.pace import Pace
 
 DEVICES = ("edge:cpu", "onnxruntime:cpu", "openvino:cpu")
 GOAL = 0.15
@@ -45,17 +44,10 @@ class Case(NamedTuple):
     kind: Kind
     measured: float
     told: Estimate
-    pace: float
-    """Of the requests before, as the router goes by."""
 
     @property
     def error(self) -> float:
         return abs(self.told.seconds / self.measured - 1)
-
-    @property
-    def paced(self) -> float:
-        """The error with it."""
-        return abs(self.pace * self.told.seconds / self.measured - 1)
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -141,18 +133,13 @@ def _validated(job: Job, timed: TimedRun, cases: int, seed: int, verbose: bool) 
     with closing(local.open_model(job, prefix_cache=True)) as llm:
         timer = Timer(llm, np.random.default_rng((seed, 11)))
         timer.alone(LONGEST)  # engines make their kernels when they are first asked
-        tried = list(_tried(timer, model, cases, np.random.default_rng(seed), quiet, llm.pace))
+        tried = list(_tried(timer, model, cases, np.random.default_rng(seed), quiet))
     if verbose:
         for case in tried:
-            print(
-                json.dumps(
-                    [job.device, case.kind, round(case.measured, 4), str(case.told), round(case.error, 3), case.pace]
-                )
-            )
+            print(json.dumps([job.device, case.kind, round(case.measured, 4), str(case.told), round(case.error, 3)]))
     kinds = dict.fromkeys(each.kind for each in tried)
     errors: dict[str, list[float]] = {kind: [each.error for each in tried if each.kind == kind] for kind in kinds}
     errors["TTFT"] = [each.error for each in tried if each.kind.startswith("first")]
-    errors["TTFT at the pace of late"] = [each.paced for each in tried if each.kind.startswith("first")]
     errors["TPOT"] = [each.error for each in tried if each.kind.startswith("each")]
     return Found(
         device=timed.subject.device,
@@ -166,17 +153,14 @@ def _validated(job: Job, timed: TimedRun, cases: int, seed: int, verbose: bool) 
     )
 
 
-def _tried(
-    timer: Timer, model: TimingModel, cases: int, rng: np.random.Generator, quiet: Quiet, pace: Pace
-) -> Iterator[Case]:
+def _tried(timer: Timer, model: TimingModel, cases: int, rng: np.random.Generator, quiet: Quiet) -> Iterator[Case]:
     """Kinds in turns, so that what drifts on the machine meets all of them. Lengths are uniform in their logarithm."""
 
     def length(longest: int = LONGEST) -> int:
         return int(np.exp(rng.uniform(np.log(SHORTEST), np.log(longest))))
 
     def tried(time_it: Callable[[], list[Observation]]) -> Iterator[Case]:
-        lately = pace.ratio(model)
-        return _compared(model, quiet.timed(time_it), lately)
+        return _compared(model, quiet.timed(time_it))
 
     for _ in range(cases):
         yield from tried(partial(timer.alone, length()))
@@ -186,7 +170,7 @@ def _tried(
         yield from tried(partial(timer.beside, count, length(min(LONGEST, 5000 // count)), length(600)))
 
 
-def _compared(model: TimingModel, observations: Sequence[Observation], pace: float) -> Iterator[Case]:
+def _compared(model: TimingModel, observations: Sequence[Observation]) -> Iterator[Case]:
     for each in observations:
         if isinstance(each, FirstToken):
             told = model.ttft(each.prompt, each.cached, Beside(each.beside, each.held))
@@ -195,10 +179,10 @@ def _compared(model: TimingModel, observations: Sequence[Observation], pace: flo
                 kind = "first token, beside others"
             elif each.cached:
                 kind = "first token, known prefix"
-            yield Case(kind, each.seconds, told, pace)
+            yield Case(kind, each.seconds, told)
         else:
             told = model.tpot(each.held // each.batch, each.batch)
-            yield Case("each, batch" if each.batch > 1 else "each token", each.seconds, told, pace)
+            yield Case("each, batch" if each.batch > 1 else "each token", each.seconds, told)
 
 
 def _table(found: Sequence[Found]) -> str:
