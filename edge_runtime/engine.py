@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -17,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.base import Decoder, DecoderLimits, Trimming
-from devices.stopwatch import Stopwatch
 from edge_runtime.completion import Completion, Request
 from edge_runtime.constraints import Grammars
 from edge_runtime.detokenizer import Decoding, TokenDecoder
@@ -26,9 +24,7 @@ from edge_runtime.engine_stats import EngineStats
 from edge_runtime.errors import (
     DeviceError,
     EdgeError,
-    EngineError,
     EngineStopped,
-    OutOfKVCache,
     StepTimeout,
 )
 from edge_runtime.generation import EngineGeneration, Generation
@@ -40,8 +36,9 @@ from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.prefix_store import PrefixStore
 from edge_runtime.recovery import Recovery
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.scheduler import NotStarted, Scheduler, Work
+from edge_runtime.scheduler import NotStarted, Scheduler
 from edge_runtime.step_watch import STEP_TIMEOUT_S, Abandoned, StepWatch
+from edge_runtime.steps import Steps
 from edge_runtime.submission import Asking, Completing, Submission, Terms
 from edge_runtime.tools.reader import CallReader
 from edge_runtime.tracing import trace as tracing
@@ -97,23 +94,16 @@ class Engine:
         limits = decoder.limits
         self._terms = Terms.of(decoder, tokenizer, vocab_size, prompt_lookup, grammars)
         self._watch = None if step_timeout is None else StepWatch(step_timeout, heartbeat, self._give_up)
-        self._run_decoder = decoder.forward if self._watch is None else self._watch.guard(decoder)
+        forward = decoder.forward if self._watch is None else self._watch.guard(decoder)
         if self._watch is not None and draft is not None:
             draft.guard(self._watch.guard)
         if prefix_cache_bytes is None:
             prefix_cache_bytes = limits.kv_tokens * limits.kv_bytes_per_token
         self._cache = PrefixCache(prefix_cache_bytes, kv_block=limits.kv_block, store=prefix_store)
-        self._drafter = draft
-        self._scheduler = Scheduler(decoder, self._cache, in_pairs=batch_invariant, drafter=self._drafter)
-        self._recovery = Recovery(decoder, self._scheduler, self._run_decoder, successor)
-        self._without_numbers: dict[Request, EngineError] = {}
-        """Requests of the step that has just been run, and what is wrong with their logits."""
+        self._scheduler = Scheduler(decoder, self._cache, in_pairs=batch_invariant, drafter=draft)
+        self._recovery = Recovery(decoder, self._scheduler, forward, successor)
+        self._steps = Steps(forward, self._scheduler, self._recovery, draft)
         self._ids = itertools.count()
-        self._generated = 0
-        self._drafted = 0
-        self._accepted = 0
-        self._prefilled = 0
-        self._forwarding = Stopwatch()
         self._trimmed = True
 
         self._inbox = Inbox(max_queue, lambda: len(self._scheduler.waiting))
@@ -182,12 +172,12 @@ class Engine:
             pending=self._pending(),
             cached_sequences=len(self._cache),
             cached_tokens=self._cache.tokens,
-            generated_tokens=self._generated,
-            prompt_tokens=self._prefilled,
+            generated_tokens=self._steps.generated,
+            prompt_tokens=self._steps.prefilled,
             preemptions=self._scheduler.preemptions,
-            drafted_tokens=self._drafted,
-            accepted_tokens=self._accepted,
-            forward_seconds=self._forwarding.seconds,
+            drafted_tokens=self._steps.drafted,
+            accepted_tokens=self._steps.accepted,
+            forward_seconds=self._steps.forwarding.seconds,
             inference_seconds=self._decoder.engine_seconds,
         )
 
@@ -305,7 +295,8 @@ class Engine:
         try:
             if not self._collect():
                 return False
-            self._postprocess(*self._forward(self._scheduler.next()))  # keeps no logits: the next take their place
+            self._trimmed = False
+            self._steps.run(self._scheduler.next())
         except NotStarted as end:
             self._recovery.failed([end.request], end.error)
         except DeviceError as error:  # of a sequence; nothing says that the others are sound
@@ -365,84 +356,6 @@ class Engine:
             request.finish("cancelled")  # unless it has finished otherwise
         for request in self._live.drop_finished():
             self._scheduler.release(request, keep=isinstance(request, Completion))
-
-    def _forward(self, batch: list[Work]) -> tuple[list[Work], list[NDArray[np.float32]]]:
-        self._trimmed = False
-        while batch:
-            try:
-                before, started = self._forwarding.seconds, time.perf_counter_ns()
-                with self._forwarding:
-                    results = self._run_decoder([work.step for work in batch])
-                ended = time.perf_counter_ns()
-                for work in batch:
-                    if work.request.lane is not None:
-                        work.request.lane.stepped(work.part, started, ended)
-                if self._drafter is not None:
-                    self._drafter.saw([work.step for work in batch], self._forwarding.seconds - before)
-                self._recovery.went_well()
-                return batch, results
-            except OutOfKVCache as error:
-                batch = self._scheduler.make_room(batch, error)
-            except Exception as error:  # the batch's sequences are undefined now, the others are sound
-                self._recovery.failed([work.request for work in batch], error)
-                batch = []
-        return [], []
-
-    def _postprocess(self, batch: list[Work], results: list[NDArray[np.float32]]) -> None:
-        for work, logits in zip(batch, results, strict=True):
-            request = work.request
-            if work.start < request.prompt_length:
-                self._prefilled += min(len(work.step.tokens), request.prompt_length - work.start)
-            before = len(request.tokens)
-            if request.lane is not None:
-                request.lane.mark("batch")
-            self._take(request, logits, work.draft)
-            if work.by_model and self._drafter is not None:
-                self._drafter.pace.fared(len(work.draft), max(len(request.tokens) - before - 1, 0))
-            if request in self._without_numbers:
-                continue
-            if isinstance(request, Completion) and request.siblings and len(logits):
-                siblings, request.siblings = request.siblings, []
-                for sibling in siblings:
-                    if request.lane is not None:
-                        sibling.lane = request.lane.trace.lane(f"completion {sibling.index}")
-                    if self._scheduler.fork(request, sibling):
-                        self._take(sibling, logits)
-        now = time.perf_counter_ns()
-        for request in self._scheduler.running:
-            if request.lane is not None and not request.finished:
-                request.lane.step_over(now)
-        if self._without_numbers:
-            broken, self._without_numbers = self._without_numbers, {}
-            self._recovery.gave_no_numbers(broken, [work.request for work in batch if work.step.rows])
-
-    def _take(self, request: Request, logits: NDArray[np.float32], draft: Sequence[int] = ()) -> None:
-        before = len(request.tokens)
-        try:
-            request.take(logits, draft)
-        except EngineError as error:
-            self._without_numbers[request] = error
-            return
-        except EdgeError as error:  # such as of a grammar that has become too complex
-            self._fail(request, error)
-            return
-        except Exception as error:  # a bug that this answer has met; the others go on
-            _log.exception("an answer could not go on")
-            failure = EngineError(f"the answer could not go on: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._fail(request, failure)
-            return
-        new = len(request.tokens) - before
-        self._generated += new
-        if draft:
-            self._drafted += len(draft)
-            self._accepted += new - 1
-            if request.sequence is not None:
-                request.sequence.crop(len(request.tokens) - 1)  # a device may keep less: it is fed again
-
-    def _fail(self, request: Request, error: EdgeError) -> None:
-        request.finish("error", error)
-        self._scheduler.release(request, keep=False)
 
     def _give_up(self, error: StepTimeout) -> None:
         """On a thread of its own: the engine's hangs."""
