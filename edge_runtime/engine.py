@@ -149,7 +149,7 @@ class Engine:
     @property
     def kv_bytes_used(self) -> int:
         """Of KV cache, by what runs and by what is kept for prompts that begin alike; about."""
-        tokens = sum(request.fed for request in list(self._scheduler.running)) + self._cache.tokens
+        tokens = sum(map(_fed, list(self._scheduler.running))) + self._cache.tokens
         return tokens * self.limits.kv_bytes_per_token
 
     @property
@@ -167,7 +167,7 @@ class Engine:
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self._scheduler.running),
-            running_tokens=sum(request.fed for request in list(self._scheduler.running)),
+            running_tokens=sum(map(_fed, list(self._scheduler.running))),
             waiting=self._inbox.queued,
             pending=self._pending(),
             cached_sequences=len(self._cache),
@@ -254,7 +254,7 @@ class Engine:
         """Copies first: the engine's thread goes on meanwhile. A cached prefix of what waits is not known yet."""
         unread = [letter.requests[0] for letter in self._inbox.waiting]
         requests = [*list(self._scheduler.running), *self._scheduler.waiting.copy(), *unread]
-        left = [len(request.tokens) - request.fed for request in requests]
+        left = [len(request.tokens) - _fed(request) for request in requests]
         return tuple(tokens for tokens in left if tokens > 1)
 
     def _read(self, ids: Sequence[int], score: bool) -> NDArray[np.float32]:
@@ -365,6 +365,14 @@ class Engine:
     def _unwatch(self) -> None:
         if self._watch is not None:
             self._watch.close()
+
+
+def _fed(request: Request) -> int:
+    """Tokens in its KV cache, for other threads than the engine's, which may be closing its sequence just now."""
+    try:
+        return request.fed
+    except DeviceError:
+        return 0
 
 
 def _token_list(ids: Sequence[int]) -> list[int]:

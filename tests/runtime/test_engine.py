@@ -319,3 +319,19 @@ def test_memory_of_busier_times_is_given_back_once_it_is_quiet(monkeypatch: pyte
                 time.sleep(0.005)
             time.sleep(0.05)
             assert len(trimmed) == turn  # not again and again
+
+
+def test_whoever_looks_while_a_sequence_is_closed_sees_none() -> None:
+    """The engine's thread lets go of requests whenever it likes."""
+    gate = Gate()
+    with serving(FakeDecoder(before_forward=gate)) as engine:
+        generation = engine.submit([1, 2, 3, 4], GREEDY)
+        assert gate.reached.wait(60)
+        (request,) = engine._scheduler.running
+        own, request.sequence = request.sequence, FakeDecoder().new_sequence()
+        request.sequence.close()
+        stats, used = engine.stats, engine.kv_bytes_used
+        request.sequence = own
+        assert (stats.running, stats.running_tokens, stats.pending, used) == (1, 0, (4,), 0)
+        gate.open.set()
+        generation.close()
