@@ -5,7 +5,6 @@ The only part of the runtime that calls those, in three functions.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from edge_runtime.references import (
     SyntheticReference,
     parse_reference,
 )
+from edge_runtime.scratch import scratch_folder
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: bytes for ``"download"``, layers for a variant's name."""
@@ -95,8 +95,8 @@ def _fetched(source: str, progress: Progress | None, otherwise: str) -> Iterator
     refusal = f"{source} is a package already; {otherwise}"
     if isinstance(reference, PackageReference):
         raise UnknownReference(refusal)
-    with tempfile.TemporaryDirectory(prefix="edge-glm-fetch-") as workdir:
-        fetched = fetch(reference, Path(workdir), progress)
+    with scratch_folder("edge-glm-fetch-") as workdir:
+        fetched = fetch(reference, workdir, progress)
         if isinstance(fetched.path, Path) and is_package(fetched.path):
             raise UnknownReference(refusal)
         yield fetched

@@ -5,7 +5,6 @@ A few layers of the model itself are exported in each shape, with next to no voc
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ import numpy as np
 from devices.base import Decoder, DecoderOptions, DecoderSpec, Step
 from devices.registry import open_decoder
 from edge_runtime.package import Weights
+from edge_runtime.scratch import scratch_folder
 from exporters.architecture import Architecture
 from exporters.checkpoint import Checkpoint, CheckpointView
 from exporters.compression.cut import Cut, CutCheckpoint, take_rows
@@ -47,7 +47,7 @@ class MeasuredCosts:
         kv_heads, inner = arch.num_kv_heads, arch.intermediate_size
         count = min(_LAYERS, arch.num_layers)
         self._inner = inner
-        with tempfile.TemporaryDirectory(prefix="edge-glm-latency-") as folder, _Timing(Path(folder)) as timing:
+        with scratch_folder("edge-glm-latency-") as folder, _Timing(folder) as timing:
             one = timing.add(source, 1, kv_heads, inner, engine, weights)
             whole = timing.add(source, 1, kv_heads, inner, engine, weights, trimmed=False)
             groups = [timing.add(source, count, each, inner, engine, weights) for each in range(1, kv_heads + 1)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable
 
 import msgspec
@@ -17,6 +16,7 @@ from edge_runtime.bench.process import ask
 from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.package import Weights, storage_errors
 from edge_runtime.paths import home
+from edge_runtime.scratch import scratch_folder
 
 WORKER = "edge_runtime.bench.ladder.worker"
 Say = Callable[[str], None]
@@ -31,8 +31,8 @@ def climb(job: Climb, say: Say = lambda words: None) -> Ladder:
     cache = home().cache
     with storage_errors(f"cannot write the unfused graph in {cache}"):
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="ladder-", dir=cache) as folder:
-            climber = _Climber(job, folder, say)
+        with scratch_folder("ladder-", cache) as folder:
+            climber = _Climber(job, str(folder), say)
             for device in job.devices:
                 try:
                     steps[device] = climber.climb(device)
