@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,20 +38,25 @@ class HeldLock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._handle: int | None = None
+        self._mutex = threading.Lock()
+        self._released = False
 
     def try_acquire(self) -> bool:
-        """False: another process (or thread) holds it. StorageError if the file cannot be made."""
-        if self._handle is None:
-            self._handle = _try_acquire(self._path)
-        return self._handle is not None
+        """False: another process (or thread) holds it, or it was released. StorageError if the file cannot be made."""
+        with self._mutex:
+            if self._handle is None and not self._released:
+                self._handle = _try_acquire(self._path)
+            return self._handle is not None
 
     def release(self) -> None:
-        """Idempotent."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            with suppress(OSError):
-                self._path.unlink()
-            os.close(handle)
+        """For good: an attempt that is still under way in another thread gets nothing any more. Idempotent."""
+        with self._mutex:
+            self._released = True
+            handle, self._handle = self._handle, None
+            if handle is not None:
+                with suppress(OSError):
+                    self._path.unlink()
+                os.close(handle)
 
 
 def _acquire(path: Path) -> int:

@@ -138,6 +138,16 @@ def test_one_process_works_and_another_takes_over(tmp_path: Path) -> None:
 # --- answering --------------------------------------------------------------------------------------------------------
 
 
+def test_a_lock_that_was_given_back_is_not_taken_any_more(tmp_path: Path) -> None:
+    """By a thread that was on its way when the worker ended."""
+    first, second = HeldLock(tmp_path / "lock"), HeldLock(tmp_path / "lock")
+    first.release()
+    assert not first.try_acquire()
+    assert second.try_acquire()
+    second.release()
+    assert not (tmp_path / "lock").exists()
+
+
 def test_it_is_answered_by_the_tier_that_should(tmp_path: Path) -> None:
     with upstream(answers("at", " last")) as server, house(tmp_path, cloud(server.url) + AWAY) as here:
         name = here.dispatcher.deferrals.add(request())
