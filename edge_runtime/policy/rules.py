@@ -245,6 +245,9 @@ class Policy(_Strict, frozen=True):
     routing: Routing = Routing()
     stages: tuple[str, ...] | None = None
     """Names of the stages that are on, in this order. None: those that are on by themselves."""
+    ends_with: str | None = None
+    """The file's last line, as a comment. One that was cut off, by a kill or a full disk while it was written, ends
+    otherwise, and is refused, even where what is left of it would be a policy, too."""
 
     def tier(self, name: str) -> TierSpec:
         return next(tier for tier in self.tiers if tier.name == name)
@@ -266,12 +269,19 @@ LOCAL_POLICY = Policy(tiers=(LocalTierSpec(name="local"),))
 
 
 def read_policy(path: Path) -> Policy:
-    """PolicyError: not readable, not TOML, or a key or value that there is not; says where."""
+    """PolicyError: not readable, cut off, not TOML, or a key or value that there is not; says where."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PolicyError(f"cannot read the policy {path}: {error}") from error
     try:
-        return msgspec.convert(data, Policy)
+        policy = msgspec.convert(data, Policy)
     except msgspec.ValidationError as error:
         raise PolicyError(f"{path}: {error}") from error
+    if not text.endswith("\n"):
+        raise PolicyError(f"{path} does not end with a line break, so it may be cut off: end its last line")
+    last = text.splitlines()[-1].strip()
+    if policy.ends_with is not None and last != policy.ends_with:
+        raise PolicyError(f"{path} is cut off: its last line is {last!r} and not {policy.ends_with!r} (ends_with)")
+    return policy

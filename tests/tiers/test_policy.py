@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -172,7 +173,7 @@ def test_a_change_holds_from_the_next_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", ["not = [toml", "", LOCAL + task(tiers=["nowhere"]), LOCAL + 'stages = ["nonsense"]']
+    "broken", ["not = [toml", "", LOCAL + task(tiers=["nowhere"]), LOCAL + 'stages = ["nonsense"]\n']
 )
 def test_a_broken_policy_changes_nothing(broken: str, tmp_path: Path) -> None:
     with upstream(answers("from afar")) as server:
@@ -187,6 +188,24 @@ def test_a_broken_policy_changes_nothing(broken: str, tmp_path: Path) -> None:
             here.write(policy.replace("remote", "local"))
             assert here.ask().tiers == ["local"]
             assert here.dispatcher.problem is None
+
+
+def test_a_policy_that_was_cut_off_is_refused_wherever_that_was(tmp_path: Path) -> None:
+    """What is left of this one would send everything away, were it cut before the last line."""
+    whole = (
+        f'ends_with = "# end"\n{LOCAL}{CLOUD}[[classes]]\nname = "all"\nprivacy = "any"\nmatch.regex = "^x"\n# end\n'
+    )
+    path = tmp_path / "policy.toml"
+    for length in range(len(whole)):
+        path.write_text(whole[:length], encoding="utf-8")
+        with pytest.raises(PolicyError, match=re.escape(str(path))):
+            read_policy(path)
+    path.write_text(whole, encoding="utf-8")
+    assert read_policy(path).classes[0].match.regex == "^x"
+
+
+def test_without_an_end_that_it_names_it_is_refused_within_a_line(tmp_path: Path) -> None:
+    assert "line break" in refused(tmp_path, LOCAL + "[caps]\nday = 10")
 
 
 def test_a_running_answer_ends_under_the_policy_it_began_with(tmp_path: Path) -> None:
