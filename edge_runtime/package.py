@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 
 from devices.base import DecoderSpec, Engine
+from edge_runtime.disk import why
 from edge_runtime.errors import ConfigError, CorruptModel, ModelNotFound, StorageError, UnsupportedModel
 from edge_runtime.recipe import Compression
 
@@ -164,7 +165,7 @@ class Package:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ModelNotFound(f"{folder} is not a model package: it has no {MANIFEST}") from error
         except OSError as error:
-            raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+            raise StorageError(f"cannot read {path}: {why(error)}") from error
         package = cls(folder, decode_manifest(data, path))
         for entry in package.files():
             size = _size(folder / entry.path)
@@ -317,7 +318,7 @@ def storage_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{what}: {error.strerror or error}") from error
+        raise StorageError(f"{what}: {why(error)}") from error
 
 
 def _size(path: Path) -> int:
@@ -326,7 +327,7 @@ def _size(path: Path) -> int:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptModel(f"{path} is missing; remove the model (edge-glm rm) and pull or export it again") from error
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+        raise StorageError(f"cannot read {path}: {why(error)}") from error
 
 
 def _times(path: Path) -> list[int]:

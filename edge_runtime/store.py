@@ -178,7 +178,10 @@ class Store:
         with storage_errors(f"cannot make {self.home.models}"):
             self.home.models.mkdir(parents=True, exist_ok=True)
         # Not the writer's own lock: this one also keeps a second process from downloading the same.
-        with file_lock(folder.parent / f".{folder.name}.pull.lock"), storage_errors(f"cannot store {reference}"):
+        with (
+            file_lock(folder.parent / f".{folder.name}.pull.lock"),
+            storage_errors(f"cannot store {reference} in {folder}"),
+        ):
             _remove_stale(folder)
             present = Package.open(folder) if is_package(folder) else None
             if present is not None and pick_variant(present, engine, weights) is not None:

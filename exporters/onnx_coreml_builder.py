@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.disk import why
 from edge_runtime.errors import StorageError, UnsupportedModel
 from exporters.architecture import Activation, Architecture
 from exporters.builder import AttentionSpec, Levels, Linear
@@ -182,7 +183,7 @@ class OnnxCoreMLBuilder:
                 # written in one order, so that both graphs find their weights at the same places
                 shutil.move(Path(other) / MODEL_FILE, folder / DECODE_FILE)
             except OSError as error:
-                raise StorageError(f"cannot write {folder / DECODE_FILE}: {error}; free space") from error
+                raise StorageError(f"cannot write {folder / DECODE_FILE}: {why(error)}") from error
 
     def _value(self, name: str, *arguments: Any) -> Both:
         prompts, token = self._both(name, *arguments)

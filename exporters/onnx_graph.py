@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from edge_runtime.disk import why
 from edge_runtime.errors import StorageError
 
 MODEL_FILE = "model.onnx"
@@ -56,7 +57,9 @@ class OnnxGraph:
             self._scratch = Path(tempfile.mkdtemp(prefix=".onnx-", dir=scratch))
             self._data: IO[bytes] = (self._scratch / DATA_FILE).open("wb")
         except OSError as error:
-            raise StorageError(f"cannot write model data in {scratch or tempfile.gettempdir()}: {error}") from error
+            raise StorageError(
+                f"cannot write model data in {scratch or tempfile.gettempdir()}: {why(error)}"
+            ) from error
         self._discard = weakref.finalize(self, _discard, self._data, self._scratch)
 
     def input(self, name: str, dtype: Any, dims: Dims) -> str:
@@ -115,7 +118,7 @@ class OnnxGraph:
             self._data.write(np.ascontiguousarray(value).view(np.uint8).data)  # bfloat16 is no buffer
         except OSError as error:
             raise StorageError(
-                f"writing {value.nbytes} bytes of {name} failed: {error}; free space where the model goes"
+                f"cannot write {value.nbytes} bytes of {name} to {self._scratch}: {why(error)}"
             ) from error
         self._offset += padding
         self._constants.append(_reference(name, value.dtype, value.shape, self._offset, value.nbytes))
@@ -182,9 +185,7 @@ class OnnxGraph:
             shutil.move(self._scratch / DATA_FILE, folder / DATA_FILE)
             (folder / MODEL_FILE).write_bytes(model.SerializeToString())
         except OSError as error:
-            raise StorageError(
-                f"cannot write the model into {folder}: {error}; free space or choose another"
-            ) from error
+            raise StorageError(f"cannot write the model into {folder}: {why(error)}") from error
         finally:
             self._discard()
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.openvino_import import import_openvino
+from edge_runtime.disk import why
 from edge_runtime.errors import StorageError, UnsupportedModel
 from exporters.weights import QuantizedTensor
 
@@ -45,7 +46,9 @@ class WeightFile:
     """The growing ``.bin``, and the placeholders that stand for its pieces in the graph."""
 
     def __init__(self, scratch: Path | None) -> None:
-        self._file: IO[bytes] = tempfile.NamedTemporaryFile(dir=scratch, prefix="openvino-weights-", suffix=".bin")  # noqa: SIM115 - lives as long as self
+        self._place = tempfile.gettempdir() if scratch is None else str(scratch)
+        # without a name, so that nothing is left whatever ends the process
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - lives as long as self
         self._stored: dict[str, _Stored] = {}
         self.placeholders: list[Any] = []
 
@@ -64,7 +67,7 @@ class WeightFile:
             offset = self._file.tell()
             self._file.write(data)
         except OSError as error:
-            raise StorageError(f"cannot write {len(data)} bytes of weights to {self._file.name}: {error}") from error
+            raise StorageError(f"cannot write {len(data)} bytes of weights in {self._place}: {why(error)}") from error
         return offset
 
     def finish(self, model: Any, folder: Path) -> None:
@@ -79,7 +82,8 @@ class WeightFile:
             with weights.open("wb") as target:
                 shutil.copyfileobj(self._file, target, 1 << 20)
         except (OSError, RuntimeError) as error:  # OpenVINO's serializer raises the latter
-            raise StorageError(f"cannot write the OpenVINO model to {folder}: {error}") from error
+            trouble = why(error) if isinstance(error, OSError) else str(error)
+            raise StorageError(f"cannot write the OpenVINO model to {folder}: {trouble}") from error
         finally:
             self._file.close()
 

@@ -16,6 +16,7 @@ from edge_runtime.bench.html import report
 from edge_runtime.bench.job import Goodput, Job, LoadJob
 from edge_runtime.bench.result import Result
 from edge_runtime.bench.table import table
+from edge_runtime.disk import why
 from edge_runtime.errors import ConfigError, EdgeError, StorageError
 from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import Measurements
@@ -170,4 +171,4 @@ def _write(path: str, data: bytes) -> None:
     try:
         Path(path).write_bytes(data)
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+        raise StorageError(f"cannot write {path}: {why(error)}") from error

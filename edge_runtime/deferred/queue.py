@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_runtime.deferred.uptime import boot_id, uptime
+from edge_runtime.disk import why
 from edge_runtime.errors import QueueFull, StorageError
 from edge_runtime.paths import DURABLE, private_file
 from edge_runtime.policy.rules import Deferred
@@ -203,7 +204,8 @@ class Queue:
                 yield
                 self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # a full disk has ended it already
+                    self._connection.execute("ROLLBACK")
                 raise
 
     @contextmanager
@@ -211,7 +213,7 @@ class Queue:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise StorageError(f"the queue {self._path} cannot be used: {error}") from error
+            raise StorageError(f"the queue {self._path} cannot be used: {why(error)}") from error
 
 
 TOO_OLD = b'{"error":"it could not be answered before it was too old","status":504}'

@@ -24,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from edge_runtime.disk import why
 from edge_runtime.errors import LedgerError
 from edge_runtime.paths import DURABLE, private_file
 
@@ -231,7 +232,8 @@ class Ledger:
                 yield self._last()
                 self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # a full disk has ended it already
+                    self._connection.execute("ROLLBACK")
                 raise
 
     def _last(self) -> dict[str, Any]:
@@ -283,4 +285,4 @@ def _translated(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:
-        raise LedgerError(f"the ledger {path} cannot be used: {error}") from error
+        raise LedgerError(f"the ledger {path} cannot be used: {why(error)}") from error

@@ -14,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+from edge_runtime.disk import why
 from edge_runtime.errors import StorageError
 from edge_runtime.locks import file_lock
 from edge_runtime.measurements import Workload
@@ -50,7 +51,7 @@ class TuningLog:
                 fresh.write_bytes(msgspec.json.encode(_File(runs=[*kept, run][-KEPT:])))
                 fresh.replace(self._file)
             except OSError as error:
-                raise StorageError(f"cannot write {self._file}: {error.strerror or error}") from error
+                raise StorageError(f"cannot write {self._file}: {why(error)}") from error
             finally:
                 with suppress(OSError):
                     fresh.unlink()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_runtime.disk import why
 from edge_runtime.errors import StorageError
 from exporters.checkpoint import Checkpoint, CheckpointView
 from exporters.weights import QuantizedTensor, Tensor
@@ -29,7 +30,7 @@ class TensorFolder:
                 else:
                     np.savez(file, values=tensor)
         except OSError as error:
-            raise StorageError(f"cannot keep {name} in {self._folder}: {error.strerror or error}") from error
+            raise StorageError(f"cannot keep {name} in {self._folder}: {why(error)}") from error
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -39,7 +40,7 @@ class TensorFolder:
                     return values
                 return QuantizedTensor(arrays["codes"], arrays["scale"], arrays["zero"], int(arrays["bits"]))
         except OSError as error:
-            raise StorageError(f"cannot read {name} back from {self._folder}: {error.strerror or error}") from error
+            raise StorageError(f"cannot read {name} back from {self._folder}: {why(error)}") from error
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.npz"

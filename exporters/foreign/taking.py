@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from devices.base import Engine
+from edge_runtime.disk import why
 from edge_runtime.errors import StorageError, UnsupportedModel
 from edge_runtime.package import ArchitectureSummary, Weights
 from edge_runtime.package_writer import write_package
@@ -48,7 +49,7 @@ def take(model: ForeignModel, source: Path, target: Path, *, name: str, provenan
             try:
                 shutil.copyfile(file, place / file.name)
             except OSError as error:
-                raise StorageError(f"cannot copy {file}: {error.strerror or error}") from error
+                raise StorageError(f"cannot copy {file}: {why(error)}") from error
         writer.add_variant(model.variant, model.engine, model.weights, model.files[0].name)
         told = {"source": str(source), "format": model.format, "sha256": hashes, **provenance}
         writer.commit(contents(name, told, model.architecture, model.text))

@@ -142,6 +142,18 @@ def test_caps_by_class_day_and_month(path: Path) -> None:
     ledger.close()
 
 
+def test_a_full_disk_is_said_and_nothing_is_half(ledger: Ledger) -> None:
+    ledger.send(Sending("a", 1, "cloud", "all", b"{}", 1))
+    ledger._connection.execute("PRAGMA max_page_count = 1")  # as many as there are
+    big = Sending("b", 1, "cloud", "all", bytes(1 << 20), 1, keep_content=True)
+    with pytest.raises(LedgerError, match=r"disk is full; free some space"):
+        ledger.send(big)
+    ledger._connection.execute("PRAGMA max_page_count = 100000")
+    assert [row["request"] for row in ledger.rows()] == ["a"]
+    assert ledger.send(big) == 2
+    assert ledger.verify() == []
+
+
 def test_a_clock_that_jumps_back_gives_no_second_day(path: Path) -> None:
     clock = Clock("2026-03-30T12:00:00")
     ledger = Ledger(path, clock=clock)
