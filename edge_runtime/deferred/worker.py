@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 
@@ -21,6 +23,7 @@ AT_ONCE = 4
 LOOK_S = 2.0
 """Between two looks at the queue; what this process adds is seen at once."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 120.0
+T = TypeVar("T")
 Answer = Callable[[str, TierRequest], Awaitable[Done]]
 """Id and request → the answer. EdgeError."""
 
@@ -43,14 +46,11 @@ class Worker:
     async def run(self) -> None:
         """Until it is cancelled; what is running then goes back into the queue."""
         try:
-            while not await asyncio.to_thread(self._lock.try_acquire):
+            while not await self._on_disk(self._lock.try_acquire):
                 await self._rest()
-            await asyncio.to_thread(self._queue.put_back)
+            await self._on_disk(self._queue.put_back)
             while True:
-                try:
-                    await self._start_what_is_due()
-                except EdgeError as error:
-                    _log.error("deferred requests wait: %s", error)
+                await self._start_what_is_due()
                 await self._rest()
         finally:
             for task in self._running:
@@ -60,7 +60,7 @@ class Worker:
 
     async def _start_what_is_due(self) -> None:
         while len(self._running) < AT_ONCE:
-            entry = await asyncio.to_thread(self._queue.take, self._bounds())
+            entry = await self._on_disk(lambda: self._queue.take(self._bounds()))
             if entry is None:
                 return
             task = asyncio.create_task(self._have_answered(entry))
@@ -73,24 +73,44 @@ class Worker:
 
     async def _have_answered(self, entry: Entry) -> None:
         try:
-            done = await self._answer(entry.id, unpack(entry.body))
+            keep = await self._outcome(entry)
         except asyncio.CancelledError:
-            self._queue.wait(entry.id, "the process ended", 0)
+            with suppress(EdgeError):  # whoever works next puts it back
+                self._queue.wait(entry.id, "the process ended", 0)
             raise
+        await self._on_disk(keep)
+
+    async def _outcome(self, entry: Entry) -> Callable[[], None]:
+        """What writes into the queue what has become of it."""
+        try:
+            done = await self._answer(entry.id, unpack(entry.body))
         except EdgeError as error:
             if passing(error):
                 wait = LOOK_S if isinstance(error, TierUnavailable) else _wait(entry.attempts)
-                await asyncio.to_thread(self._queue.wait, entry.id, str(error), wait)
-            else:
-                await self._fail(entry, str(error), 400)
+                return partial(self._queue.wait, entry.id, str(error), wait)
+            return self._failure(entry, str(error), 400)
         except Exception as error:
             _log.exception("a deferred request failed")
-            await self._fail(entry, f"internal error, {type(error).__name__}: {error}", 500)
-        else:
-            await asyncio.to_thread(self._queue.finish, entry.id, "done", msgspec.json.encode(done))
+            return self._failure(entry, f"internal error, {type(error).__name__}: {error}", 500)
+        return partial(self._queue.finish, entry.id, "done", msgspec.json.encode(done))
 
-    async def _fail(self, entry: Entry, why: str, status: int) -> None:
-        await asyncio.to_thread(self._queue.finish, entry.id, "failed", msgspec.json.encode(Failed(why, status)))
+    def _failure(self, entry: Entry, why: str, status: int) -> Callable[[], None]:
+        return partial(self._queue.finish, entry.id, "failed", msgspec.json.encode(Failed(why, status)))
+
+    async def _on_disk(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns, tried until the disk plays along: an answer that was paid for is not dropped because
+        there is no room for it just now. What is wrong is said once."""
+        said = ""
+        while True:
+            try:
+                done = await asyncio.to_thread(work)
+            except EdgeError as error:
+                if str(error) != said:
+                    said = str(error)
+                    _log.error("deferred requests wait: %s", said)
+                await asyncio.sleep(LOOK_S)
+            else:
+                return done
 
     async def _rest(self) -> None:
         with suppress(TimeoutError):

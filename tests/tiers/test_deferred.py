@@ -11,11 +11,13 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from edge_runtime.deferred import worker
 from edge_runtime.deferred.answers import pack, unpack
 from edge_runtime.deferred.deferrals import Ticket
 from edge_runtime.deferred.queue import Queue
@@ -135,9 +137,6 @@ def test_one_process_works_and_another_takes_over(tmp_path: Path) -> None:
     second.release()
 
 
-# --- answering --------------------------------------------------------------------------------------------------------
-
-
 def test_a_lock_that_was_given_back_is_not_taken_any_more(tmp_path: Path) -> None:
     """By a thread that was on its way when the worker ended."""
     first, second = HeldLock(tmp_path / "lock"), HeldLock(tmp_path / "lock")
@@ -146,6 +145,46 @@ def test_a_lock_that_was_given_back_is_not_taken_any_more(tmp_path: Path) -> Non
     assert second.try_acquire()
     second.release()
     assert not (tmp_path / "lock").exists()
+
+
+# --- answering --------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_the_disk_has_no_room_for_is_kept_once_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was paid for: it is not asked for again, and the request does not stay for ever as if somebody were at it."""
+    monkeypatch.setattr(worker, "LOOK_S", 0.01)
+    finish, tried = Queue.finish, []
+
+    def full_at_first(queue: Queue, *given: Any) -> None:
+        tried.append(given)
+        if len(tried) < 4:
+            raise StorageError("database or disk is full")
+        finish(queue, *given)
+
+    monkeypatch.setattr(Queue, "finish", full_at_first)
+    with upstream(answers("from afar")) as server, house(tmp_path, cloud(server.url) + AWAY) as here:
+        ticket = done(here, here.dispatcher.deferrals.add(request()))
+        assert ticket.answer is not None
+        assert ticket.answer.choices[0].text == "from afar"
+        assert len(server.asked) == 1
+    assert caplog.text.count("deferred requests wait: database or disk is full") == 1
+
+
+def test_a_disk_that_is_full_when_it_begins_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "LOOK_S", 0.01)
+    put_back, tried = Queue.put_back, []
+
+    def full_at_first(queue: Queue) -> None:
+        tried.append(queue)
+        if len(tried) < 3:
+            raise StorageError("database or disk is full")
+        put_back(queue)
+
+    monkeypatch.setattr(Queue, "put_back", full_at_first)
+    with upstream(answers("from afar")) as server, house(tmp_path, cloud(server.url) + AWAY) as here:
+        assert done(here, here.dispatcher.deferrals.add(request())).answer is not None
 
 
 def test_it_is_answered_by_the_tier_that_should(tmp_path: Path) -> None:
