@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
-from edge_runtime.errors import ConfigError, StorageError
+from edge_runtime.disk import why
+from edge_runtime.errors import ConfigError
+from edge_runtime.package import storage_errors
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 MOST = 50_000
@@ -39,7 +42,7 @@ def read_requests(file: Path) -> Iterator[Line]:
                 if text.strip():
                     yield _line(text, f"{file}, line {number}")
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot read {file}: {why(error)}") from error
 
 
 def check_requests(file: Path) -> tuple[int, list[str]]:
@@ -80,46 +83,56 @@ class Answers:
         """Goes on behind the answers that are there, which must be of the first ``requests``: ConfigError otherwise. A
         line that was cut off is written anew. StorageError."""
         self._file = file
-        try:
+        with storage_errors(f"cannot write {file}"):
             file.touch()
-            self._opened: IO[bytes] = file.open("r+b")
-        except OSError as error:
-            raise StorageError(f"cannot write {file}: {error.strerror or error}") from error
-        try:
-            self.done = self._count(requests)
-        except BaseException:
-            self.close()
-            raise
+            self.done, self._end = self._count(requests)
+            self._opened = file.open("r+b", buffering=0)  # so that nothing is left to be written when it is closed
+            try:
+                self._cut()
+            except BaseException:
+                self.close()
+                raise
 
-    def _count(self, requests: Path) -> int:
+    def _count(self, requests: Path) -> tuple[int, int]:
+        """Whole answers, and their bytes."""
         whole = count = 0
         asked = read_requests(requests)
-        for text in self._opened:
-            if not text.endswith(b"\n"):
-                break
-            try:
-                answered = msgspec.json.decode(text, type=_Answered).custom_id
-            except msgspec.DecodeError:
-                answered = None
-            request = next(asked, None)
-            if request is None or answered != request.custom_id:
-                raise ConfigError(
-                    f"{self._file} holds other answers than to {requests} (line {count + 1}): name another file"
-                )
-            whole, count = whole + len(text), count + 1
-        self._opened.seek(whole)
-        self._opened.truncate()
-        return count
+        with self._file.open("rb") as opened:
+            for text in opened:
+                if not text.endswith(b"\n"):
+                    break
+                try:
+                    answered = msgspec.json.decode(text, type=_Answered).custom_id
+                except msgspec.DecodeError:
+                    answered = None
+                request = next(asked, None)
+                if request is None or answered != request.custom_id:
+                    raise ConfigError(
+                        f"{self._file} holds other answers than to {requests} (line {count + 1}): name another file"
+                    )
+                whole, count = whole + len(text), count + 1
+        return count, whole
 
     def write(self, answer: dict[str, Any]) -> None:
         """StorageError, and the file ends with the answer before."""
-        try:
-            self._opened.write(msgspec.json.encode(answer) + b"\n")
-            self._opened.flush()
-            os.fsync(self._opened.fileno())
-        except OSError as error:
-            raise StorageError(f"cannot write {self._file}: {error.strerror or error}; free space and go on") from error
+        line = msgspec.json.encode(answer) + b"\n"
+        with storage_errors(f"cannot write {self._file}"):
+            try:
+                written = 0
+                while written < len(line):
+                    written += self._opened.write(line[written:])
+                os.fsync(self._opened.fileno())
+            except BaseException:
+                with suppress(OSError):  # or the next to open it does
+                    self._cut()
+                raise
+        self._end += len(line)
         self.done += 1
+
+    def _cut(self) -> None:
+        """Behind the last whole answer."""
+        self._opened.seek(self._end)
+        self._opened.truncate()
 
     def close(self) -> None:
         self._opened.close()

@@ -97,6 +97,25 @@ def test_it_goes_on_where_it_was_ended(tmp_path: Path) -> None:
     model.engine.close()
 
 
+def test_a_full_disk_ends_it_with_the_answer_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = write(tmp_path / "in.jsonl", [chat(number) for number in range(3)])
+    answers = Answers(tmp_path / "out.jsonl", requests)
+    answers.write({"custom_id": "r0"})
+    before = (tmp_path / "out.jsonl").read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match=r"out.jsonl: No space left on device; free some space"):
+            answers.write({"custom_id": "r1"})
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    answers.write({"custom_id": "r1"})
+    answers.close()
+    assert [each["custom_id"] for each in read(tmp_path / "out.jsonl")] == ["r0", "r1"]
+
+
 def test_no_room_for_a_while(tmp_path: Path) -> None:
     """A queue of one, eight at once: those that find it full ask again."""
     requests = write(tmp_path / "in.jsonl", [chat(number) for number in range(10)])
