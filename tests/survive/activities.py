@@ -256,21 +256,11 @@ def _whole_configuration(box: Box, fixture: Fixture, said: str) -> None:
         except PolicyError as error:
             hold(str(file) in str(error), f"an error that does not name the file: {error}")
         else:
-            hold(found in _policies(box), "half a policy would be obeyed")
+            hold(found in workers.whole_policies(), "half a policy would be obeyed")
     keys = [key.name for key in KeyRing(home(box).keys).keys]
     hold(len(set(keys)) == len(keys), f"a key is there twice: {keys}")
     added = {line.split()[1] for line in said.splitlines() if line.startswith("added")}
     hold(added <= set(keys), f"keys are lost: {sorted(added - set(keys))}")
-
-
-def _policies(box: Box) -> list[object]:
-    scratch = box.root.parent / f"{box.root.name}.toml"
-    found: list[object] = []
-    for version in range(workers.VERSIONS):
-        scratch.write_text(workers.policy(version), encoding="utf-8")
-        found.append(read_policy(scratch))
-    scratch.unlink()
-    return found
 
 
 def _configured(box: Box, said: str) -> object:

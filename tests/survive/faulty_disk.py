@@ -24,7 +24,7 @@ _STATE = struct.Struct("=QQQ")
 """Calls so far, the first that fails, the mode."""
 _ENGINE = ".cache"
 """In the user's folder, where ONNX Runtime writes a number of the device, once; what becomes of it is not ours."""
-LONGEST_S = 120.0
+LONGEST_S = 60.0
 """Of any command here; one that hangs is a failure."""
 
 
@@ -175,7 +175,7 @@ def _wait(process: subprocess.Popen[bytes], kill: Kill | None) -> int:
 
 def _wait_for_children(group: int) -> None:
     """Until nobody of the process group lives."""
-    until = time.monotonic() + LONGEST_S / 4
+    until = time.monotonic() + LONGEST_S / 2
     while time.monotonic() < until:
         try:
             os.killpg(group, 0)

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Bench:
     """Fixture, launcher and boxes in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self.fixture = make_fixture(folder)
         outside = folder / "outside"
         outside.mkdir()
@@ -54,7 +54,7 @@ class Bench:
 
     def _tune_once(self) -> None:
         """The tuning log that is there before."""
-        box = Box(self._folder / "tuned")
+        box = Box(self.folder / "tuned")
         box.make()
         shutil.copytree(self.fixture.synthetic, box.work / "model")
         ended = self.launcher.run(ACTIVITIES["tune"].command, box)
@@ -63,7 +63,7 @@ class Bench:
         shutil.rmtree(box.root)
 
     def box(self, name: str, activity: Activity) -> Box:
-        box = Box(self._folder / name)
+        box = Box(self.folder / name)
         box.make()
         activity.prepare(box, self.fixture)
         return box
@@ -88,6 +88,11 @@ class Reference:
     ended: Ended
     whole: object
     files: set[str]
+    kilobytes: int = 0
+    """That it needs on a disk, where that is known."""
+
+    def needing(self, kilobytes: int) -> Reference:
+        return replace(self, kilobytes=kilobytes)
 
     def hold_resumed(self, launcher: Launcher, box: Box, fixture: Fixture) -> None:
         """The same command, now undisturbed, ends as if nothing had been. Broken."""

@@ -7,12 +7,16 @@ what was said must be there after a kill. Errors are told as the command line te
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+
+import msgspec
 
 from edge_runtime import EdgeLLM, SamplingParams
 from edge_runtime.deferred.answers import Choice, Done, unpack
@@ -20,8 +24,9 @@ from edge_runtime.deferred.deferrals import Deferrals
 from edge_runtime.egress.ledger import Ledger, Sending, Settlement
 from edge_runtime.errors import EdgeError, PolicyError
 from edge_runtime.keys import KeyRing
+from edge_runtime.package import storage_errors
 from edge_runtime.paths import home
-from edge_runtime.policy.rules import Deferred, read_policy
+from edge_runtime.policy.rules import Deferred, Policy
 from edge_runtime.prompts import NOTHING, Messages, TierRequest
 from edge_runtime.routing.dispatcher import Dispatcher
 from tests.tiers.house import GREEDY, QUESTION, FakeLocal
@@ -75,7 +80,16 @@ def _send_all(name: str) -> None:
 
 def deferred() -> None:
     """As a server with a client that asks again for what it was given no id of."""
+    logging.getLogger("edge_glm.deferred").addHandler(_Restarted())
     asyncio.run(_defer())
+
+
+class _Restarted(logging.Handler):
+    """The service is ended when it says that it waits for its disk, and started again later."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"edge-glm: {record.getMessage()}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 async def _defer() -> None:
@@ -131,10 +145,11 @@ def policy(version: int) -> str:
         for number in range(110)
     )
     return (
+        'ends_with = "# end"\n'
         '[[tiers]]\nname = "local"\nkind = "local"\n'
         f'[[tiers]]\nname = "cloud"\nkind = "openai"\nbase_url = "http://127.0.0.1:9/v1"\nmodel = "v{version}"\n'
         f"context = 1000\nmax_output = 100\n{secrets}"
-        f'[[classes]]\nname = "public"\nprivacy = "any"\nmatch.regex = "^public{version}:"\n'
+        f'[[classes]]\nname = "public"\nprivacy = "any"\nmatch.regex = "^public{version}:"\n# end\n'
     )
 
 
@@ -143,7 +158,7 @@ def config() -> None:
     file = Path("policy.toml")
     _edit(file, policy(0))
     local = FakeLocal()
-    wholes = _wholes()
+    wholes = whole_policies()
     try:
         with closing(Dispatcher(file, local, _no_other, home(), offline=True)) as server:
             editor = threading.Thread(target=_reporting, args=(_edit_all, file))
@@ -160,15 +175,9 @@ def config() -> None:
         local.close()
 
 
-def _wholes() -> list[object]:
+def whole_policies() -> list[Policy]:
     """The policies that there are."""
-    found: list[object] = []
-    scratch = Path("whole.toml")
-    for version in range(VERSIONS):
-        scratch.write_text(policy(version), encoding="utf-8")
-        found.append(read_policy(scratch))
-    scratch.unlink()
-    return found
+    return [msgspec.convert(tomllib.loads(policy(version)), Policy) for version in range(VERSIONS)]
 
 
 def _edit_all(file: Path) -> None:
@@ -182,9 +191,10 @@ def _edit_all(file: Path) -> None:
 
 def _edit(file: Path, text: str) -> None:
     data = text.encode()
-    with file.open("wb", buffering=0) as opened:
+    with storage_errors(f"cannot write {file.absolute()}"), file.open("wb") as opened:
         for start in range(0, len(data), _BLOCK):
             opened.write(data[start : start + _BLOCK])
+            opened.flush()
 
 
 def _no_other(tier: object) -> FakeLocal:
