@@ -80,7 +80,7 @@ class Search:
         keep: Callable[[Run], None] = lambda run: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``keep`` gets the run after each lever. ``clock``: seconds."""
+        """``keep`` gets the run after each trial and each lever. ``clock``: seconds."""
         self._run, self._scope = run, scope
         self._measure, self._watch, self._keep, self._clock = measure, watch, keep, clock
         self._began = clock()
@@ -197,6 +197,7 @@ class Search:
         except EdgeError as error:
             failure = str(error)
         self._run.trials.append(Trial(lever, setup, at, self._gone() - at, figures, failure))
+        self._keep(self._run)  # each took seconds, or minutes
         return failure or "nothing was measured" if figures is None else figures
 
     def _gone(self) -> float:
