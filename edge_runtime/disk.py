@@ -8,12 +8,13 @@ import sqlite3
 _FULL = "free some space there, and do it again"
 _READ_ONLY = "the disk is read-only: make it writable, or choose a folder on another one"
 _HELPS = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EROFS: _READ_ONLY}
-_EITHER = "the disk may be full, read-only or broken: see to it, and do it again"
+UNCLEAR = "the disk may be full, read-only or broken: see to it, and do it again"
+"""Where a library does not say."""
 _SQLITE_HELPS = {
     sqlite3.SQLITE_FULL: _FULL,
     sqlite3.SQLITE_READONLY: _READ_ONLY,
-    sqlite3.SQLITE_IOERR: _EITHER,
-    sqlite3.SQLITE_CANTOPEN: _EITHER,
+    sqlite3.SQLITE_IOERR: UNCLEAR,
+    sqlite3.SQLITE_CANTOPEN: UNCLEAR,
 }
 _PRIMARY = 0xFF
 """Of SQLite's extended codes."""

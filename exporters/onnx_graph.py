@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -195,10 +196,9 @@ class OnnxGraph:
 
 
 def _discard(data: IO[bytes], scratch: Path) -> None:
-    try:
+    with suppress(OSError):  # of a full disk; what is still to be written is not wanted
         data.close()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _onnx_type(dtype: Any) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.openvino_import import import_openvino
-from edge_runtime.disk import why
+from edge_runtime.disk import UNCLEAR, why
 from edge_runtime.errors import StorageError, UnsupportedModel
 from exporters.weights import QuantizedTensor
 
@@ -82,7 +82,7 @@ class WeightFile:
             with weights.open("wb") as target:
                 shutil.copyfileobj(self._file, target, 1 << 20)
         except (OSError, RuntimeError) as error:  # OpenVINO's serializer raises the latter
-            trouble = why(error) if isinstance(error, OSError) else str(error)
+            trouble = why(error) if isinstance(error, OSError) else f"{error}; {UNCLEAR}"
             raise StorageError(f"cannot write the OpenVINO model to {folder}: {trouble}") from error
         finally:
             self._file.close()
