@@ -279,7 +279,7 @@ def worker(name: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", "tests.survive.workers", name)
 
 
-_TUNE = edge_glm("tune", "model", "--device", "edge:cpu", "--time-limit", "2", "--prompt-tokens", "8")
+_TUNE = edge_glm("tune", "model", "--device", "edge:cpu", "--time-limit", "1", "--prompt-tokens", "8")
 ACTIVITIES = {
     each.name: each
     for each in (

@@ -27,7 +27,7 @@ from tests.survive.activities import ACTIVITIES, Activity, edge_glm, hold
 from tests.survive.faulty_disk import Box, Ended, Fault, Launcher, Mode
 from tests.survive.kills import Bench, Reference, Result, names, table
 
-MODES = (Mode.FULL, Mode.NO_DATA, Mode.READ_ONLY)
+MODES = (Mode.FULL, Mode.NO_DATA, Mode.READ_ONLY, Mode.GLITCH)
 HELPS = ("free some space", "read-only")
 """What an error must say of what can be done."""
 _ERROR = re.compile(r"^edge-glm: (.*)$", re.MULTILINE)

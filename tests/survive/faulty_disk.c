@@ -26,7 +26,8 @@ enum mode {
     TORN,     /* within it: half of the bytes are written */
     FULL,     /* no data and no new names */
     NO_DATA,  /* new names are made, and stay empty */
-    READ_ONLY /* nothing changes */
+    READ_ONLY, /* nothing changes */
+    GLITCH     /* no room for this one call, and again for all after it */
 };
 /* What needs no room, what needs a name, what needs blocks, what changes nothing. */
 enum kind { CHANGE, CREATE, DATA, SYNC };
@@ -97,6 +98,7 @@ static int event(enum kind kind) {
     case NO_DATA:
         if (kind == DATA) return number == state->at ? HALF : ENOSPC;
         return kind == CREATE && state->mode == FULL ? ENOSPC : 0;
+    case GLITCH: return number == state->at && (kind == DATA || kind == CREATE) ? ENOSPC : 0;
     case READ_ONLY: return kind == SYNC ? 0 : EROFS;
     default: errno = before; return 0;
     }

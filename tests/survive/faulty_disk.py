@@ -37,6 +37,7 @@ class Mode(enum.IntEnum):
     FULL = 3
     NO_DATA = 4
     READ_ONLY = 5
+    GLITCH = 6
 
 
 class Fault(NamedTuple):
