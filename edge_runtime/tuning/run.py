@@ -95,10 +95,11 @@ def tune(
             limit_s,
         )
 
+    keep = _Keeping(log)
     try:
-        Search(run, scope, measure, watch, keep=lambda run: _keep(log, run)).go()
+        Search(run, scope, measure, watch, keep=keep).go()
     finally:
-        _keep(log, run)
+        keep(run)
     _tell_auto(here, run)
     if limit_s >= TIMED_FROM_S:
         _time_requests(here, job, run)
@@ -123,11 +124,20 @@ def _figures(job: Job, limit_s: float) -> Figures:
     return Figures(seconds, result.prefill_tps, result.decode_tps, result.nll, result.peak_rss_bytes)
 
 
-def _keep(log: TuningLog, run: Run) -> None:
-    try:
-        log.keep(run)
-    except EdgeError as error:  # the search itself is worth more
-        _log.warning("what was tried is not kept: %s", error)
+class _Keeping:
+    """Keeps runs if it can: the search itself is worth more. Why it cannot is said once."""
+
+    def __init__(self, log: TuningLog) -> None:
+        self._tuning_log = log
+        self._said = ""
+
+    def __call__(self, run: Run) -> None:
+        try:
+            self._tuning_log.keep(run)
+        except EdgeError as error:
+            if str(error) != self._said:
+                self._said = str(error)
+                _log.warning("what was tried is not kept: %s", error)
 
 
 def _tell_auto(here: Home, run: Run) -> None:
