@@ -29,3 +29,10 @@ def why(error: OSError | sqlite3.Error) -> str:
         helps = _HELPS.get(error.errno or 0)
         words = error.strerror or str(error)
     return words if helps is None else f"{words}; {helps}"
+
+
+def of_the_disk(error: OSError | sqlite3.Error) -> bool:
+    """Whether it may be over once somebody has seen to the disk; else the file itself is wrong."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", 0) & _PRIMARY in _SQLITE_HELPS
+    return error.errno in _HELPS

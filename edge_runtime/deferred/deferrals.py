@@ -39,7 +39,7 @@ class Deferrals:
         self, path: Path, loop: asyncio.AbstractEventLoop, answer: Answer, bounds: Callable[[], Deferred]
     ) -> None:
         """StorageError."""
-        self._queue = Queue(path)
+        self._queue = Queue(path, patient=True)
         self._bounds = bounds
         self._loop = loop
         self._worker: Worker | None = None

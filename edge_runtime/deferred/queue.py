@@ -7,20 +7,17 @@ puts them back. A request keeps its id, which every attempt sends as its idempot
 from __future__ import annotations
 
 import sqlite3
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from edge_runtime.deferred.uptime import boot_id, uptime
-from edge_runtime.disk import why
 from edge_runtime.errors import QueueFull, StorageError
-from edge_runtime.paths import DURABLE, private_file
 from edge_runtime.policy.rules import Deferred
+from edge_runtime.sqlite_file import SqliteFile
 
 State = Literal["queued", "running", "done", "failed"]
 PREFIX = "chatcmpl-deferred-"
@@ -73,25 +70,23 @@ class Queue:
         clock: Callable[[], float] = time.time,
         uptime: Callable[[], float] = uptime,
         boot: str | None = None,
+        patient: bool = False,
     ) -> None:
-        """``boot``: what tells one run of the machine from another; None: as the system tells it."""
-        self._path = path
+        """``boot``: what tells one run of the machine from another; None: as the system tells it. ``patient``: a disk
+        that is full or read-only now is tried again at each use."""
         self._clock = clock
         self._uptime = uptime
         self._boot = boot_id() if boot is None else boot
-        self._lock = threading.Lock()
-        with self._translated():
-            private_file(path)
-            self._connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-            self._connection.executescript(DURABLE + _SCHEMA)
+        self._file = SqliteFile(path, _SCHEMA, lambda what: StorageError(f"the queue {what}"))
+        self._file.open(patient)
 
     def add(self, body: bytes, bounds: Deferred) -> str:
         """Keep a request; returns its id once it is on the disk. QueueFull."""
         name = PREFIX + uuid.uuid4().hex
-        with self._transaction():
-            now = self._now()
-            self._forget(now, bounds)
-            waiting, size = self._connection.execute(
+        with self._file.writing() as connection:
+            now = self._now(connection)
+            self._forget(connection, now, bounds)
+            waiting, size = connection.execute(
                 "SELECT COUNT(*) FILTER (WHERE state IN ('queued', 'running')), "
                 "COALESCE(SUM(LENGTH(body) + COALESCE(LENGTH(result), 0)), 0) FROM requests"
             ).fetchone()
@@ -103,7 +98,7 @@ class Queue:
                     f"of {bounds.max_bytes}: fetch and delete answers, or try again later",
                     60,
                 )
-            self._connection.execute(
+            connection.execute(
                 "INSERT INTO requests (id, created, state, due, body) VALUES (?, ?, 'queued', ?, ?)",
                 (name, now, now, body),
             )
@@ -111,109 +106,87 @@ class Queue:
 
     def put_back(self) -> None:
         """What is ``running`` is not: whoever ran it is gone."""
-        with self._transaction():
-            self._connection.execute(
-                "UPDATE requests SET state = 'queued', due = ? WHERE state = 'running'", (self._now(),)
+        with self._file.writing() as connection:
+            connection.execute(
+                "UPDATE requests SET state = 'queued', due = ? WHERE state = 'running'", (self._now(connection),)
             )
 
     def take(self, bounds: Deferred) -> Entry | None:
         """The oldest that is due, ``running`` from now on; None: nothing is."""
-        with self._transaction():
-            now = self._now()
-            self._forget(now, bounds)
-            found = self._connection.execute(
+        with self._file.writing() as connection:
+            now = self._now(connection)
+            self._forget(connection, now, bounds)
+            found = connection.execute(
                 _SELECT + "WHERE state = 'queued' AND due <= ? ORDER BY created LIMIT 1", (now,)
             ).fetchone()
             if found is None:
                 return None
-            self._connection.execute(
+            connection.execute(
                 "UPDATE requests SET state = 'running', attempts = attempts + 1 WHERE id = ?", (found[0],)
             )
             return Entry(*found)
 
     def wait(self, name: str, why: str, seconds: float) -> None:
         """Not now: try again after so long."""
-        with self._transaction():
-            self._connection.execute(
+        with self._file.writing() as connection:
+            connection.execute(
                 "UPDATE requests SET state = 'queued', due = ?, waits_for = ? WHERE id = ?",
-                (self._now() + seconds, why, name),
+                (self._now(connection) + seconds, why, name),
             )
 
     def finish(self, name: str, state: State, result: bytes) -> None:
         """``done`` or ``failed``; nothing happens if it was removed meanwhile."""
-        with self._transaction():
-            self._connection.execute(
+        with self._file.writing() as connection:
+            connection.execute(
                 "UPDATE requests SET state = ?, result = ?, waits_for = NULL WHERE id = ?", (state, result, name)
             )
 
     def get(self, name: str) -> Entry | None:
-        with self._lock, self._translated():
-            found = self._connection.execute(_SELECT + "WHERE id = ?", (name,)).fetchone()
+        with self._file.reading() as connection:
+            found = connection.execute(_SELECT + "WHERE id = ?", (name,)).fetchone()
         return None if found is None else Entry(*found)
 
     def entries(self) -> list[Entry]:
         """Oldest first."""
-        with self._lock, self._translated():
-            found = self._connection.execute(_SELECT + "ORDER BY created").fetchall()
+        with self._file.reading() as connection:
+            found = connection.execute(_SELECT + "ORDER BY created").fetchall()
         return [Entry(*row) for row in found]
 
     def remove(self, name: str) -> bool:
         """Whether it was there."""
-        with self._transaction():
-            return self._connection.execute("DELETE FROM requests WHERE id = ?", (name,)).rowcount > 0
+        with self._file.writing() as connection:
+            return connection.execute("DELETE FROM requests WHERE id = ?", (name,)).rowcount > 0
 
     def close(self) -> None:
-        with self._lock:
-            self._connection.close()
+        self._file.close()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _now(self) -> float:
+    def _now(self, connection: sqlite3.Connection) -> float:
         """By the clock, after whose jumps all that is in the file is set. In a transaction."""
         now = self._clock()
         offset = now - self._uptime()
-        known = self._connection.execute("SELECT boot, offset FROM clock").fetchone()
+        known = connection.execute("SELECT boot, offset FROM clock").fetchone()
         if known is not None and known[0] == self._boot:
             jump = offset - known[1]
         else:
-            newest = self._connection.execute("SELECT MAX(created) FROM requests").fetchone()[0]
+            newest = connection.execute("SELECT MAX(created) FROM requests").fetchone()[0]
             jump = 0.0 if newest is None else min(now - newest, 0.0)
             known = None
         if abs(jump) >= JUMP_S:
-            self._connection.execute("UPDATE requests SET created = created + ?, due = due + ?", (jump, jump))
+            connection.execute("UPDATE requests SET created = created + ?, due = due + ?", (jump, jump))
         if known is None or abs(jump) >= JUMP_S:
-            self._connection.execute("INSERT OR REPLACE INTO clock VALUES (1, ?, ?)", (self._boot, offset))
+            connection.execute("INSERT OR REPLACE INTO clock VALUES (1, ?, ?)", (self._boot, offset))
         return now
 
-    def _forget(self, now: float, bounds: Deferred) -> None:
+    def _forget(self, connection: sqlite3.Connection, now: float, bounds: Deferred) -> None:
         """What is too old: answers go, what waits fails and can be asked about as long again."""
         age = bounds.max_age_hours * 3600
-        self._connection.execute(
-            "DELETE FROM requests WHERE created < ? AND state IN ('done', 'failed')", (now - 2 * age,)
-        )
-        self._connection.execute(
+        connection.execute("DELETE FROM requests WHERE created < ? AND state IN ('done', 'failed')", (now - 2 * age,))
+        connection.execute(
             "UPDATE requests SET state = 'failed', result = ? WHERE state = 'queued' AND created < ?",
             (TOO_OLD, now - age),
         )
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._lock, self._translated():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:  # a full disk has ended it already
-                    self._connection.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(f"the queue {self._path} cannot be used: {why(error)}") from error
 
 
 TOO_OLD = b'{"error":"it could not be answered before it was too old","status":504}'

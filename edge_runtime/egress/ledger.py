@@ -15,18 +15,15 @@ import hashlib
 import json
 import math
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from edge_runtime.disk import why
 from edge_runtime.errors import LedgerError
-from edge_runtime.paths import DURABLE, private_file
+from edge_runtime.sqlite_file import SqliteFile
 
 BILLION = 10**9
 Period = Literal["day", "month"]
@@ -116,26 +113,27 @@ class Ledger:
     ``clock``: Unix seconds. Where it jumps back, rows keep the time of the row before: no day is spent twice.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time, patient: bool = False) -> None:
+        """``patient``: a disk that is full or read-only now is tried again at each use."""
         self._path = path
         self._clock = clock
-        self._lock = threading.Lock()
-        with _translated(path):
-            private_file(path)
-            self._connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-            self._connection.executescript(DURABLE + _SCHEMA)
+        self._file = SqliteFile(path, _SCHEMA, lambda what: LedgerError(f"the ledger {what}"))
+        self.problem = self._file.open(patient)
+        """Of the disk when it was opened."""
 
     def send(self, sending: Sending, caps: Sequence[Cap] = ()) -> int:
         """Write that it is about to leave; returns the row's number. OverCap: it may not."""
-        with self._transaction() as last:
+        with self._file.writing() as connection:
+            last = _last(connection)
             now = max(self._clock(), last["time"])
             for cap in caps:
-                spent = self._spent(cap, now)
+                spent = _spent(connection, cap, now)
                 if spent + sending.most > cap.limit:
                     raise OverCap(
                         f"{cap} leaves {money(max(cap.limit - spent, 0))}, and this may cost {money(sending.most)}"
                     )
-            return self._append(
+            return _append(
+                connection,
                 last,
                 time=now,
                 event="sent",
@@ -151,15 +149,17 @@ class Ledger:
 
     def settle(self, seq: int, settlement: Settlement) -> None:
         """Write what became of row ``seq``, once."""
-        with self._transaction() as last:
-            sent = self._connection.execute(
+        with self._file.writing() as connection:
+            last = _last(connection)
+            sent = connection.execute(
                 "SELECT request, attempt, tier, class, sha256, cost FROM entries WHERE seq = ? AND event = 'sent'",
                 (seq,),
             ).fetchone()
             if sent is None:
                 raise LedgerError(f"{self._path}: there is no sending {seq} to settle")
             request, attempt, tier, task_class, sha256, most = sent
-            self._append(
+            _append(
+                connection,
                 last,
                 time=max(self._clock(), last["time"]),
                 event="settled",
@@ -178,15 +178,15 @@ class Ledger:
 
     def spent(self, cap: Cap) -> int:
         """Billionths of ``cap`` that are spent, or may be by what is under way."""
-        with self._lock, _translated(self._path):
-            last = self._last()
-            return self._spent(cap, max(self._clock(), last["time"]))
+        with self._file.reading() as connection:
+            last = _last(connection)
+            return _spent(connection, cap, max(self._clock(), last["time"]))
 
     def rows(self, newest: int | None = None) -> Iterator[dict[str, Any]]:
         """In order, ``content`` as bytes or None; only the ``newest`` ones."""
         wanted = "SELECT * FROM (SELECT * FROM entries ORDER BY seq DESC LIMIT ?) ORDER BY seq"
-        with self._lock, _translated(self._path):
-            found = self._connection.execute(wanted, (-1 if newest is None else newest,)).fetchall()
+        with self._file.reading() as connection:
+            found = connection.execute(wanted, (-1 if newest is None else newest,)).fetchall()
         yield from (dict(zip(_COLUMNS, row, strict=True)) for row in found)
 
     def verify(self, head: str | None = None) -> list[str]:
@@ -214,50 +214,11 @@ class Ledger:
     @property
     def head(self) -> str:
         """The last row's hash."""
-        with self._lock, _translated(self._path):
-            return str(self._last()["hash"])
+        with self._file.reading() as connection:
+            return str(_last(connection)["hash"])
 
     def close(self) -> None:
-        with self._lock:
-            self._connection.close()
-
-    # --- inside a transaction -----------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _transaction(self) -> Iterator[dict[str, Any]]:
-        """Alone among processes; gives the last row."""
-        with self._lock, _translated(self._path):
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._last()
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:  # a full disk has ended it already
-                    self._connection.execute("ROLLBACK")
-                raise
-
-    def _last(self) -> dict[str, Any]:
-        found = self._connection.execute("SELECT seq, time, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
-        seq, when, digest = found or (0, 0.0, FIRST)
-        return {"seq": seq, "time": when, "hash": digest}
-
-    def _append(self, last: dict[str, Any], *, time: float, task_class: str, **values: Any) -> int:
-        row = dict.fromkeys(_COLUMNS) | {"bytes_out": 0, "bytes_in": 0, "outcome": ""} | values
-        row |= {"seq": last["seq"] + 1, "time": time, "class": task_class, "previous": last["hash"]}
-        row["hash"] = _hash(row)
-        self._connection.execute(_INSERT, [row[name] for name in _COLUMNS])
-        return int(last["seq"]) + 1
-
-    def _spent(self, cap: Cap, now: float) -> int:
-        wanted = (
-            "SELECT SUM(COALESCE(after.cost, sent.cost)) FROM entries sent LEFT JOIN entries after "
-            "ON after.settles = sent.seq WHERE sent.event = 'sent' AND sent.time >= ?"
-        )
-        values: list[Any] = [_start(cap.period, now)]
-        if cap.task_class is not None:
-            wanted += " AND sent.class = ?"
-            values.append(cap.task_class)
-        return int(self._connection.execute(wanted, values).fetchone()[0] or 0)
+        self._file.close()
 
 
 def most_of(price_input: float, price_output: float, prompt_tokens: int, completion_tokens: int) -> int:
@@ -276,13 +237,33 @@ def _start(period: Period, now: float) -> float:
     return (midnight if period == "day" else midnight.replace(day=1)).timestamp()
 
 
+def _last(connection: sqlite3.Connection) -> dict[str, Any]:
+    found = connection.execute("SELECT seq, time, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
+    seq, when, digest = found or (0, 0.0, FIRST)
+    return {"seq": seq, "time": when, "hash": digest}
+
+
+def _append(
+    connection: sqlite3.Connection, last: dict[str, Any], *, time: float, task_class: str, **values: Any
+) -> int:
+    row = dict.fromkeys(_COLUMNS) | {"bytes_out": 0, "bytes_in": 0, "outcome": ""} | values
+    row |= {"seq": last["seq"] + 1, "time": time, "class": task_class, "previous": last["hash"]}
+    row["hash"] = _hash(row)
+    connection.execute(_INSERT, [row[name] for name in _COLUMNS])
+    return int(last["seq"]) + 1
+
+
+def _spent(connection: sqlite3.Connection, cap: Cap, now: float) -> int:
+    wanted = (
+        "SELECT SUM(COALESCE(after.cost, sent.cost)) FROM entries sent LEFT JOIN entries after "
+        "ON after.settles = sent.seq WHERE sent.event = 'sent' AND sent.time >= ?"
+    )
+    values: list[Any] = [_start(cap.period, now)]
+    if cap.task_class is not None:
+        wanted += " AND sent.class = ?"
+        values.append(cap.task_class)
+    return int(connection.execute(wanted, values).fetchone()[0] or 0)
+
+
 def _hash(row: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([row[name] for name in _HASHED], ensure_ascii=True).encode()).hexdigest()
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        raise LedgerError(f"the ledger {path} cannot be used: {why(error)}") from error

@@ -66,7 +66,8 @@ class Dispatcher:
     """The policy in the file ``path``, over the ``model`` that was opened. Methods may be called from any thread.
 
     The file is looked at before every request; a version that cannot be used is logged, and the one before stays in
-    force. PolicyError if the first cannot be used; LedgerError.
+    force. PolicyError if the first cannot be used; LedgerError if the ledger is none. On a disk that is full or
+    read-only local tiers answer, and nothing leaves the device.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class Dispatcher:
         self._problem: str | None = None
         self._reach = Reach(offline)
         self._speeds = Speeds()
-        self._ledger = Ledger(home.ledger)
+        self._ledger = Ledger(home.ledger, patient=True)
+        if self._ledger.problem is not None:  # what is answered here needs none
+            _log.error("nothing leaves this device: %s", self._ledger.problem)
         self._network = NetworkThread()
         self._retired: list[Regime] = []
         self._deferrals: Deferrals | None = None

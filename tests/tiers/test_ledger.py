@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import sqlite3
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime import sqlite_file
 from edge_runtime.egress.ledger import BILLION, Cap, Ledger, OverCap, Sending, Settlement, money, most_of
 from edge_runtime.errors import LedgerError
 from tests.tiers.house import LOCAL, cloud, house, task
@@ -144,14 +146,42 @@ def test_caps_by_class_day_and_month(path: Path) -> None:
 
 def test_a_full_disk_is_said_and_nothing_is_half(ledger: Ledger) -> None:
     ledger.send(Sending("a", 1, "cloud", "all", b"{}", 1))
-    ledger._connection.execute("PRAGMA max_page_count = 1")  # as many as there are
+    with ledger._file.reading() as connection:
+        connection.execute("PRAGMA max_page_count = 1")  # as many as there are
     big = Sending("b", 1, "cloud", "all", bytes(1 << 20), 1, keep_content=True)
     with pytest.raises(LedgerError, match=r"disk is full; free some space"):
         ledger.send(big)
-    ledger._connection.execute("PRAGMA max_page_count = 100000")
+    with ledger._file.reading() as connection:
+        connection.execute("PRAGMA max_page_count = 100000")
     assert [row["request"] for row in ledger.rows()] == ["a"]
     assert ledger.send(big) == 2
     assert ledger.verify() == []
+
+
+def test_on_a_read_only_disk_what_is_here_answers_and_nothing_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_only(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with upstream(answers("from afar")) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(sqlite_file, "private_file", read_only)
+            away = house(tmp_path, cloud(server.url) + LOCAL + task(prefer="remote"))
+            here = away.__enter__()
+            answer = here.ask()
+            assert answer.tiers == ["local"]
+            assert "Read-only file system" in answer.route.reason
+            assert not server.asked
+        assert caplog.text.count("nothing leaves this device") == 1
+        assert here.ask().tiers == ["cloud"]  # somebody has seen to the disk
+        away.__exit__(None, None, None)
+
+
+def test_what_is_no_ledger_is_an_error_at_once(tmp_path: Path) -> None:
+    (tmp_path / "ledger.sqlite").write_bytes(b"no database at all" * 100)
+    with pytest.raises(LedgerError, match="cannot be used"), house(tmp_path, LOCAL):
+        pass
 
 
 def test_a_clock_that_jumps_back_gives_no_second_day(path: Path) -> None:
