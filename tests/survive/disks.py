@@ -23,8 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.survive.activities import ACTIVITIES, Activity, edge_glm, hold
-from tests.survive.faulty_disk import Box, Ended, Fault, Launcher, Mode
+from tests.survive import workers
+from tests.survive.activities import ACTIVITIES, Activity, Fixture, edge_glm, hold
+from tests.survive.faulty_disk import Box, Ended, Fault, Mode
 from tests.survive.kills import Bench, Reference, Result, names, table
 
 MODES = (Mode.FULL, Mode.NO_DATA, Mode.READ_ONLY, Mode.GLITCH)
@@ -151,28 +152,45 @@ def room_needed(bench: Bench, reference: Reference) -> Reference:
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-_READING = Activity(
-    "answer",
-    edge_glm("run", "model", "Hello", "--max-tokens", "8", "--temperature", "0", "--device", "edge:cpu"),
-    ACTIVITIES["prefixes"].prepare,
-    lambda box, fixture, said: None,
-    lambda box, said: said,
+
+def _with_policy(box: Box, fixture: Fixture) -> None:
+    ACTIVITIES["prefixes"].prepare(box, fixture)
+    (box.work / "policy.toml").write_text('[[tiers]]\nname = "local"\nkind = "local"\n', encoding="utf-8")
+
+
+_LONG = workers.PROMPTS[0]
+"""Its prefix would be kept."""
+_READING = tuple(
+    Activity(
+        "answer",
+        edge_glm("run", "model", _LONG, "--max-tokens", "8", "--temperature", "0", "--device", "edge:cpu", *more),
+        _with_policy,
+        lambda box, fixture, said: None,
+        lambda box, said: said,
+    )
+    for more in ((), ("--policy", "policy.toml"))
 )
 
 
-def answers(launcher: Launcher, bench: Bench) -> Result:
-    """On a disk that is read-only from the first call on, as on one that is not."""
-    reference = bench.reference(_READING)
-    result = Result("answer", reference.ended.calls, reference.ended.seconds)
-    for number, mode in enumerate(MODES):
-        box = bench.box(f"answer-{number}", _READING)
-        ended = launcher.run(_READING.command, box, Fault(mode, 1))
-        result.points += 1
-        try:
-            hold(ended.code == 0, f"no answer: {ended.stderr}")
-            hold(ended.stdout == reference.ended.stdout, f"another answer: {ended.stdout}")
-        except AssertionError as error:
-            result.failures.append(f"{mode.name}: {error}")
+def answers(bench: Bench) -> Result:
+    """By itself, and by a policy: on a disk that does nothing from the first call on as on one that does."""
+    result = Result("answer", 0, 0)
+    for activity in _READING:
+        reference = bench.reference(activity)
+        result.calls, result.seconds = reference.ended.calls, reference.ended.seconds
+        for mode in MODES:
+            box = bench.box(f"answer-{result.points}", activity)
+            ended = bench.launcher.run(activity.command, box, Fault(mode, 1))
+            result.points += 1
+            lines = ended.stderr.splitlines()
+            try:
+                hold(ended.code == 0, f"no answer: {ended.stderr}")
+                hold(ended.stdout == reference.ended.stdout, f"another answer: {ended.stdout}")
+                hold(len(set(lines)) == len(lines), f"something is said twice: {ended.stderr}")
+                hold(mode is not Mode.READ_ONLY or "ead-only" in ended.stderr, "it is not said that nothing is kept")
+            except AssertionError as error:
+                result.failures.append(f"{mode.name}: {error}")
+                print(f"answer: {result.failures[-1]}", file=sys.stderr)
     return result
 
 
@@ -211,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = [
             run_activity(bench, name, arguments.points, arguments.seed, arguments.jobs, mount) for name in chosen
         ]
-        results.append(answers(bench.launcher, bench))
+        results.append(answers(bench))
     if arguments.json:
         print(json.dumps({"seed": arguments.seed, "mounted": mount, "activities": [vars(each) for each in results]}))
     else:

@@ -40,7 +40,7 @@ def test_it_goes_on_after_a_kill_and_after_a_full_disk(bench: Bench, name: str) 
 
 
 def test_a_model_that_is_only_read_answers_on_any_disk(bench: Bench) -> None:
-    assert disks.answers(bench.launcher, bench).failures == []
+    assert disks.answers(bench).failures == []
 
 
 def test_what_is_not_whole_is_noticed(bench: Bench) -> None:
