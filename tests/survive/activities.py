@@ -130,6 +130,9 @@ def _no_trial_lost(box: Box, fixture: Fixture, said: str) -> None:
     for run in found:
         times = [trial.at_s for trial in run.trials]
         hold(times == sorted(set(times)), "a trial is there twice, or out of order")
+    trials = {run.started: len(run.trials) for run in found}
+    for _, started, count in (line.split() for line in said.splitlines() if line.startswith("kept")):
+        hold(trials.get(started, 0) >= int(count), f"trials that were kept are lost: of {started}, {count}")
 
 
 def _runs(box: Box) -> list[Any]:
@@ -137,7 +140,7 @@ def _runs(box: Box) -> list[Any]:
 
 
 def _tuned(box: Box, said: str) -> object:
-    return runs(home(box).tuning)[-1].trials != []
+    return said.splitlines()[-1:]
 
 
 # --- prefixes ---------------------------------------------------------------------------------------------------------
@@ -279,7 +282,6 @@ def worker(name: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", "tests.survive.workers", name)
 
 
-_TUNE = edge_glm("tune", "model", "--device", "edge:cpu", "--time-limit", "1", "--prompt-tokens", "8")
 ACTIVITIES = {
     each.name: each
     for each in (
@@ -291,7 +293,7 @@ ACTIVITIES = {
             _model_as_before_or_more,
             _exported,
         ),
-        Activity("tune", (*_TUNE, "--new-tokens", "8"), _tuned_before, _no_trial_lost, _tuned, _runs, False),
+        Activity("tune", worker("tune"), _tuned_before, _no_trial_lost, _tuned, _runs, False),
         Activity("prefixes", worker("prefixes"), _synthetic, _whole_prefixes, _prefixes, needs_disk=False),
         Activity("ledger", worker("ledger"), _nothing, _sound_chain, _spent, _rows),
         Activity("deferred", worker("deferred"), _nothing, _every_request_once, _all_answered),

@@ -15,10 +15,12 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 
 from edge_runtime import EdgeLLM, SamplingParams
+from edge_runtime.bench.job import Job
 from edge_runtime.deferred.answers import Choice, Done, unpack
 from edge_runtime.deferred.deferrals import Deferrals
 from edge_runtime.egress.ledger import Ledger, Sending, Settlement
@@ -29,6 +31,10 @@ from edge_runtime.paths import home
 from edge_runtime.policy.rules import Deferred, Policy
 from edge_runtime.prompts import NOTHING, Messages, TierRequest
 from edge_runtime.routing.dispatcher import Dispatcher
+from edge_runtime.tuning import run as tuning
+from edge_runtime.tuning import search
+from edge_runtime.tuning.log import TuningLog
+from edge_runtime.tuning.records import Run
 from tests.tiers.house import GREEDY, QUESTION, FakeLocal
 
 SENDINGS = 10
@@ -44,6 +50,24 @@ _BLOCK = 4096
 
 def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())
+
+
+# --- tuning -----------------------------------------------------------------------------------------------------------
+
+
+def tune() -> None:
+    """One round of one lever, whatever the machine does beside: so it is short, and no clock decides."""
+    job = Job(ref="model", device="edge:cpu", prompt_tokens=8, new_tokens=8)
+    short = mock.patch.multiple(search, _ROUNDS=1, levers=lambda scope: ("threads",))
+    with short, mock.patch.object(tuning, "TuningLog", _SayingLog):
+        found = tuning.tune(job, limit_s=600)
+    say(f"ended with {len(found.trials)}")
+
+
+class _SayingLog(TuningLog):
+    def keep(self, run: Run) -> None:
+        super().keep(run)
+        say(f"kept {run.started} {len(run.trials)}")
 
 
 # --- the ledger -------------------------------------------------------------------------------------------------------
@@ -203,7 +227,7 @@ def _no_other(tier: object) -> FakeLocal:
 
 # --- all --------------------------------------------------------------------------------------------------------------
 
-WORKERS: dict[str, Callable[[], None]] = {each.__name__: each for each in (ledger, deferred, prefixes, config)}
+WORKERS: dict[str, Callable[[], None]] = {each.__name__: each for each in (tune, ledger, deferred, prefixes, config)}
 
 
 @contextmanager
