@@ -23,6 +23,7 @@ from edge_runtime.exporting import (
     variant_name,
     write_baseline,
 )
+from edge_runtime.leftovers import remove_leftovers
 from edge_runtime.locks import file_lock
 from edge_runtime.package import Package, Variant, Weights, is_package, storage_errors
 from edge_runtime.package_writer import write_package
@@ -83,6 +84,7 @@ class Store:
         path are never changed: ModelNotFound if such a one lacks the variant.
         """
         parsed = parse_reference(reference)
+        remove_leftovers(self.home.models)
         present = self._present(parsed)
         if present is not None:
             if present.manifest.encoder is not None and engine not in ENCODER_ENGINES:
@@ -137,6 +139,7 @@ class Store:
             doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
             folder.rename(doomed / "model")
             shutil.rmtree(doomed)
+        remove_leftovers(folder.parent)
         with suppress(OSError):  # only a cache
             self.stamp(folder).unlink(missing_ok=True)
         shutil.rmtree(self.prefixes(folder), ignore_errors=True)
@@ -182,7 +185,6 @@ class Store:
             file_lock(folder.parent / f".{folder.name}.pull.lock"),
             storage_errors(f"cannot store {reference} in {folder}"),
         ):
-            _remove_stale(folder)
             present = Package.open(folder) if is_package(folder) else None
             if present is not None and pick_variant(present, engine, weights) is not None:
                 return present  # another process was faster
@@ -246,9 +248,3 @@ def _key(folder: Path) -> str:
 def _lock(folder: Path) -> Path:
     """The lock under which :func:`write_package` works."""
     return folder.parent / f".{folder.name}.lock"
-
-
-def _remove_stale(folder: Path) -> None:
-    """What killed processes left; the pull lock is held."""
-    for path in folder.parent.glob(f".{folder.name}.fetch-*"):
-        shutil.rmtree(path, ignore_errors=True)

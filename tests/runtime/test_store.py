@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from edge_runtime.errors import CorruptModel, FetchError, ModelNotFound, StorageError, UnknownReference
+from edge_runtime.locks import file_lock
 from edge_runtime.package import MANIFEST
 from edge_runtime.paths import Home
 from edge_runtime.store import Store, export_package
@@ -99,6 +100,21 @@ def test_leftovers_of_a_killed_pull_go(store: Store) -> None:
     assert [model.name for model in store.list()] == ["synthetic:tiny"]
     store.ensure("synthetic:tiny", "openvino")
     assert visible(store) == [package.folder.name]
+
+
+def test_leftovers_go_whatever_is_done_next_unless_somebody_works_there(store: Store) -> None:
+    """Of a pull that had put its model in place already, and of a model that is gone."""
+    package, _ = store.ensure("synthetic:tiny", "onnxruntime")
+    models = store.home.models
+    dead = [f".{package.folder.name}.fetch-dead", ".gone.partial-dead", ".gone.1.2.fetch-dead"]
+    for name in (*dead, ".alive.fetch-busy"):
+        (models / name / "model").mkdir(parents=True)
+    (models / f".{package.folder.name}.pull.lock").touch()
+    with file_lock(models / ".alive.pull.lock"):
+        store.ensure("synthetic:tiny", "onnxruntime")
+        assert visible(store) == [".alive.fetch-busy", ".alive.pull.lock", package.folder.name]
+    store.remove("synthetic:tiny")
+    assert visible(store) == []
 
 
 def test_two_processes_pull_at_once(store: Store, index: Path, tmp_path: Path) -> None:
