@@ -44,7 +44,8 @@ def hold(condition: object, what: str) -> None:
 
 @dataclass(frozen=True)
 class Fixture:
-    """Made once: ``source`` a safetensors folder, ``model`` a package of it, ``tuned`` a tuning log."""
+    """Made once: ``source`` a safetensors folder, ``package`` a package of it with one variant, ``synthetic`` a package
+    that answers, ``tuned`` the tuning log of an earlier run."""
 
     source: Path
     synthetic: Path

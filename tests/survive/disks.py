@@ -1,4 +1,4 @@
-"""Full and read-only disks: ``python -m tests.survive.disks [--points 30] [--only pull,ledger] [--seed 0] [--json]``.
+"""Full and read-only disks: ``python -m tests.survive.disks [--points 12] [--only pull,ledger] [--seed 0] [--json]``.
 
 As :mod:`tests.survive.kills`, but from a call on there is no room, or nothing can be changed; and on real disks of a
 few hundred kilobytes, where this user may mount some. A command then ends with one line that names a path and says what
@@ -216,7 +216,7 @@ def run_activity(bench: Bench, name: str, count: int, seed: int, jobs: int, moun
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.survive.disks", description=__doc__)
-    parser.add_argument("--points", type=int, default=30, help="of each activity (30)")
+    parser.add_argument("--points", type=int, default=12, help="of each activity (12), beside six real disks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="NAMES", help=f"of {','.join(ACTIVITIES)}")
     parser.add_argument("--jobs", type=int, default=2, help="points at once (2)")

@@ -157,6 +157,10 @@ def run_activity(bench: Bench, name: str, count: int, seed: int, jobs: int) -> R
     return result
 
 
+def shares(points: int, parts: int) -> list[int]:
+    return [points // parts + (index < points % parts) for index in range(parts)]
+
+
 def table(results: Sequence[Result]) -> str:
     head = f"{'activity':10}{'calls':>7}{'seconds':>9}{'points':>8}{'killed':>8}{'failures':>10}"
     lines = [
@@ -176,7 +180,7 @@ def names(given: str | None) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.survive.kills", description=__doc__)
-    parser.add_argument("--points", type=int, default=200, help="of each activity (200)")
+    parser.add_argument("--points", type=int, default=200, help="shared by the activities (200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="NAMES", help=f"of {','.join(ACTIVITIES)}")
     parser.add_argument("--jobs", type=int, default=2, help="points at once (2)")
@@ -186,7 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="edge-glm-kills-") as folder:
         bench = Bench(Path(folder))
-        results = [run_activity(bench, name, arguments.points, arguments.seed, arguments.jobs) for name in chosen]
+        results = [
+            run_activity(bench, name, count, arguments.seed, arguments.jobs)
+            for name, count in zip(chosen, shares(arguments.points, len(chosen)), strict=True)
+        ]
     if arguments.json:
         plain: list[dict[str, Any]] = [vars(each) for each in results]
         print(json.dumps({"seed": arguments.seed, "activities": plain}, indent=2))
