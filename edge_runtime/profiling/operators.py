@@ -8,11 +8,9 @@ needed of it.
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +22,7 @@ from devices.registry import open_decoder
 from edge_runtime.bench.workload import random_tokens
 from edge_runtime.errors import EngineError
 from edge_runtime.profiling.result import Limits, OperatorGroup, Phase
+from edge_runtime.scratch import scratch_folder
 
 MOST_STEPS = 32
 """Decode steps whose operators are counted."""
@@ -55,8 +54,8 @@ class Shape(NamedTuple):
 def count(spec: DecoderSpec, device: str, options: DecoderOptions, shape: Shape) -> list[Counted]:
     """Prefill, a prompt after the other in chunks, and decode, all sequences in one step. EngineError, with the reason,
     where this device has no counters or they cannot be read."""
-    with tempfile.TemporaryDirectory(prefix="edge-glm-") as folder:
-        decoder = open_decoder(spec, device, replace(options, profile=Path(folder)))
+    with scratch_folder("edge-glm-profile-") as folder:
+        decoder = open_decoder(spec, device, replace(options, profile=folder))
         try:
             if not isinstance(decoder, Profiled) or decoder.counters is None:
                 raise EngineError(f"{device} has no counters that can be read; its engine's own tools may have more")
