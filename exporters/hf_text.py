@@ -116,7 +116,10 @@ def _leads_with(template: object, token: str) -> bool:
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """``chat_template.jinja`` goes before tokenizer_config.json, as in Transformers."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorruptModel(f"{folder / 'chat_template.jinja'} cannot be read: {error}") from error
     value = settings.get("chat_template")
     if isinstance(value, list):  # several named ones
         named: dict[Any, Any] = {
