@@ -239,7 +239,7 @@ class Package:
         text = self._text(GENERATION)
         try:
             return {} if text is None else msgspec.json.decode(text, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise CorruptModel(f"{self.folder / GENERATION} is not a JSON object: {error}") from error
 
     def _text(self, name: str) -> str | None:
@@ -265,7 +265,7 @@ def decode_manifest(data: bytes, origin: Path) -> Manifest:
                 "update edge-glm or export the model again"
             )
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:  # the last: a recipe that cannot be
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:  # the last: of a recipe
         raise CorruptModel(f"{origin} is not a valid manifest: {error}") from error
     _check_paths(manifest, origin)
     return manifest
@@ -335,5 +335,5 @@ def _read_stamp(stamp: Path | None) -> dict[str, list[int | str]]:
         return {}
     try:
         return msgspec.json.decode(stamp.read_bytes(), type=dict[str, list[int | str]])
-    except (OSError, msgspec.DecodeError):  # no stamp, or a damaged one: hash
+    except (OSError, msgspec.DecodeError, RecursionError):  # no stamp, or a damaged one: hash
         return {}

@@ -190,7 +190,7 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptModel(f"{path} is not valid JSON ({error}); pull or export the model again") from error
     if not isinstance(value, dict):
         raise CorruptModel(f"{path} must hold an object, not {type(value).__name__}; pull or export the model again")

@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CorruptModel if it is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptModel(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise CorruptModel(f"{path} must hold a JSON object, not {type(value).__name__}")

@@ -266,7 +266,7 @@ def read_policy(path: Path) -> Policy:
     """PolicyError: not readable, not TOML, or a key or value that there is not; says where."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also for a number of thousands of digits
         raise PolicyError(f"cannot read the policy {path}: {error}") from error
     try:
         return msgspec.convert(data, Policy)

@@ -50,7 +50,7 @@ class EventParser:
             return
         try:
             event = msgspec.json.decode(data)
-        except (msgspec.DecodeError, UnicodeError) as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise Nonsense(f"an event is not JSON: {data[:80]!r}") from error
         if not isinstance(event, dict):
             raise Nonsense(f"an event is no object: {data[:80]!r}")

@@ -223,7 +223,7 @@ class RemoteTier:
                 break
         try:
             said: Any = msgspec.json.decode(body)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             said = body[:200].decode(errors="replace")
         text = f"{self.name} answers {status}: {self._without_key(message_of(said)) or 'nothing more'}"
         if status in _TRY_AGAIN:

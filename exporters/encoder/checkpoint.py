@@ -177,7 +177,7 @@ def _pooling(folder: Path) -> tuple[Pooling, bool]:
         listed = json.loads(modules.read_text(encoding="utf-8"))
         kinds = [str(each["type"]).rsplit(".", 1)[1] for each in listed]
         paths = {kind: str(each["path"]) for kind, each in zip(kinds, listed, strict=True)}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CorruptModel(f"{modules} is not what sentence-transformers writes: {error}") from error
     unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if unknown:

@@ -262,6 +262,9 @@ def test_damaged_text_files(text_folder: Path) -> None:
     (text_folder / "tokenizer.json").write_text('{"model"')
     with pytest.raises(CorruptModel, match="not readable JSON"):
         read_text_files(text_folder, {})
+    (text_folder / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(CorruptModel, match="not readable JSON"):
+        read_text_files(text_folder, {})
     (text_folder / "tokenizer.json").unlink()
     with pytest.raises(UnsupportedModel, match=r"no tokenizer\.json"):
         read_text_files(text_folder, {})

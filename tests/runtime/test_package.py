@@ -114,6 +114,12 @@ def test_manifest_is_strict(
         Package.open(package)
 
 
+def test_a_manifest_without_end(package: Path) -> None:
+    (package / MANIFEST).write_bytes(b'{"schema_version": 1, "name": ' + b"[" * 100_000)
+    with pytest.raises(CorruptModel, match="not a valid manifest"):
+        Package.open(package)
+
+
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "a/../../b", "..\\secret", "C:/x", "", "a\0b"])
 def test_paths_stay_inside(package: Path, path: str) -> None:
     edit(package, lambda m: m["files"].append({"path": path, "bytes": 1, "sha256": "0"}))

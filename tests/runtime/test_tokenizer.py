@@ -188,6 +188,7 @@ def test_from_folder(
         ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": 3}}'),
         ("generation_config.json", b"{"),
         ("generation_config.json", b"[]"),
+        ("generation_config.json", b"[" * 100_000),
         ("generation_config.json", b'{"eos_token_id": "x"}'),
         ("generation_config.json", b'{"bos_token_id": [1]}'),
     ],

@@ -88,6 +88,8 @@ BEFORE = {
     "429 with Retry-After": (served(lambda: status(429, retry_after="60")), "429"),
     "500": (served(lambda: status(500)), "500"),
     "malformed JSON": (served(lambda: says(stream(b"data: {nope\n\n"))), "not JSON"),
+    "JSON without end": (served(lambda: says(stream(b"data: " + b"[" * 100_000 + b"\n\n"))), "not JSON"),
+    "an error without end": (served(lambda: says(b"HTTP/1.1 400 X\r\nconnection: close\r\n\r\n" + b"[" * 3000)), "400"),
     "malformed SSE": (served(lambda: says(stream(b"hello\n\nworld\n\n"))), "ended before"),
     "early close": (served(lambda: says(stream())), "ended before"),
 }
