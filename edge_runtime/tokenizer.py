@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import CorruptModel, InvalidRequest
+from edge_runtime.tokenizer_json import is_panic, library_errors, open_tokenizer
 
 
 class Tokenizer:
@@ -25,12 +26,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer_json: str, *, bos_id: int | None = None, eos_ids: Iterable[int] = ()) -> None:
         """``tokenizer_json`` is the file's text. CorruptModel if the tokenizers library does not accept it."""
-        import tokenizers  # late: `import edge_runtime` stays light
-
-        try:
-            self._inner = tokenizers.Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises bare Exception
-            raise CorruptModel(f"the tokenizer is not valid: {error}; pull or export the model again") from error
+        self._inner = open_tokenizer(tokenizer_json)
         # A saved truncation or padding would silently change prompts.
         self._inner.no_truncation()
         self._inner.no_padding()
@@ -73,7 +69,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}") from error
-        with self._lock:
+        with self._lock, library_errors(CorruptModel, "the tokenizer failed"):
             self._inner.encode_special_tokens = not parse_special
             ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         if not add_bos:
@@ -89,7 +85,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}") from error
-        with self._lock:
+        with self._lock, library_errors(CorruptModel, "the tokenizer failed"):
             self._inner.encode_special_tokens = True
             encoded = self._inner.encode(text, add_special_tokens=True)
         marks = encoded.special_tokens_mask
@@ -104,6 +100,10 @@ class Tokenizer:
             text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
             raise InvalidRequest("token ids must be from 0 to 4294967295") from error
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise CorruptModel(f"the tokenizer failed: {error}") from error
         return text
 
     @property

@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from edge_runtime.errors import CorruptModel, UnsupportedModel
+from edge_runtime.tokenizer_json import open_tokenizer
 from exporters.checkpoint import TextFiles
 
 _TOKEN_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -46,8 +47,8 @@ def read_text_files(folder: Path, config: Mapping[str, Any]) -> TextFiles:
     serialized, moved_bos = _without_bos(read_json(folder / "tokenizer.json"), tokens.get("bos_token"))
     tokenizer_json = json.dumps(serialized, ensure_ascii=False)
     try:
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the library raises bare Exception
+        tokenizer = open_tokenizer(tokenizer_json)
+    except CorruptModel as error:
         raise CorruptModel(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
     generation = _generation(folder, config, tokenizer, tokens)
     add_bos = moved_bos or (settings.get("add_bos_token") is True and "bos_token" in tokens)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
 from edge_runtime.errors import CorruptModel, UnsupportedModel
+from edge_runtime.tokenizer_json import open_tokenizer
 from exporters.hf_text import read_json, special_tokens
 
 Pooling = Literal["mean", "cls", "max"]
@@ -101,8 +101,8 @@ class EncoderCheckpoint:
             )
         text = json.dumps({**read_json(path), "truncation": None, "padding": None}, ensure_ascii=False)
         try:
-            tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
+            tokenizer = open_tokenizer(text)
+        except CorruptModel as error:
             raise CorruptModel(f"{path} is not a tokenizer: {error}") from error
         highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if highest >= self.architecture.vocab_size:

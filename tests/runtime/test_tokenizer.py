@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from collections.abc import Callable
@@ -122,6 +123,15 @@ def test_half_a_character_is_a_replacement() -> None:
     assert tokenizer.decode(ids[:3]) == "\ufffd"
 
 
+def test_a_table_that_points_outside_itself_fails_in_words() -> None:
+    """The library panics while it encodes."""
+    trie = (0x7FFFFE00).to_bytes(4, "little") * 4
+    encoded = base64.b64encode((len(trie)).to_bytes(4, "little") + trie).decode()
+    tokenizer = Tokenizer(table(encoded).decode())
+    with pytest.raises(CorruptModel, match="the tokenizer failed"):
+        tokenizer.encode("héllo")
+
+
 def test_lone_surrogates_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="character 1"):
         Tokenizer(byte_level().to_str()).encode("a\ud83d")
@@ -178,9 +188,21 @@ def test_from_folder(
     assert tokenizer.decode(tokenizer.encode("héllo")) == "héllo"
 
 
+def table(encoded: object) -> bytes:
+    """A tokenizer whose normalizer is SentencePiece's table."""
+    content = json.loads(byte_level().to_str())
+    return json.dumps({**content, "normalizer": {"type": "Precompiled", "precompiled_charsmap": encoded}}).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("tokenizer.json", table("/////w==")),  # 4 GiB, it says: the library would abort the process
+        ("tokenizer.json", table("/////w==").replace(b"Precompiled", b"Pre\\u0063ompiled")),
+        ("tokenizer.json", table("AAAA")),
+        ("tokenizer.json", table("?")),
+        ("tokenizer.json", table(3)),
+        ("tokenizer.json", table("").replace(b"precompiled_charsmap", b"precompiled")),  # where the library panics
         ("tokenizer.json", None),
         ("tokenizer.json", b""),
         ("tokenizer.json", b"{}"),
