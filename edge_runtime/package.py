@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -40,12 +40,18 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 WEIGHTS: tuple[Weights, ...] = ("fp32", "fp16", "int8", "int4")
 
 
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+"""Of layers, heads, tokens and the like. The bounds only catch damage: engines count in 32 bits."""
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file of the package."""
 
     path: str
     """Relative to the package, with ``/``."""
-    bytes: int
+    bytes: Size
     sha256: str
 
 
@@ -70,20 +76,20 @@ class ArchitectureSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     """What a device and a planner must know of the network."""
 
     family: str
-    parameters: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    vocab_size: int
-    max_context: int
-    sliding_windows: tuple[int | None, ...] = ()
+    parameters: Size
+    num_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    hidden_size: Count
+    vocab_size: Count
+    max_context: Count
+    sliding_windows: tuple[Count | None, ...] = ()
     """Per layer; empty: none."""
-    rope_switch: int | None = None
+    rope_switch: Count | None = None
     tied_head: bool | None = None
     """The vocabulary projection is the embedding. None: not known."""
-    kv_heads: tuple[int, ...] = ()
+    kv_heads: tuple[Count, ...] = ()
     """Per layer, where they are not all ``num_kv_heads``, which is then the most."""
 
     @property
@@ -115,7 +121,7 @@ class EncoderSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the tokens' vectors become the text's."""
     normalized: bool
     """Embeddings have length 1."""
-    first_position: int = 0
+    first_position: Size = 0
     """Position of a text's first token."""
 
 
@@ -130,7 +136,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     architecture: ArchitectureSummary
     add_bos: bool
     special_tokens: dict[str, str]
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[TokenId, ...]
     files: tuple[FileEntry, ...]
     """Tokenizer, template and defaults: the files outside variant folders."""
     variants: tuple[Variant, ...]
@@ -268,6 +274,7 @@ def decode_manifest(data: bytes, origin: Path) -> Manifest:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:  # the last: of a recipe
         raise CorruptModel(f"{origin} is not a valid manifest: {error}") from error
     _check_paths(manifest, origin)
+    _check_layers(manifest.architecture, origin)
     return manifest
 
 
@@ -287,6 +294,15 @@ def _check_paths(manifest: Manifest, origin: Path) -> None:
     for path in entries:
         if not is_inside(path):
             raise CorruptModel(f"{origin}: path {path!r} leads out of the package")
+
+
+def _check_layers(network: ArchitectureSummary, origin: Path) -> None:
+    for name in ("sliding_windows", "kv_heads"):
+        given = len(getattr(network, name))
+        if given not in (0, network.num_layers):
+            raise CorruptModel(f"{origin}: {name} has {given} values for {network.num_layers} layers")
+    if max(network.kv_heads, default=0) > network.num_kv_heads:
+        raise CorruptModel(f"{origin}: kv_heads has more than num_kv_heads, {network.num_kv_heads}")
 
 
 def is_inside(path: str) -> bool:

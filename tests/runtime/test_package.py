@@ -104,6 +104,13 @@ def test_not_a_package(tmp_path: Path) -> None:
         (lambda m: m["files"][0].update(bytes=3), CorruptModel, "2 bytes, the manifest says 3"),
         (lambda m: m["variants"][0].update(model="other.onnx"), CorruptModel, "other.onnx"),
         (lambda m: m["files"].pop(0), CorruptModel, "lists no tokenizer.json"),
+        (lambda m: m["files"][0].update(bytes=-1), CorruptModel, "bytes"),
+        (lambda m: m["architecture"].update(vocab_size=-512), CorruptModel, "vocab_size"),
+        (lambda m: m["architecture"].update(head_dim=0), CorruptModel, "head_dim"),
+        (lambda m: m["architecture"].update(num_layers=2**31), CorruptModel, "num_layers"),
+        (lambda m: m["architecture"].update(sliding_windows=[32]), CorruptModel, "sliding_windows has 1 .* 2 layers"),
+        (lambda m: m["architecture"].update(kv_heads=[2, 3]), CorruptModel, "more than num_kv_heads, 2"),
+        (lambda m: m.update(eos_ids=[-1]), CorruptModel, "eos_ids"),
     ],
 )
 def test_manifest_is_strict(
