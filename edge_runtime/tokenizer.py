@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -137,6 +138,9 @@ class Tokenizer:
 # --- bytes of a token -------------------------------------------------------------------------------------------------
 
 
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
 def _byte_reader(inner: Any) -> Callable[[str], bytes]:
     """How this tokenizer spells bytes, from its decoder: GPT-2's alphabet, or SentencePiece's ``▁`` and ``<0x0A>``."""
     decoders = _flatten(json.loads(inner.decoder.__getstate__())) if inner.decoder is not None else []
@@ -144,10 +148,11 @@ def _byte_reader(inner: Any) -> Callable[[str], bytes]:
     if "ByteLevel" in kinds:
         return _ByteLevel().read
     spaces = {d["replacement"] for d in decoders if d["type"] == "Metaspace"}
-    spaces |= {d["pattern"]["String"] for d in decoders if d["type"] == "Replace" and d.get("content") == " "}
+    patterns = [d["pattern"] for d in decoders if d["type"] == "Replace" and d.get("content") == " "]
+    spaces |= {pattern["String"] for pattern in patterns if pattern.get("String")}  # a regular expression is no spelling
 
     def read(token: str) -> bytes:
-        if "ByteFallback" in kinds and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        if "ByteFallback" in kinds and _BYTE.fullmatch(token):
             return bytes.fromhex(token[3:5])
         for space in spaces:
             token = token.replace(space, " ")

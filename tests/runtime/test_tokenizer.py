@@ -132,6 +132,15 @@ def test_a_table_that_points_outside_itself_fails_in_words() -> None:
         tokenizer.encode("héllo")
 
 
+def test_bytes_of_odd_spellings() -> None:
+    """A decoder that replaces by a pattern, and a name that looks like a byte's."""
+    inner = tokenizers.Tokenizer(models.WordLevel({"<0x41>": 0, "<0xZZ>": 1, "a_b": 2}, unk_token="a_b"))
+    spaces = decoders.Replace(tokenizers.Regex("_+"), " ")
+    inner.decoder = decoders.Sequence([spaces, decoders.Replace("", " "), decoders.ByteFallback()])
+    tokenizer = Tokenizer(inner.to_str())
+    assert [tokenizer.token_bytes(token) for token in range(3)] == [b"A", b"<0xZZ>", b"a_b"]
+
+
 def test_lone_surrogates_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="character 1"):
         Tokenizer(byte_level().to_str()).encode("a\ud83d")
