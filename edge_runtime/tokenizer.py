@@ -149,7 +149,7 @@ def _byte_reader(inner: Any) -> Callable[[str], bytes]:
         return _ByteLevel().read
     spaces = {d["replacement"] for d in decoders if d["type"] == "Metaspace"}
     patterns = [d["pattern"] for d in decoders if d["type"] == "Replace" and d.get("content") == " "]
-    spaces |= {pattern["String"] for pattern in patterns if pattern.get("String")}  # a regular expression is no spelling
+    spaces |= {pattern["String"] for pattern in patterns if pattern.get("String")}  # a regex spells nothing
 
     def read(token: str) -> bytes:
         if "ByteFallback" in kinds and _BYTE.fullmatch(token):
