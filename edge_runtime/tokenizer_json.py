@@ -1,8 +1,9 @@
 """The one way in for a ``tokenizer.json``: what the tokenizers library does not survive is refused before it.
 
 The library takes the file's word for sizes: a normalizer of type Precompiled (SentencePiece's table of characters) that
-says it is 4 GiB long makes it reserve 8, and where there is not so much the process is aborted. Where its own checks
-are assertions it panics, which Python sees as an exception that is no ``Exception``.
+says it is 4 GiB long makes it reserve 8, and so do the ids below a token's id of 4 billion when it writes itself as
+JSON; where there is not so much memory the process is aborted. Where its own checks are assertions it panics, which
+Python sees as an exception that is no ``Exception``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+MAX_ID = 2**24 - 1
+"""Of a token; vocabularies have some hundred thousand."""
+_LARGE_NUMBER = re.compile(r":\s*\d{8}")
+"""What an id over :data:`MAX_ID` looks like: a look at all ids is for those who may have one."""
+
+
 def open_tokenizer(text: str) -> Tokenizer:
     """``text`` is the file's. CorruptModel if the library does not accept it, or would not survive it."""
     import tokenizers  # late: `import edge_runtime` stays light
@@ -27,7 +35,12 @@ def open_tokenizer(text: str) -> Tokenizer:
     if "Precompiled" in text or "\\u00" in text:  # letters may be spelled as escapes
         text = _with_sound_tables(text)
     with library_errors(CorruptModel, "the tokenizer is not valid"):
-        return tokenizers.Tokenizer.from_str(text)
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    if _LARGE_NUMBER.search(text):
+        highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        if highest > MAX_ID:
+            raise CorruptModel(f"the tokenizer is not valid: it has the token id {highest}; {MAX_ID} is possible")
+    return tokenizer
 
 
 def is_panic(error: BaseException) -> bool:
