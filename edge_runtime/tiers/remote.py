@@ -29,6 +29,8 @@ from edge_runtime.tiers.openai_events import Broken, EventParser, Nonsense, mess
 
 AFTERWARDS_S = 2.0
 """So long a whole answer waits for its usage and ``[DONE]``."""
+MAX_RETRY_AFTER = 86_400.0
+"""Seconds: a tier that asks to be left alone until the year 9999 is asked again a day later, for nobody else would."""
 MAX_ERROR = 64 * 1024
 """Bytes of an error body that are read."""
 ANSWERED = "answered"
@@ -277,15 +279,15 @@ def _now() -> float:
 
 
 def _retry_after(response: httpx2.Response) -> float | None:
-    """Seconds (RFC 9110, section 10.2.3: a number or a date)."""
+    """Seconds (RFC 9110, section 10.2.3: a number or a date), at most :data:`MAX_RETRY_AFTER`."""
     value = response.headers.get("retry-after", "").strip()
     try:
-        return max(0.0, float(value))
+        return min(max(0.0, float(value)), MAX_RETRY_AFTER)
     except ValueError:
         pass
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
+        return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), MAX_RETRY_AFTER)
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

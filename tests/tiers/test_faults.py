@@ -197,6 +197,15 @@ def test_what_fails_for_a_moment_is_tried_again(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.parametrize("wish", ["1e999", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_nobody_is_left_alone_for_ever(wish: str, tmp_path: Path) -> None:
+    with upstream(status(429, retry_after=wish)) as server, house(tmp_path, cloud(server.url) + task()) as home:
+        with pytest.raises(TierError):
+            home.ask()
+        with pytest.raises(TierError, match=r"left alone for 8\d{4}\.\d s more"):
+            home.ask()
+
+
 def test_retry_after_is_kept(tmp_path: Path) -> None:
     retry = {"attempts": 2, "base": 0.01}
     with (
