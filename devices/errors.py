@@ -6,7 +6,6 @@ lowest layer. Exceptions of an engine are translated once, where the engine is c
 
 from __future__ import annotations
 
-
 LONGEST = 4000
 """Characters of a message."""
 
