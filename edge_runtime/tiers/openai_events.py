@@ -77,7 +77,7 @@ class EventParser:
         text = delta.get("content" if "delta" in choice else "text")
         if not isinstance(text, str | None):
             raise Nonsense(f"the text is no text: {text!r:.80}")
-        if reason is not None and reason not in _ENDS:
+        if reason is not None and (not isinstance(reason, str) or reason not in _ENDS):
             raise Nonsense(f"it ends for an unknown reason: {reason!r:.40}")
         extra = (
             {name: delta[name] for name in ("tool_calls", "refusal") if delta.get(name)} if delta is not choice else {}

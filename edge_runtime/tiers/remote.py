@@ -264,6 +264,8 @@ class RemoteTier:
             return TierFailed(f"{name} sent nonsense: {error}", name)
         if isinstance(error, Broken):
             return TierFailed(f"{name}: {error}", name)
+        if isinstance(error, UnicodeError):  # of the encoding that its headers name
+            return TierFailed(f"{name} sent nonsense: {_words(error)}", name)
         return None
 
 

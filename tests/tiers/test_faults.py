@@ -22,6 +22,7 @@ from tests.tiers.upstream import (
     Script,
     answers,
     delta,
+    event,
     resets,
     says,
     stalls,
@@ -88,6 +89,14 @@ BEFORE = {
     "429 with Retry-After": (served(lambda: status(429, retry_after="60")), "429"),
     "500": (served(lambda: status(500)), "500"),
     "malformed JSON": (served(lambda: says(stream(b"data: {nope\n\n"))), "not JSON"),
+    "another encoding": (
+        served(lambda: says(stream(delta("x")).replace(b"event-stream", b"event-stream; charset=utf-16"))),
+        "sent nonsense",
+    ),
+    "no reason to end": (
+        served(lambda: says(stream(event({"choices": [{"delta": {}, "finish_reason": ["stop"]}]})))),
+        "unknown reason",
+    ),
     "JSON without end": (served(lambda: says(stream(b"data: " + b"[" * 100_000 + b"\n\n"))), "not JSON"),
     "an error without end": (served(lambda: says(b"HTTP/1.1 400 X\r\nconnection: close\r\n\r\n" + b"[" * 3000)), "400"),
     "malformed SSE": (served(lambda: says(stream(b"hello\n\nworld\n\n"))), "ended before"),
