@@ -18,7 +18,8 @@ from exporters.graphs import Engine
 from tests.fuzz.mutation import EDGES, as_json, damage, disturb
 from tests.fuzz.surface import Case, Surface, command, sometimes
 
-_ENGINES: tuple[Engine, ...] = ("onnx", "openvino")
+_ENGINES: tuple[Engine, ...] = ("onnx-edge", "onnx", "openvino")
+_DEVICES = ("edge:cpu", "onnxruntime:cpu", "edge:cpu", "openvino:cpu")
 _COMPRESSION = {
     "recipe": {"method": "gptq", "group": 32, "symmetric": True},
     "calibration": "calibration.txt",
@@ -68,8 +69,8 @@ class Manifests(Surface):
                 package.spec(variant)
             _ = package.digest, package.generation, package.chat_template, package.bytes
             plan(Store(home()), str(path), "cpu", None, Need())
-            if sometimes(case, 4):
-                _answer(path, "openvino:cpu" if sometimes(case, 16) else "onnxruntime:cpu")
+            if sometimes(case, 2):
+                _answer(path, _DEVICES[sum(case.data) // 2 % len(_DEVICES)])
         finally:
             (path / MANIFEST).write_bytes(self._sound)
 

@@ -110,7 +110,7 @@ class Requests(Surface):
 
     name = "requests"
     weight = 20
-    batch = 16
+    batch = 32
 
     def prepare(self) -> list[Case]:
         self._paths = [route.path for route in ROUTES]
@@ -122,7 +122,9 @@ class Requests(Surface):
         key = KEY if name == "keyed" and rng.random() < 0.9 else None
         way = rng.random()
         if way < 0.6:
-            return Case(name, request(path, as_json(rng, disturb(rng, body, self.made(rng))), key=key))
+            return Case(
+                name, request(path, as_json(rng, disturb(rng, body, self.made(rng), rng.choice((1, 1, 3)))), key=key)
+            )
         data = json.dumps(body).encode()
         if way < 0.7:
             return Case(name, request(path, damage(rng, data), key=key))
