@@ -23,7 +23,7 @@ class ForeignFolders(Surface):
     """A case is one file of a folder, named ``folder:file``; the others are sound."""
 
     name = "foreign"
-    weight = 7
+    weight = 5
 
     def prepare(self) -> list[Case]:
         self._seeds = []
@@ -52,7 +52,7 @@ class ForeignFolders(Surface):
             if sometimes(case, 64):
                 command("plan", str(folder))
             package = export_package(str(folder), out, [engine], None)
-            if sometimes(case, 4):
+            if sometimes(case, 12):
                 with EdgeLLM(str(package.folder), device, "2GiB", prefix_store_bytes=0, tuning=False) as llm:
                     llm.generate("abc", SamplingParams(max_tokens=2, seed=1))
         finally:

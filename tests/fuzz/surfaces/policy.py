@@ -76,7 +76,7 @@ hedge_ms = 50.0
 
 class Policies(Surface):
     name = "policy"
-    weight = 8
+    weight = 9
 
     def prepare(self) -> list[Case]:
         self._value: dict[str, Any] = tomllib.loads(SEED)

@@ -36,7 +36,7 @@ SEED = {
 
 class SettingsFiles(Surface):
     name = "settings"
-    weight = 6
+    weight = 7
 
     def prepare(self) -> list[Case]:
         path = self.folder / "edge-glm.toml"
