@@ -43,12 +43,17 @@ def _report(error: Exception, verbose: bool) -> int:
 
     if verbose:
         traceback.print_exc()
-    text = " ".join(str(error).split())
+    text = _printable(" ".join(str(error).split()))
     if isinstance(error, EdgeError):
         print(f"edge-glm: {text}", file=sys.stderr)
     else:
         print(f"edge-glm: internal error, {type(error).__name__}: {text} (--verbose shows where)", file=sys.stderr)
     return FAILED
+
+
+def _printable(text: str) -> str:
+    """What is quoted may be a file's or a server's, and must not steer the terminal."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _accept_any_text() -> None:
