@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-MAX_ID = 2**24 - 1
-"""Of a token; vocabularies have some hundred thousand."""
-_LARGE_NUMBER = re.compile(r":\s*\d{8}")
+MAX_ID = 999_999
+"""Of a token; the largest vocabularies have a quarter of that."""
+_LARGE_NUMBER = re.compile(r":\s*\d{7}")
 """What an id over :data:`MAX_ID` looks like: a look at all ids is for those who may have one."""
 
 

@@ -213,6 +213,7 @@ def table(encoded: object) -> bytes:
         ("tokenizer.json", table(3)),
         ("tokenizer.json", table("").replace(b"precompiled_charsmap", b"precompiled")),  # where the library panics
         ("tokenizer.json", byte_level().to_str().replace('"!":0', '"!":4294967295').encode()),
+        ("tokenizer.json", byte_level().to_str().replace('"!":0', '"!": 1000000').encode()),
         ("tokenizer.json", None),
         ("tokenizer.json", b""),
         ("tokenizer.json", b"{}"),
