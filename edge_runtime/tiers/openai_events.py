@@ -18,6 +18,27 @@ _ENDS: Mapping[str, FinishReason] = {
 }
 
 
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct):
+    """A piece of a call, as far as it is read here: what else a server says of it is passed on."""
+
+    index: int | None = None
+    id: str | None = None
+    type: str | None = None
+    function: _Function | None = None
+
+
+class _Extra(msgspec.Struct):
+    """What a delta may have beside text."""
+
+    tool_calls: list[_Call] | None = None
+    refusal: str | None = None
+
+
 class Nonsense(ValueError):
     """What came is no part of an answer."""
 
@@ -82,6 +103,10 @@ class EventParser:
         extra = (
             {name: delta[name] for name in ("tool_calls", "refusal") if delta.get(name)} if delta is not choice else {}
         )
+        try:
+            msgspec.convert(extra, _Extra)
+        except msgspec.ValidationError as error:
+            raise Nonsense(f"a delta is not as OpenAI's are: {error}") from error
         if reason is not None:
             self.ended.add(index)
         elif not text and not extra:

@@ -93,6 +93,11 @@ BEFORE = {
         served(lambda: says(stream(delta("x")).replace(b"event-stream", b"event-stream; charset=utf-16"))),
         "sent nonsense",
     ),
+    "calls that are none": (served(lambda: says(stream(delta(tool_calls=[92])))), "not as OpenAI's"),
+    "arguments that are none": (
+        served(lambda: says(stream(delta(tool_calls=[{"index": 0, "function": {"name": "f", "arguments": {}}}])))),
+        "not as OpenAI's",
+    ),
     "no reason to end": (
         served(lambda: says(stream(event({"choices": [{"delta": {}, "finish_reason": ["stop"]}]})))),
         "unknown reason",
