@@ -23,7 +23,7 @@ from tests.fuzz.toml import as_toml
 from tests.fuzz.watched import Watched
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are the system's")
-SHARE = {"requests": 120, "manifest": 80, "foreign": 80, "upstream": 150}
+SHARE = {"requests": 150, "manifest": 150, "foreign": 60, "upstream": 120, "safetensors": 200, "gguf": 200}
 """Inputs of the slow ones; the others get 300."""
 
 
@@ -68,11 +68,9 @@ class Faulty(Surface):
             time.perf_counter()
 
 
-@pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    with Watched(Faulty, folder, 0) as watched:
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    with Watched(Faulty, tmp_path_factory.mktemp("faulty"), 0) as watched:
         yield watched
 
 

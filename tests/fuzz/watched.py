@@ -147,7 +147,7 @@ class _Child:
     def _wait(self) -> None:
         """For the next verdict."""
         start, cpu = time.monotonic(), self._cpu_seconds()
-        while not self._pipe.poll(1.0):
+        while not self._pipe.poll(0.25):
             spent, waited = self._cpu_seconds() - cpu, time.monotonic() - start
             if spent > CPU_SECONDS or waited > WALL_SECONDS:
                 self.ended = f"no end after {CPU_SECONDS:g} s of work or {WALL_SECONDS:g} s of waiting"
