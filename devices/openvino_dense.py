@@ -29,6 +29,7 @@ from devices.openvino_graph import (
     release_model,
     rope_offset,
 )
+from devices.steps import as_rows
 
 
 class VariableKV:
@@ -125,7 +126,7 @@ class OpenVinoDenseDecoder(DenseDecoder[VariableKV]):
                 request.infer()
             logits = np.array(request.get_output_tensor(0).data, np.float32)
         sequence.grow(count)
-        return logits.reshape(step.rows, self._spec.vocab_size)
+        return as_rows(logits, step.rows, self._spec.vocab_size)
 
     # ---- the end
 
