@@ -11,6 +11,7 @@ Truncation and padding stored in ``tokenizer.json`` are dropped: they would sile
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,17 @@ from edge_runtime.tokenizer_json import open_tokenizer
 from exporters.checkpoint import TextFiles
 
 _TOKEN_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CorruptModel if it is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if _SURROGATE.search(text):  # JSON may spell halves of a pair, which are no text and cannot be written
+            json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptModel(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):

@@ -262,6 +262,9 @@ def test_damaged_text_files(text_folder: Path) -> None:
     (text_folder / "tokenizer.json").write_text('{"model"')
     with pytest.raises(CorruptModel, match="not readable JSON"):
         read_text_files(text_folder, {})
+    (text_folder / "tokenizer.json").write_text('{"bos_token": "\\ud800"}')
+    with pytest.raises(CorruptModel, match="surrogates not allowed"):
+        read_text_files(text_folder, {})
     (text_folder / "tokenizer.json").write_text("[" * 100_000)
     with pytest.raises(CorruptModel, match="not readable JSON"):
         read_text_files(text_folder, {})
