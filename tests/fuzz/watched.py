@@ -200,5 +200,7 @@ def _serve(kind: type[Surface], folder: Path, seed: int, pipe: Connection, log: 
 
 
 def _peak() -> int:
-    """Bytes of resident memory that this process has had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of resident memory that this process has had at most. (``ru_maxrss`` would begin at its parent's.)"""
+    found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
