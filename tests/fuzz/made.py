@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 COUNT = 200
-"""Of each seed: a pool that inputs draw from."""
+"""Of each seed."""
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -24,25 +23,22 @@ JSON = st.recursive(
 """Values of JSON's types, with what JSON itself does not have: NaN, and halves of surrogate pairs."""
 
 
-def drawn(strategy: st.SearchStrategy[Any], number: int, count: int = COUNT) -> list[Any]:
-    """``count`` examples, always the same for a seed ``number``."""
+@cache
+def pool(number: int) -> list[Any]:
+    """Examples that inputs draw from, always the same for a seed ``number``."""
     found: list[Any] = []
 
     @seed(number)
     @settings(
-        max_examples=count,
+        max_examples=COUNT,
         phases=[Phase.generate],
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(strategy)
+    @given(JSON)
     def collect(value: Any) -> None:
         found.append(value)
 
     collect()
     return found
-
-
-def maker(rng: random.Random, pool: list[Any]) -> Callable[[], Any]:
-    return lambda: rng.choice(pool)

@@ -11,6 +11,7 @@ import json
 import random
 import struct
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 MOST = 200_000
@@ -110,12 +111,17 @@ def disturb(rng: random.Random, value: Any, made: Made, most: int = 3) -> Any:
     for _ in range(rng.randint(1, most)):
         places = list(_places(copy))
         if not places:
-            return rng.choice(VALUES)
+            return _any(rng)
         # as often near the root as among the many leaves
         depth = rng.choice([len(path) for path, _ in places])
         path, holder = rng.choice([place for place in places if len(place[0]) == depth])
         rng.choice(_STRUCTURE_WAYS)(rng, holder, path[-1], copy, made)
     return copy
+
+
+def _any(rng: random.Random) -> Any:
+    """A copy, for it may be changed in its turn."""
+    return deepcopy(rng.choice(VALUES))
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
@@ -133,7 +139,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...
 
 
 def _replace(rng: random.Random, holder: Any, key: Any, root: Any, made: Made) -> None:
-    holder[key] = rng.choice(VALUES)
+    holder[key] = _any(rng)
 
 
 def _invent(rng: random.Random, holder: Any, key: Any, root: Any, made: Made) -> None:
@@ -162,14 +168,14 @@ def _rename(rng: random.Random, holder: Any, key: Any, root: Any, made: Made) ->
     if isinstance(holder, dict):
         holder[rng.choice((f"{key}x", key[:-1], "", "__class__", key.upper(), "x" * 3000))] = holder.pop(key)
     else:
-        holder.insert(key, rng.choice(VALUES))
+        holder.insert(key, _any(rng))
 
 
 def _add(rng: random.Random, holder: Any, key: Any, root: Any, made: Made) -> None:
     if isinstance(holder, dict):
-        holder[rng.choice(("extra", "\0", "type", "id", "name"))] = rng.choice(VALUES)
+        holder[rng.choice(("extra", "\0", "type", "id", "name"))] = _any(rng)
     else:
-        holder.append(rng.choice((made(), *holder)))
+        holder.append(deepcopy(rng.choice((made(), *holder))))
 
 
 def _move(rng: random.Random, holder: Any, key: Any, root: Any, made: Made) -> None:

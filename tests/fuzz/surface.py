@@ -9,13 +9,14 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from devices.errors import LONGEST, EdgeError
 from edge_runtime.cli.main import main as command_line
-from tests.fuzz.made import JSON, drawn, maker
+from tests.fuzz.made import pool
 from tests.fuzz.mutation import Made
 
 
@@ -54,7 +55,7 @@ class Surface(ABC):
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
-        self.pool = drawn(JSON, seed)
+        self._seed = seed
 
     @abstractmethod
     def prepare(self) -> list[Case]:
@@ -66,7 +67,7 @@ class Surface(ABC):
 
     def made(self, rng: random.Random) -> Made:
         """A source of structures that were never valid."""
-        return maker(rng, self.pool)
+        return lambda: deepcopy(rng.choice(pool(self._seed)))
 
     def open(self) -> None:  # noqa: B027 - most need nothing
         """In the child, before the first case."""
@@ -154,11 +155,6 @@ def command(*argv: str) -> int:
 def sometimes(case: Case, one_in: int) -> bool:
     """For what is too slow for every case: by the case itself, so that it is the same when it is run again."""
     return sum(case.data) % one_in == 0
-
-
-def file_case(rng: random.Random, seeds: Sequence[Case]) -> tuple[Case, list[bytes]]:
-    """One of the valid cases, and the data of all."""
-    return rng.choice(seeds), [each.data for each in seeds]
 
 
 Json = dict[str, Any]

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from edge_runtime.server.app import create_app
 from tests.fuzz.answers import ask, check
 from tests.fuzz.log import Tracebacks
-from tests.fuzz.mutation import NOT_UTF8, as_json, damage, disturb
+from tests.fuzz.mutation import NOT_UTF8, Made, as_json, damage, disturb
 from tests.fuzz.surface import Case, Failure, Surface
 from tests.fuzz.surfaces.requests import Refused, request
 from tests.server.served import CHAT
@@ -82,7 +82,7 @@ class Upstreams(Surface):
         head = rng.choice(_HEADS) if rng.random() < 0.3 else HEADERS
         for _ in range(rng.randint(1, 3)):
             place = rng.randrange(len(events))
-            events[place : place + rng.choice((0, 1))] = [_event(rng, events[place], self.pool)]
+            events[place : place + rng.choice((0, 1))] = [_event(rng, events[place], self.made(rng))]
         if rng.random() < 0.1:
             events *= rng.choice((2, 100))
         return Case(name, head + b"".join(events))
@@ -135,12 +135,12 @@ def running_app(model: TieredModel) -> Any:
     return running(create_app(model))
 
 
-def _event(rng: random.Random, sound: bytes, pool: list[Any]) -> bytes:
+def _event(rng: random.Random, sound: bytes, made: Made) -> bytes:
     """Another event in its place."""
     way = rng.randrange(8)
     if way < 5 and sound in _PAYLOADS:
-        made = as_json(rng, disturb(rng, _PAYLOADS[sound], lambda: rng.choice(pool)))
-        return b"data: " + made.replace(b"\n", b"") + rng.choice((b"\n\n", b"\r\n\r\n", b"\r\r", b"\n"))
+        data = as_json(rng, disturb(rng, _PAYLOADS[sound], made))
+        return b"data: " + data.replace(b"\n", b"") + rng.choice((b"\n\n", b"\r\n\r\n", b"\r\r", b"\n"))
     if way == 5:
         return b"data: " + json.dumps(_WHOLE).encode() + b"\n\n"
     if way == 6:
