@@ -158,7 +158,13 @@ def _retype(rng: random.Random, holder: Any, key: Any, root: Any, made: Made) ->
     if isinstance(value, str):
         ways += [value.upper(), value[:-1], value + "\0", value * 50, list(value[:50]), "\n" + value]
     if isinstance(value, list):
-        ways += [dict(enumerate(map(str, value))), value[:-1], value * 2, (value or [None])[0], value[::-1]]
+        ways += [
+            {str(place): each for place, each in enumerate(value)},
+            value[:-1],
+            value * 2,
+            (value or [None])[0],
+            value[::-1],
+        ]
     if isinstance(value, dict):
         ways += [list(value), list(value.values()), {key.upper(): each for key, each in value.items()}]
     holder[key] = rng.choice(ways)
