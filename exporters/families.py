@@ -27,6 +27,9 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 
+MAX_CONTEXT = 2**21
+"""Tokens. Graphs have tables with a row for each position: without a bound a number in a file would take all memory."""
+
 HARMLESS = frozenset(
     name
     for names in (
@@ -130,7 +133,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         raise CorruptModel(f"config.json ({name}): hidden_size {hidden} is not a multiple of {heads} heads")
     head_dim = fields.integer("head_dim", family.head_dim or max(hidden // heads, 1))
     count = fields.integer("num_hidden_layers", maximum=10_000)
-    max_context = fields.integer("max_position_embeddings", family.max_context)
+    max_context = fields.integer("max_position_embeddings", family.max_context, maximum=MAX_CONTEXT)
 
     ropes, rope_switch = read_ropes(fields, family.rope, head_dim, max_context)
     layers = _layers(fields, family, count, ropes)
