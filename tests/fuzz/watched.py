@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import resource
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,7 +83,8 @@ class Watched:
     def _together(self, cases: Sequence[Case]) -> tuple[list[Verdict | None], str | None]:
         """And how the child has ended, if it has."""
         if self._child is None:
-            self._child = _Child(self.kind, self.folder, self.seed)
+            # what the one before has left, in the middle of a case, is none of this one's
+            self._child = _Child(self.kind, Path(tempfile.mkdtemp(dir=self.folder)), self.seed)
         child = self._child
         verdicts = child.run(cases)
         self.growth = max(self.growth, child.memory.growth)
