@@ -6,9 +6,22 @@ lowest layer. Exceptions of an engine are translated once, where the engine is c
 
 from __future__ import annotations
 
+LONGEST = 4000
+"""Characters of a message."""
+
 
 class EdgeError(Exception):
-    """Anything Edge-GLM refuses or fails at. The message names what was wrong, the limit and the next step."""
+    """Anything Edge-GLM refuses or fails at. The message names what was wrong, the limit and the next step.
+
+    Messages quote what they refuse, which may be of any length: of one over :data:`LONGEST` the middle is left out.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= LONGEST:
+            return text
+        begins, ends = LONGEST // 2, LONGEST // 4
+        return f"{text[:begins]} … ({len(text) - begins - ends:,} characters) … {text[-ends:]}"
 
 
 class DeviceError(EdgeError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,5 +87,6 @@ class KVRows:
         """Unmap everything. Addresses given out are no longer valid."""
         self.buffers.clear()
         for memory in self._maps:
-            memory.close()
+            with suppress(BufferError):  # an error's frames may hold arrays of its call; the memory goes with them
+                memory.close()
         self._maps.clear()

@@ -30,6 +30,7 @@ from devices.openvino_graph import (
     rope_offset,
 )
 from devices.openvino_profiling import OpenVinoCounters
+from devices.steps import as_rows
 
 
 class VariableKV:
@@ -130,7 +131,7 @@ class OpenVinoDenseDecoder(DenseDecoder[VariableKV]):
                 self.counters.ran(request, count, step.rows)
             logits = np.array(request.get_output_tensor(0).data, np.float32)
         sequence.grow(count)
-        return logits.reshape(step.rows, self._spec.vocab_size)
+        return as_rows(logits, step.rows, self._spec.vocab_size)
 
     # ---- the end
 

@@ -36,6 +36,7 @@ from devices.openvino_graph import (
 )
 from devices.openvino_profiling import OpenVinoCounters
 from devices.paged_decoder import PagedDecoder, Part, tokens_to_hold
+from devices.steps import as_rows
 
 _STORAGE = {"u8": np.uint8, "i8": np.int8, "f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 """Element type of a cache → the numpy type of equal width that holds it."""
@@ -185,7 +186,7 @@ class OpenVinoDecoder(PagedDecoder):
                 self.counters.ran(self._request, sum(counts), sum(part.rows for part in parts))
             logits = self._request.get_output_tensor(0).data
         bounds = np.cumsum([part.rows for part in asked])
-        logits = logits.reshape(-1, self._vocab_size)
+        logits = as_rows(logits, int(bounds[-1]), self._vocab_size)
         return [logits[end - part.rows : end].copy() for part, end in zip(asked, bounds, strict=True)]
 
     # ---- the end

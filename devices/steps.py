@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from devices.base import SNAPSHOT_STEP, DecoderLimits, Snapshot, Step
 from devices.errors import ContextOverflow, EngineError
 
@@ -38,6 +41,16 @@ def _check_step(step: Step, limits: DecoderLimits, vocab_size: int) -> None:
             f"{step.sequence.length} + {count} tokens pass the context of {limits.max_context}; crop the sequence "
             "or start a new one"
         )
+
+
+def as_rows(logits: NDArray[np.float32], rows: int, vocab_size: int) -> NDArray[np.float32]:
+    """What a graph gave, as (rows, vocab_size). EngineError if that is not what it gave."""
+    if logits.size != rows * vocab_size or (rows and logits.shape[-1] != vocab_size):
+        raise EngineError(
+            f"the graph gives logits of shape {logits.shape} for {rows} tokens and a vocabulary of {vocab_size}: its "
+            "package is of another model; pull or export it again"
+        )
+    return logits.reshape(rows, vocab_size)
 
 
 def check_rope_switch(length: int, switch: int | None, on_long: bool) -> None:

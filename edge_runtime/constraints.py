@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge_runtime.errors import InvalidRequest
 from edge_runtime.grammar import Grammar
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.tokenizer_json import library_errors
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -155,10 +156,8 @@ class Grammars:
             if self._opened is None:
                 if not self._tokenizer.eos_ids:
                     raise InvalidRequest("this model has no token that ends a text, which a grammar needs")
-                try:
+                with library_errors(InvalidRequest, "grammars cannot be used with this model's tokenizer"):
                     self._opened = LLTokenizer(self._tokenizer.json, eos_token=list(self._tokenizer.eos_ids))
-                except Exception as error:  # the library raises bare ValueError and RuntimeError
-                    raise InvalidRequest(f"grammars cannot be used with this model's tokenizer: {error}") from error
             return self._opened
 
 

@@ -125,5 +125,5 @@ def _read(file: Path) -> tuple[Key, ...]:
         return tuple(msgspec.json.decode(file.read_bytes(), type=_File).keys)
     except FileNotFoundError:
         return ()
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
         raise StorageError(f"cannot read the API keys in {file}: {error}; remove it and add them anew") from error

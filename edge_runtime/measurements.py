@@ -67,7 +67,7 @@ class Measurements:
             found = msgspec.json.decode(self._file.read_bytes(), type=list[Measurement])
         except FileNotFoundError:
             return []
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, RecursionError) as error:
             _log.warning("measurements in %s are not used: %s; bench again to replace them", self._file, error)
             return []
         return [each for each in found if each.machine == self._machine and each.seconds > 0]

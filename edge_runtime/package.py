@@ -41,12 +41,21 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 WEIGHTS: tuple[Weights, ...] = ("fp32", "fp16", "int8", "int4")
 
 
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+"""Of layers and heads, and of a head's size. Memory is planned and arrays are made by such numbers before a weight has
+shown whether they are true; no model's comes near these bounds."""
+Length = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
+"""Of a vocabulary, a context and so on."""
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file of the package."""
 
     path: str
     """Relative to the package, with ``/``."""
-    bytes: int
+    bytes: Size
     sha256: str
 
 
@@ -67,27 +76,21 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return sum(entry.bytes for entry in self.files)
 
 
-Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
-"""Of a vocabulary, a context and so on. What memory is planned by and arrays are made by: no model's comes near it."""
-Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
-"""Of layers and heads, and of a head's size."""
-
-
 class ArchitectureSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a device and a planner must know of the network."""
 
     family: str
-    parameters: int
-    num_layers: Count
+    parameters: Size
+    num_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
     num_heads: Count
     num_kv_heads: Count
     head_dim: Count
-    hidden_size: Size
-    vocab_size: Size
-    max_context: Size
-    sliding_windows: tuple[Size | None, ...] = ()
+    hidden_size: Length
+    vocab_size: Length
+    max_context: Length
+    sliding_windows: tuple[Length | None, ...] = ()
     """Per layer; empty: none."""
-    rope_switch: int | None = None
+    rope_switch: Length | None = None
     tied_head: bool | None = None
     """The vocabulary projection is the embedding. None: not known."""
     kv_heads: tuple[Count, ...] = ()
@@ -122,7 +125,7 @@ class EncoderSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the tokens' vectors become the text's."""
     normalized: bool
     """Embeddings have length 1."""
-    first_position: int = 0
+    first_position: Size = 0
     """Position of a text's first token."""
 
 
@@ -137,7 +140,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     architecture: ArchitectureSummary
     add_bos: bool
     special_tokens: dict[str, str]
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[TokenId, ...]
     files: tuple[FileEntry, ...]
     """Tokenizer, template and defaults: the files outside variant folders."""
     variants: tuple[Variant, ...]
@@ -246,7 +249,7 @@ class Package:
         text = self._text(GENERATION)
         try:
             return {} if text is None else msgspec.json.decode(text, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise CorruptModel(f"{self.folder / GENERATION} is not a JSON object: {error}") from error
 
     def _text(self, name: str) -> str | None:
@@ -272,9 +275,10 @@ def decode_manifest(data: bytes, origin: Path) -> Manifest:
                 "update edge-glm or export the model again"
             )
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:  # the last: a recipe that cannot be
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:  # the last: of a recipe
         raise CorruptModel(f"{origin} is not a valid manifest: {error}") from error
     _check_paths(manifest, origin)
+    _check_layers(manifest.architecture, origin)
     return manifest
 
 
@@ -294,6 +298,15 @@ def _check_paths(manifest: Manifest, origin: Path) -> None:
     for path in entries:
         if not is_inside(path):
             raise CorruptModel(f"{origin}: path {path!r} leads out of the package")
+
+
+def _check_layers(network: ArchitectureSummary, origin: Path) -> None:
+    for name in ("sliding_windows", "kv_heads"):
+        given = len(getattr(network, name))
+        if given not in (0, network.num_layers):
+            raise CorruptModel(f"{origin}: {name} has {given} values for {network.num_layers} layers")
+    if max(network.kv_heads, default=0) > network.num_kv_heads:
+        raise CorruptModel(f"{origin}: kv_heads has more than num_kv_heads, {network.num_kv_heads}")
 
 
 def is_inside(path: str) -> bool:
@@ -342,5 +355,5 @@ def _read_stamp(stamp: Path | None) -> dict[str, list[int | str]]:
         return {}
     try:
         return msgspec.json.decode(stamp.read_bytes(), type=dict[str, list[int | str]])
-    except (OSError, msgspec.DecodeError):  # no stamp, or a damaged one: hash
+    except (OSError, msgspec.DecodeError, RecursionError):  # no stamp, or a damaged one: hash
         return {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -364,8 +365,14 @@ def log_sum_exp(logits: Logits) -> float:
 def _number(name: str, value: object, low: float, high: float, above: bool = False) -> None:
     if value is None:
         return
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not isinstance(value, (int, float)) or not (low < value if above else low <= value) or value > high:
+    good = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max  # not by math.isfinite, for which an integer may be too large
+        and (low < value if above else low <= value)
+        and value <= high
+    )
+    if not good:
         limits = f"{'above' if above else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
         raise InvalidRequest(f"{name} must be a number {limits}, not {value!r}", name)
 

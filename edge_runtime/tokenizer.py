@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import CorruptModel, InvalidRequest
 from edge_runtime.tokenizer_bounds import check_bounds
+from edge_runtime.tokenizer_json import is_panic, library_errors, open_tokenizer
+
+_FAILS = "this model's tokenizer fails on this text"
+"""Such as where a pattern of the file takes too many steps; another text may pass."""
 
 
 class Tokenizer:
@@ -28,12 +32,7 @@ class Tokenizer:
     def __init__(self, tokenizer_json: str, *, bos_id: int | None = None, eos_ids: Iterable[int] = ()) -> None:
         """``tokenizer_json`` is the file's text. CorruptModel if the tokenizers library does not accept it, or if it
         could make texts endlessly long (:mod:`edge_runtime.tokenizer_bounds`)."""
-        import tokenizers  # late: `import edge_runtime` stays light
-
-        try:
-            self._inner = tokenizers.Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises bare Exception
-            raise CorruptModel(f"the tokenizer is not valid: {error}; pull or export the model again") from error
+        self._inner = open_tokenizer(tokenizer_json)
         before, decoder = [self._inner.normalizer, self._inner.pre_tokenizer], _state(self._inner.decoder)
         check_bounds([_state(each) for each in before], [decoder])
         # A saved truncation or padding would silently change prompts.
@@ -78,7 +77,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}") from error
-        with self._lock, _panics():
+        with self._lock, library_errors(InvalidRequest, _FAILS):
             self._inner.encode_special_tokens = not parse_special
             ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         if not add_bos:
@@ -94,7 +93,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}") from error
-        with self._lock, _panics():
+        with self._lock, library_errors(InvalidRequest, _FAILS):
             self._inner.encode_special_tokens = True
             encoded = self._inner.encode(text, add_special_tokens=True)
         marks = encoded.special_tokens_mask
@@ -106,10 +105,13 @@ class Tokenizer:
 
         InvalidRequest if an id is negative or over 32 bits."""
         try:
-            with _panics():
-                text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
             raise InvalidRequest("token ids must be from 0 to 4294967295") from error
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise InvalidRequest(f"{_FAILS}: {error}") from error
         return text
 
     @property
@@ -140,24 +142,15 @@ class Tokenizer:
         return b"" if token is None else self._to_bytes(token)
 
 
-@contextmanager
-def _panics() -> Iterator[None]:
-    """A panic of the library is no Exception in Python (PyO3), and would go past everything that handles errors. It has
-    one where a pattern of the file takes too many steps: InvalidRequest, for another text may pass."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise InvalidRequest(f"this model's tokenizer fails on this text: {error}") from error
-
-
 # --- bytes of a token -------------------------------------------------------------------------------------------------
 
 
 def _state(part: Any) -> Any:
     """A part of the tokenizer as it would stand in ``tokenizer.json``."""
     return None if part is None else json.loads(part.__getstate__())
+
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def _byte_reader(decoder: Any) -> Callable[[str], bytes]:
@@ -167,10 +160,11 @@ def _byte_reader(decoder: Any) -> Callable[[str], bytes]:
     if "ByteLevel" in kinds:
         return _ByteLevel().read
     spaces = {d["replacement"] for d in decoders if d["type"] == "Metaspace"}
-    spaces |= {d["pattern"]["String"] for d in decoders if d["type"] == "Replace" and d.get("content") == " "}
+    patterns = [d["pattern"] for d in decoders if d["type"] == "Replace" and d.get("content") == " "]
+    spaces |= {pattern["String"] for pattern in patterns if pattern.get("String")}  # a regex spells nothing
 
     def read(token: str) -> bytes:
-        if "ByteFallback" in kinds and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        if "ByteFallback" in kinds and _BYTE.fullmatch(token):
             return bytes.fromhex(token[3:5])
         for space in spaces:
             token = token.replace(space, " ")

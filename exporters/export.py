@@ -10,12 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from edge_runtime.errors import ConfigError, CorruptModel, StorageError
 from edge_runtime.package import ArchitectureSummary, Manifest, Weights, storage_errors
 from edge_runtime.package_writer import PackageContents, PackageWriter, write_package
 from edge_runtime.recipe import Compression, Recipe
+from edge_runtime.tokenizer_json import open_tokenizer
 from exporters.architecture import Architecture
 from exporters.builder import Levels
 from exporters.checkpoint import Checkpoint, TextFiles
@@ -181,7 +180,7 @@ def _check_vocabulary(source: Checkpoint) -> None:
     Added tokens are let off: Gemma 3's text models share one, for images, with those that have an embedding for it.
     A prompt that holds such a token is refused when it comes.
     """
-    tokenizer = Tokenizer.from_str(source.text.tokenizer_json)
+    tokenizer = open_tokenizer(source.text.tokenizer_json)
     ids = set(tokenizer.get_vocab(with_added_tokens=False).values()) - tokenizer.get_added_tokens_decoder().keys()
     highest, size = max(ids, default=-1), source.architecture.vocab_size
     if highest >= size:
@@ -233,7 +232,7 @@ def eos_ids(text: TextFiles) -> tuple[int, ...]:
     given = text.generation.get("eos_token_id")
     if given is None:
         name = text.special_tokens.get("eos_token")
-        found = None if name is None else Tokenizer.from_str(text.tokenizer_json).token_to_id(name)
+        found = None if name is None else open_tokenizer(text.tokenizer_json).token_to_id(name)
         return () if found is None else (found,)
     ids = given if isinstance(given, list) else [given]
     if not all(isinstance(token, int) for token in ids):

@@ -28,9 +28,9 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 MAX_HEAD_DIM = 1 << 16
-MAX_POSITIONS = 1 << 24
+MAX_POSITIONS = 2**21
 """Tables of cosines are made by these two, before any weight has shown whether the configuration is true. No model in
-use has a hundredth of the first, or more than ten million positions."""
+use has a hundredth of the first, or more positions than half of the second."""
 
 HARMLESS = frozenset(
     name

@@ -96,10 +96,10 @@ class GgufCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         source = self._sources[name]
-        raw = self._file.rows(source.info, source.start, source.stop)
         if len(source.info.shape) == 1:  # one row, of which `start` and `stop` are elements
             values = dequantize(decode(self._file.rows(source.info, 0, 1), source.info.kind, source.info.name))
             return self._in_order(name, values[0, source.start : source.stop])
+        raw = self._file.rows(source.info, source.start, source.stop)
         return self._in_order(name, decode(raw, source.info.kind, source.info.name))
 
     def _in_order(self, name: str, tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Truncation and padding stored in ``tokenizer.json`` are dropped: they would sile
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,21 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from edge_runtime.errors import CorruptModel, UnsupportedModel
+from edge_runtime.tokenizer_json import open_tokenizer
 from exporters.checkpoint import TextFiles
 
 _TOKEN_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CorruptModel if it is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if _SURROGATE.search(text):  # JSON may spell halves of a pair, which are no text and cannot be written
+            json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptModel(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
@@ -46,8 +52,8 @@ def read_text_files(folder: Path, config: Mapping[str, Any]) -> TextFiles:
     serialized, moved_bos = _without_bos(read_json(folder / "tokenizer.json"), tokens.get("bos_token"))
     tokenizer_json = json.dumps(serialized, ensure_ascii=False)
     try:
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the library raises bare Exception
+        tokenizer = open_tokenizer(tokenizer_json)
+    except CorruptModel as error:
         raise CorruptModel(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
     generation = _generation(folder, config, tokenizer, tokens)
     add_bos = moved_bos or (settings.get("add_bos_token") is True and "bos_token" in tokens)
@@ -116,7 +122,10 @@ def _leads_with(template: object, token: str) -> bool:
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """``chat_template.jinja`` goes before tokenizer_config.json, as in Transformers."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorruptModel(f"{folder / 'chat_template.jinja'} cannot be read: {error}") from error
     value = settings.get("chat_template")
     if isinstance(value, list):  # several named ones
         named: dict[Any, Any] = {

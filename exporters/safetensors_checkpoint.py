@@ -139,7 +139,7 @@ def _open_files(folder: Path) -> dict[str, Any]:
         raise CorruptModel(f"{index}: weight_map must map tensor names to file names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:  # an index must not reach outside its folder
+        if Path(name).name != name or len(name.encode(errors="replace")) > 255:  # nor be longer than systems allow
             raise CorruptModel(f"{index}: {name!r} is not a plain file name")
         if not (folder / name).is_file():
             raise CorruptModel(f"{folder}: {name} is named by {index.name} but is not there")

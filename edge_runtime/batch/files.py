@@ -103,7 +103,7 @@ class Answers:
                     break
                 try:
                     answered = msgspec.json.decode(text, type=_Answered).custom_id
-                except msgspec.DecodeError:
+                except (msgspec.DecodeError, RecursionError):
                     answered = None
                 request = next(asked, None)
                 if request is None or answered != request.custom_id:

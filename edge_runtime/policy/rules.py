@@ -273,7 +273,7 @@ def read_policy(path: Path) -> Policy:
     try:
         text = path.read_text(encoding="utf-8")
         data = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also for a number of thousands of digits
         raise PolicyError(f"cannot read the policy {path}: {error}") from error
     try:
         policy = msgspec.convert(data, Policy)

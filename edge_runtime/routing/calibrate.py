@@ -75,7 +75,7 @@ def read_rows(path: Path) -> list[Row]:
             continue
         try:
             row = msgspec.json.decode(line, type=Row)
-        except (msgspec.DecodeError, UnicodeError) as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise ConfigError(f"{path}, line {number}: {error}") from error
         if (row.prompt is None) == (row.messages is None) or (row.answer is None) == (row.local_good is None):
             raise ConfigError(f"{path}, line {number}: give prompt or messages, and answer or local_good")

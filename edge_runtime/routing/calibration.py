@@ -68,7 +68,7 @@ def shipped(*names: str) -> Calibration | None:
 def _decoded(data: bytes, where: str) -> Calibration:
     try:
         calibration = msgspec.json.decode(data, type=Calibration)
-    except (msgspec.DecodeError, UnicodeError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise PolicyError(f"{where} is no calibration: {error}") from error
     if calibration.schema != SCHEMA:
         raise PolicyError(f"{where} is of schema {calibration.schema}, this version reads {SCHEMA}: calibrate anew")

@@ -107,13 +107,13 @@ async def on_edge_error(request: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own refusals (no such path, wrong method) and ours that exist only in HTTP (401, 403, 413)."""
     assert isinstance(error, HTTPException)
-    message = error.detail
+    message, path = error.detail, request.url.path[:200]
     if error.status_code == 404:
         known = "/v1/models, /v1/chat/completions, /v1/responses, /v1/completions, /api/chat, /health"
-        message = f"there is no {request.url.path} here; see {known}" if error.detail == "Not Found" else error.detail
+        message = f"there is no {path} here; see {known}" if error.detail == "Not Found" else error.detail
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
-        message = f"{request.url.path} does not take {request.method}; use {allowed}"
+        message = f"{path} does not take {request.method[:20]}; use {allowed}"
     code = _HTTP_CODES.get(error.status_code, "request_too_large" if error.status_code == 413 else None)
     return Failure(error.status_code, message, _kind(error.status_code), code).response(error.headers)
 

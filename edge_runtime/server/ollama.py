@@ -194,7 +194,7 @@ def _their_call(call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
     try:
         arguments = json.loads(function.get("arguments") or "{}")
-    except ValueError:  # cut off
+    except (ValueError, RecursionError):  # cut off, or nested without end
         arguments = {}
     return {"function": {"name": function["name"], "arguments": arguments}}
 

@@ -32,11 +32,19 @@ class PatientProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's own says the same in plain text, which clients of this API cannot read."""
+        asked_for_head = False
+        if self.cycle is not None and not self.cycle.response_complete:  # it is the body that is no HTTP
+            asked_for_head = self.cycle.scope["method"] == "HEAD"
+            self.cycle.disconnected = True  # whoever answers the head need not go on
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # the answer is under way or sent
+            self.transport.close()
+            return
         body = msgspec.json.encode(_NO_HTTP.body())
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         for event in (
             h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=body),
+            h11.Data(data=b"" if asked_for_head else body),
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event))

@@ -71,6 +71,6 @@ def broken_json(text: str, ended: bool) -> str | None:
         return None
     try:
         json.loads(begun.rstrip("`\n "))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"its JSON is broken: {error}"
     return None

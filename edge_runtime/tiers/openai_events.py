@@ -18,6 +18,27 @@ _ENDS: Mapping[str, FinishReason] = {
 }
 
 
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct):
+    """A piece of a call, as far as it is read here: what else a server says of it is passed on."""
+
+    index: int | None = None
+    id: str | None = None
+    type: str | None = None
+    function: _Function | None = None
+
+
+class _Extra(msgspec.Struct):
+    """What a delta may have beside text."""
+
+    tool_calls: list[_Call] | None = None
+    refusal: str | None = None
+
+
 class Nonsense(ValueError):
     """What came is no part of an answer."""
 
@@ -52,7 +73,7 @@ class EventParser:
             return
         try:
             event = msgspec.json.decode(data)
-        except (msgspec.DecodeError, UnicodeError) as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise Nonsense(f"an event is not JSON: {self._start(data)!r}") from error
         if not isinstance(event, dict):
             raise Nonsense(f"an event is no object: {self._start(data)!r}")
@@ -79,11 +100,15 @@ class EventParser:
         text = delta.get("content" if "delta" in choice else "text")
         if not isinstance(text, str | None):
             raise Nonsense(f"the text is no text: {self._start(repr(text))}")
-        if reason is not None and reason not in _ENDS:
+        if reason is not None and (not isinstance(reason, str) or reason not in _ENDS):
             raise Nonsense(f"it ends for an unknown reason: {self._start(repr(reason))}")
         extra = (
             {name: delta[name] for name in ("tool_calls", "refusal") if delta.get(name)} if delta is not choice else {}
         )
+        try:
+            msgspec.convert(extra, _Extra)
+        except msgspec.ValidationError as error:
+            raise Nonsense(f"a delta is not as OpenAI's are: {error}") from error
         if reason is not None:
             self.ended.add(index)
         elif not text and not extra:

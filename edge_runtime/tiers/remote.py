@@ -240,7 +240,7 @@ class RemoteTier:
                 break
         try:
             said: Any = msgspec.json.decode(body)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             said = body[:200].decode(errors="replace")
         text = f"{self.name} answers {status}: {message_of(said, self._key) or 'nothing more'}"
         if status in _TRY_AGAIN:
@@ -275,6 +275,8 @@ class RemoteTier:
             return TierFailed(f"{name} sent nonsense: {error}", name)
         if isinstance(error, Broken):
             return TierFailed(f"{name}: {error}", name)
+        if isinstance(error, UnicodeError):  # of the encoding that its headers name
+            return TierFailed(f"{name} sent nonsense: {_words(error)}", name)
         return None
 
 

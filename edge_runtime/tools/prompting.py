@@ -60,7 +60,7 @@ def _object(arguments: Any) -> Any:
     """``arguments`` as they were meant, or as they stand if they are not JSON."""
     try:
         return msgspec.json.decode(arguments) if arguments else {}
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return arguments
 
 

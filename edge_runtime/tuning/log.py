@@ -97,7 +97,7 @@ class TuningLog:
             return msgspec.json.decode(self._file.read_bytes(), type=_File).runs
         except FileNotFoundError:
             return []
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, RecursionError) as error:
             _log.warning("the tuning log %s is not used: %s; tune again to replace it", self._file, error)
             return []
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.recipe import Calibration, Compression, Recipe
+from edge_runtime.tokenizer_json import open_tokenizer
 from exporters.builder import Levels
 from exporters.checkpoint import Checkpoint
 from exporters.compression.budget import NARROW, Precision, choose_levels, mean_bits, stored_bits
@@ -183,6 +183,6 @@ def windows(source: Checkpoint, text: Text) -> tuple[NDArray[np.int64], Calibrat
 
 def encode(source: Checkpoint, text: Text) -> NDArray[np.int64]:
     """Ids, without special tokens."""
-    tokenizer = Tokenizer.from_str(source.text.tokenizer_json)
+    tokenizer = open_tokenizer(source.text.tokenizer_json)
     tokenizer.no_truncation()
     return np.array(tokenizer.encode(text.text, add_special_tokens=False).ids, np.int64)

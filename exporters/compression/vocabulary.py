@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edge_runtime.errors import ConfigError, CorruptModel, UnsupportedModel
+from edge_runtime.tokenizer_json import open_tokenizer
 from exporters.architecture import Architecture
 from exporters.checkpoint import Checkpoint, CheckpointView, TextFiles
 from exporters.compression.cut import take_rows
@@ -51,7 +52,7 @@ def tokens_to_keep(source: Checkpoint, texts: Iterable[str], script: str | None 
     ConfigError if ``texts`` say nothing, or no token is of the script; UnsupportedModel for tokenizers other than BPE
     and Unigram; CorruptModel if a special token is none of the tokenizer's."""
     text = source.text
-    tokenizer = Tokenizer.from_str(text.tokenizer_json)
+    tokenizer = open_tokenizer(text.tokenizer_json)
     tokenizer.no_truncation()
     content: Json = json.loads(text.tokenizer_json)
     model = content["model"]
@@ -146,7 +147,7 @@ def _trimmed_text(text: TextFiles, kept: Sequence[int]) -> TextFiles:
         for name, value in text.generation.items()
     }
     made = json.dumps(content, ensure_ascii=False)
-    Tokenizer.from_str(made)  # one that could not be read again must not be written
+    open_tokenizer(made)  # one that could not be read again must not be written
     return replace(text, tokenizer_json=made, generation=generation)
 
 

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
 from edge_runtime.errors import CorruptModel, UnsupportedModel
 from edge_runtime.package import is_inside
+from edge_runtime.tokenizer_json import open_tokenizer
+from exporters.fields import Fields
 from exporters.hf_text import read_json, special_tokens
 
 Pooling = Literal["mean", "cls", "max"]
@@ -102,8 +103,8 @@ class EncoderCheckpoint:
             )
         text = json.dumps({**read_json(path), "truncation": None, "padding": None}, ensure_ascii=False)
         try:
-            tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
+            tokenizer = open_tokenizer(text)
+        except CorruptModel as error:
             raise CorruptModel(f"{path} is not a tokenizer: {error}") from error
         highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if highest >= self.architecture.vocab_size:
@@ -130,39 +131,38 @@ def _open(file: Path) -> Any:
 
 
 def _architecture(folder: Path, config: Mapping[str, Any]) -> EncoderArchitecture:
-    family = config.get("model_type")
+    fields = Fields(config, str(folder / "config.json"))
+    family = fields.text("model_type", "")
     if family not in FAMILIES:
         raise UnsupportedModel(f"{folder}: {family!r} is no encoder that is known; known: {', '.join(FAMILIES)}")
-    activation = config.get("hidden_act", "gelu")
+    activation = fields.text("hidden_act", "gelu")
     if activation not in _ACTIVATIONS:
         raise UnsupportedModel(
             f"{folder}: hidden_act {activation!r} is not supported; known: {', '.join(_ACTIVATIONS)}"
         )
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise UnsupportedModel(f"{folder}: only absolute positions are supported")
-    try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        positions = int(config["max_position_embeddings"])
-        first = 0 if family == "bert" else int(config.get("pad_token_id", 1)) + 1
-        pooling, normalize = _pooling(folder)
-        limit = _optional(folder / "sentence_bert_config.json").get("max_seq_length")
-        arch = EncoderArchitecture(
-            family=family,
-            num_layers=int(config["num_hidden_layers"]),
-            num_heads=heads,
-            hidden_size=hidden,
-            intermediate_size=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-            positions=positions,
-            first_position=first,
-            norm_eps=float(config.get("layer_norm_eps", 1e-12)),
-            gelu=_ACTIVATIONS[activation],
-            max_tokens=min(positions - first, positions if limit is None else int(limit)),
-            pooling=pooling,
-            normalize=normalize,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptModel(f"{folder / 'config.json'}: {type(error).__name__}: {error}") from error
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    positions = fields.integer("max_position_embeddings")
+    first = 0 if family == "bert" else fields.integer("pad_token_id", 1, minimum=0) + 1
+    pooling, normalize = _pooling(folder)
+    limits = folder / "sentence_bert_config.json"
+    limit = Fields(_optional(limits), str(limits)).integer("max_seq_length", positions)
+    arch = EncoderArchitecture(
+        family=family,
+        num_layers=fields.integer("num_hidden_layers", maximum=10_000),
+        num_heads=heads,
+        hidden_size=hidden,
+        intermediate_size=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size"),
+        positions=positions,
+        first_position=first,
+        norm_eps=fields.number("layer_norm_eps", 1e-12, above=0),
+        gelu=_ACTIVATIONS[activation],
+        max_tokens=min(positions - first, limit),
+        pooling=pooling,
+        normalize=normalize,
+    )
     if min(arch.num_layers, heads, arch.max_tokens, arch.vocab_size) < 1 or hidden % heads:
         raise CorruptModel(f"{folder / 'config.json'}: its sizes make no encoder")
     return arch
@@ -178,7 +178,7 @@ def _pooling(folder: Path) -> tuple[Pooling, bool]:
         listed = json.loads(modules.read_text(encoding="utf-8"))
         kinds = [str(each["type"]).rsplit(".", 1)[1] for each in listed]
         paths = {kind: str(each["path"]) for kind, each in zip(kinds, listed, strict=True)}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CorruptModel(f"{modules} is not what sentence-transformers writes: {error}") from error
     outside = [path for path in paths.values() if path and not is_inside(path)]
     if outside:
@@ -186,7 +186,10 @@ def _pooling(folder: Path) -> tuple[Pooling, bool]:
     unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if unknown:
         raise UnsupportedModel(f"{modules}: {', '.join(unknown)} is not supported")
-    config = _optional(folder / paths.get("Pooling", "") / "config.json") if "Pooling" in paths else {}
+    place = paths.get("Pooling", "")
+    if place and not is_inside(place):
+        raise CorruptModel(f"{modules}: path {place!r} leads out of the folder")
+    config = _optional(folder / place / "config.json") if "Pooling" in paths else {}
     chosen = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
     names: dict[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}  # nosec B105  # none
     if not chosen and isinstance(config.get("pooling_mode"), str):

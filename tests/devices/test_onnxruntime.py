@@ -174,6 +174,17 @@ def test_closed_rows_and_crops_give_memory_back(opening: Open, monkeypatch: pyte
     assert given == [(0, 20, 60), (0, 0, decoder._kv.capacity)]
 
 
+def test_a_graph_of_fewer_layers_than_the_package_says(llama: DecoderSpec) -> None:
+    """The engine's error comes through, though its frames hold the cache that is closed then."""
+    decoder = OnnxRuntimeDecoder(replace(llama, num_layers=5), DecoderOptions(threads=1))
+    try:
+        with pytest.raises(EngineError, match=r"past_key_values\.3") as raised:
+            decoder.forward([Step(decoder.new_sequence(), text(0, 1), 1)])
+    finally:
+        decoder.close()
+    assert raised.value.__traceback__ is not None
+
+
 def test_kv_tokens_lowers_the_context(opening: Open) -> None:
     decoder = opening(kv_tokens=40)
     assert decoder.limits.max_context == decoder.limits.kv_tokens == 40

@@ -182,6 +182,11 @@ def _pooling_at(path: str) -> Any:
         (lambda f: (f / "tokenizer.json").write_text("{}"), CorruptModel, "is not a tokenizer"),
         (lambda f: (f / "modules.json").write_text("[3]"), CorruptModel, "sentence-transformers"),
         (
+            lambda f: (f / "modules.json").write_text('[{"type": "a.Pooling", "path": "../elsewhere"}]'),
+            CorruptModel,
+            "leads out of the folder",
+        ),
+        (
             lambda f: (f / "modules.json").write_text(json.dumps([{"type": "x.Dense", "path": ""}])),
             UnsupportedModel,
             "Dense is not supported",
@@ -205,7 +210,10 @@ def test_broken_folders(home: Path, spoil: Any, error: type[Exception], words: s
     [
         ({"hidden_act": "swish"}, UnsupportedModel, "swish"),
         ({"position_embedding_type": "relative_key"}, UnsupportedModel, "absolute"),
-        ({"hidden_size": "x"}, CorruptModel, "ValueError"),
+        ({"hidden_size": "x"}, CorruptModel, "hidden_size must be an integer"),
+        ({"hidden_act": {}}, CorruptModel, "hidden_act must be a string"),
+        ({"num_hidden_layers": 10**9}, CorruptModel, "num_hidden_layers must be an integer from 1 to 10000"),
+        ({"layer_norm_eps": 10**400}, CorruptModel, "layer_norm_eps must be a finite number"),
         ({"num_attention_heads": 3}, CorruptModel, "make no encoder"),
         ({"vocab_size": 5}, CorruptModel, r"config.json makes it \(5, 16\)"),
     ],

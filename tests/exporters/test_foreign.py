@@ -88,6 +88,17 @@ def test_it_has_one_variant(home: Path, folder: Path) -> None:
         EdgeLLM(str(folder), other)
 
 
+@pytest.mark.parametrize("size", [48, 95, 192])
+@pytest.mark.parametrize(("folder", "file"), [(OPTIMUM, "config.json"), (GENAI, "genai_config.json")])
+def test_a_configuration_of_another_model(home: Path, folder: Path, file: str, size: int) -> None:
+    """Its vocabulary is not the graph's; half of it would even divide what the graph gives."""
+    shutil.copytree(folder, home / "other")
+    text = (folder / file).read_text().replace('"vocab_size": 96', f'"vocab_size": {size}')
+    (home / "other" / file).write_text(text)
+    with pytest.raises(EdgeError), EdgeLLM(str(home / "other"), prefix_store_bytes=0) as llm:
+        llm.generate("abc", SamplingParams(max_tokens=1))
+
+
 def test_in_chunks_as_whole(home: Path) -> None:
     """Logits of chunks, forks and of what is left after a crop are those of one pass (whose answers the test above
     holds against onnxruntime-genai's own)."""

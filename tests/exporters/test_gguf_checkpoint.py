@@ -72,6 +72,15 @@ def test_family(name: str, tmp_path: Path) -> None:
         checkpoint.tensor("layers.0.nothing")
 
 
+def test_a_vector_near_the_end_of_the_file(tmp_path: Path) -> None:
+    """Its elements are no rows: what lies behind it, here factors of another length, is not read."""
+    config = _config("llama-llama3")
+    tensors = random_tensors(architecture(config))
+    tensors["norm"] = tensors.pop("norm")
+    write_model(tmp_path / "tiny.gguf", config, tensors)
+    np.testing.assert_array_equal(GgufCheckpoint(tmp_path / "tiny.gguf").tensor("norm"), tensors["norm"])
+
+
 @pytest.mark.parametrize("name", ["llama", "glm"])
 def test_fused_qkv(name: str, tmp_path: Path) -> None:
     config = _config(name)

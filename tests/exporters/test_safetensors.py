@@ -279,6 +279,12 @@ def test_template_order(text_folder: Path) -> None:
     assert read_text_files(text_folder, {}).chat_template == "new"
 
 
+def test_a_template_that_is_no_text(text_folder: Path) -> None:
+    (text_folder / "chat_template.jinja").write_bytes(b"{{ messages }}\xff")
+    with pytest.raises(CorruptModel, match=r"chat_template\.jinja cannot be read"):
+        read_text_files(text_folder, {})
+
+
 def test_generation_defaults(text_folder: Path) -> None:
     write(text_folder / "generation_config.json", {"temperature": 0.2, "eos_token_id": [1, 2], "top_p": None})
     found = read_text_files(text_folder, {"eos_token_id": 9, "pad_token_id": 4}).generation
@@ -299,6 +305,9 @@ def test_damaged_text_files(text_folder: Path) -> None:
         read_text_files(text_folder, {})
     (text_folder / "tokenizer.json").write_text('{"model"')
     with pytest.raises(CorruptModel, match="not readable JSON"):
+        read_text_files(text_folder, {})
+    (text_folder / "tokenizer.json").write_text('{"bos_token": "\\ud800"}')
+    with pytest.raises(CorruptModel, match="surrogates not allowed"):
         read_text_files(text_folder, {})
     (text_folder / "tokenizer.json").write_text("[" * 100_000)
     with pytest.raises(CorruptModel, match="not readable JSON"):

@@ -17,8 +17,9 @@ from typing import cast
 
 import pytest
 
+from edge_runtime.cli.main import main
 from edge_runtime.cli.run import _chat
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, CorruptModel
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.request import Chunk
 from edge_runtime.route import only_local
@@ -144,6 +145,17 @@ def test_seed(edge: Run) -> None:
 )
 def test_errors_are_one_line(edge: Run, arguments: list[str], message: str) -> None:
     assert message in fails(edge(*arguments))
+
+
+def test_errors_do_not_steer_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """They quote files and servers."""
+
+    def fail(arguments: object) -> int:
+        raise CorruptModel("the tensor \x1b[2J\u202egone\x07 is\nmissing")
+
+    monkeypatch.setattr("edge_runtime.cli.models.list_models", fail)
+    assert main(["list"]) == 1
+    assert capsys.readouterr().err == "edge-glm: the tensor \\x1b[2J\\u202egone\\x07 is missing\n"
 
 
 def test_verbose_shows_the_traceback(edge: Run) -> None:

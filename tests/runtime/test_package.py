@@ -109,6 +109,12 @@ def test_not_a_package(tmp_path: Path) -> None:
         (lambda m: m["architecture"].update(vocab_size=-1), CorruptModel, "vocab_size"),
         (lambda m: m["architecture"].update(max_context=2**63), CorruptModel, "max_context|Integer value out of range"),
         (lambda m: m["architecture"].update(kv_heads=[2**40]), CorruptModel, "kv_heads"),
+        (lambda m: m["files"][0].update(bytes=-1), CorruptModel, "bytes"),
+        (lambda m: m["architecture"].update(vocab_size=-512), CorruptModel, "vocab_size"),
+        (lambda m: m["architecture"].update(num_layers=2**31), CorruptModel, "num_layers"),
+        (lambda m: m["architecture"].update(sliding_windows=[32]), CorruptModel, "sliding_windows has 1 .* 2 layers"),
+        (lambda m: m["architecture"].update(kv_heads=[2, 3]), CorruptModel, "more than num_kv_heads, 2"),
+        (lambda m: m.update(eos_ids=[-1]), CorruptModel, "eos_ids"),
     ],
 )
 def test_manifest_is_strict(
@@ -116,6 +122,12 @@ def test_manifest_is_strict(
 ) -> None:
     edit(package, change)
     with pytest.raises(kind, match=message):
+        Package.open(package)
+
+
+def test_a_manifest_without_end(package: Path) -> None:
+    (package / MANIFEST).write_bytes(b'{"schema_version": 1, "name": ' + b"[" * 100_000)
+    with pytest.raises(CorruptModel, match="not a valid manifest"):
         Package.open(package)
 
 

@@ -207,6 +207,7 @@ def test_logits_without_a_number_to_choose_by(temperature: float, bad: float) ->
     ("name", "value"),
     [
         ("temperature", -0.1),
+        ("temperature", 10**400),
         ("temperature", math.nan),
         ("temperature", "1"),
         ("temperature", True),

@@ -46,7 +46,14 @@ def test_the_file_here_goes_before_the_users_and_a_named_one_before_both(home: P
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("port = 'x'", "port"), ("mood = 1", "mood"), ("port = [", "edge-glm.toml"), ("threads = 1.5", "threads")],
+    [
+        ("port = 'x'", "port"),
+        ("mood = 1", "mood"),
+        ("port = [", "edge-glm.toml"),
+        ("threads = 1.5", "threads"),
+        ("port = " + "9" * 5000, "digits"),
+        ("cors = " + "[" * 10_000 + "]" * 10_000, "recursion"),
+    ],
 )
 def test_what_is_wrong_is_told_with_its_place(home: Path, text: str, words: str) -> None:
     (home / "edge-glm.toml").write_text(text)

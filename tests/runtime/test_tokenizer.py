@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from collections.abc import Callable
@@ -122,6 +123,24 @@ def test_half_a_character_is_a_replacement() -> None:
     assert tokenizer.decode(ids[:3]) == "\ufffd"
 
 
+def test_a_table_that_points_outside_itself_fails_in_words() -> None:
+    """The library panics while it encodes."""
+    trie = (0x7FFFFE00).to_bytes(4, "little") * 4
+    encoded = base64.b64encode((len(trie)).to_bytes(4, "little") + trie).decode()
+    tokenizer = Tokenizer(table(encoded).decode())
+    with pytest.raises(CorruptModel, match="the tokenizer failed"):
+        tokenizer.encode("héllo")
+
+
+def test_bytes_of_odd_spellings() -> None:
+    """A decoder that replaces by a pattern, and a name that looks like a byte's."""
+    inner = tokenizers.Tokenizer(models.WordLevel({"<0x41>": 0, "<0xZZ>": 1, "a_b": 2}, unk_token="a_b"))
+    spaces = decoders.Replace(tokenizers.Regex("_+"), " ")
+    inner.decoder = decoders.Sequence([spaces, decoders.Replace("", " "), decoders.ByteFallback()])
+    tokenizer = Tokenizer(inner.to_str())
+    assert [tokenizer.token_bytes(token) for token in range(3)] == [b"A", b"<0xZZ>", b"a_b"]
+
+
 def test_lone_surrogates_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="character 1"):
         Tokenizer(byte_level().to_str()).encode("a\ud83d")
@@ -178,9 +197,23 @@ def test_from_folder(
     assert tokenizer.decode(tokenizer.encode("héllo")) == "héllo"
 
 
+def table(encoded: object) -> bytes:
+    """A tokenizer whose normalizer is SentencePiece's table."""
+    content = json.loads(byte_level().to_str())
+    return json.dumps({**content, "normalizer": {"type": "Precompiled", "precompiled_charsmap": encoded}}).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("tokenizer.json", table("/////w==")),  # 4 GiB, it says: the library would abort the process
+        ("tokenizer.json", table("/////w==").replace(b"Precompiled", b"Pre\\u0063ompiled")),
+        ("tokenizer.json", table("AAAA")),
+        ("tokenizer.json", table("?")),
+        ("tokenizer.json", table(3)),
+        ("tokenizer.json", table("").replace(b"precompiled_charsmap", b"precompiled")),  # where the library panics
+        ("tokenizer.json", byte_level().to_str().replace('"!":0', '"!":4294967295').encode()),
+        ("tokenizer.json", byte_level().to_str().replace('"!":0', '"!": 1000000').encode()),
         ("tokenizer.json", None),
         ("tokenizer.json", b""),
         ("tokenizer.json", b"{}"),
@@ -188,6 +221,7 @@ def test_from_folder(
         ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": 3}}'),
         ("generation_config.json", b"{"),
         ("generation_config.json", b"[]"),
+        ("generation_config.json", b"[" * 100_000),
         ("generation_config.json", b'{"eos_token_id": "x"}'),
         ("generation_config.json", b'{"bos_token_id": [1]}'),
     ],

@@ -366,6 +366,13 @@ TALK: list[dict[str, Any]] = [
 ]
 
 
+def test_arguments_without_end_stay_text() -> None:
+    deep = "[" * 100_000
+    call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": deep}}
+    messages, _ = for_template([TALK[0], TALK[1] | {"tool_calls": [call]}], None, HERMES)
+    assert messages[1]["tool_calls"][0]["function"]["arguments"] == deep
+
+
 def test_a_template_that_knows_tools_gets_them() -> None:
     source = (
         "{% for t in tools or [] %}[{{ t.function.name }}:{{ t.function.parameters | tojson }}]{% endfor %}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -232,6 +234,32 @@ def test_strange_heads_are_refused() -> None:
             assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}, name
         assert ask(url).status_code == 200
     model.engine.close()
+
+
+@pytest.mark.parametrize(("method", "version"), [(b"POST", b"1.0"), (b"POST", b"1.1"), (b"HEAD", b"1.1")])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_body_that_is_no_http(method: bytes, version: bytes, at_once: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The client gets one answer, and the log no traceback: HTTP has no second answer."""
+    model = FakeModel()
+    head = method + b" /nothing HTTP/" + version + b"\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with running(create_app(model)) as url:
+        logging.getLogger("uvicorn.error").addHandler(caplog.handler)
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            answer = b""
+            client.sendall(head + b"no chunk\r\n" if at_once else head)
+            answer += client.recv(65536)
+            with suppress(ConnectionError):
+                client.sendall(b"no chunk\r\n")
+                while part := client.recv(4096):
+                    answer += part
+        assert answer.startswith(b"HTTP/1.1 4")
+        assert len(re.findall(rb"HTTP/1.1 \d", answer)) == 1
+        assert answer.count(b'"error"') == (method == b"POST")
+        assert ask(url).status_code == 200
+        logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+    model.engine.close()
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
 
 
 def value(page: str, name: str, **labels: str) -> float:

@@ -45,6 +45,8 @@ def test_paths_and_methods(http: httpx.Client) -> None:
     assert wrong.headers["allow"] == "POST"
     assert error_of(wrong)["code"] == "method_not_allowed"
     assert http.post("/v1/models").status_code == 405
+    for answer in (http.get("/" + "a" * 9000), http.post("/v1/models/" + "a" * 9000)):
+        assert len(error_of(answer)["message"]) < 500
 
 
 def test_health(http: httpx.Client) -> None:

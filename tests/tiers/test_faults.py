@@ -22,6 +22,7 @@ from tests.tiers.upstream import (
     Script,
     answers,
     delta,
+    event,
     resets,
     says,
     stalls,
@@ -88,6 +89,21 @@ BEFORE = {
     "429 with Retry-After": (served(lambda: status(429, retry_after="60")), "429"),
     "500": (served(lambda: status(500)), "500"),
     "malformed JSON": (served(lambda: says(stream(b"data: {nope\n\n"))), "not JSON"),
+    "another encoding": (
+        served(lambda: says(stream(delta("x")).replace(b"event-stream", b"event-stream; charset=utf-16"))),
+        "sent nonsense",
+    ),
+    "calls that are none": (served(lambda: says(stream(delta(tool_calls=[92])))), "not as OpenAI's"),
+    "arguments that are none": (
+        served(lambda: says(stream(delta(tool_calls=[{"index": 0, "function": {"name": "f", "arguments": {}}}])))),
+        "not as OpenAI's",
+    ),
+    "no reason to end": (
+        served(lambda: says(stream(event({"choices": [{"delta": {}, "finish_reason": ["stop"]}]})))),
+        "unknown reason",
+    ),
+    "JSON without end": (served(lambda: says(stream(b"data: " + b"[" * 100_000 + b"\n\n"))), "not JSON"),
+    "an error without end": (served(lambda: says(b"HTTP/1.1 400 X\r\nconnection: close\r\n\r\n" + b"[" * 3000)), "400"),
     "malformed SSE": (served(lambda: says(stream(b"hello\n\nworld\n\n"))), "ended before"),
     "early close": (served(lambda: says(stream())), "ended before"),
 }
@@ -193,6 +209,15 @@ def test_what_fails_for_a_moment_is_tried_again(tmp_path: Path) -> None:
             ("sent", 2),
             ("sent", 3),
         ]
+
+
+@pytest.mark.parametrize("wish", ["1e999", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_nobody_is_left_alone_for_ever(wish: str, tmp_path: Path) -> None:
+    with upstream(status(429, retry_after=wish)) as server, house(tmp_path, cloud(server.url) + task()) as home:
+        with pytest.raises(TierError):
+            home.ask()
+        with pytest.raises(TierError, match=r"left alone for 8\d{4}\.\d s more"):
+            home.ask()
 
 
 def test_retry_after_is_kept(tmp_path: Path) -> None:

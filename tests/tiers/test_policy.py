@@ -61,6 +61,8 @@ def test_a_full_policy_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (LOCAL + '[[classes]]\nname = "a"\nmatch = {token = {min = 1}}\n', "token"),
         ("classes = []\n", "tiers"),
         ("[[tiers]\n", "cannot read"),
+        ("x = " + "9" * 5000, "cannot read"),
+        ("x = " + "[" * 10_000 + "]" * 10_000, "cannot read"),
     ],
 )
 def test_what_there_is_not_is_named(policy: str, said: str, tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""The one way in for a ``tokenizer.json``: what the tokenizers library does not survive is refused before it.
+
+The library takes the file's word for sizes: a normalizer of type Precompiled (SentencePiece's table of characters) that
+says it is 4 GiB long makes it reserve 8, and so do the ids below a token's id of 4 billion when it writes itself as
+JSON; where there is not so much memory the process is aborted. Where its own checks are assertions it panics, which
+Python sees as an exception that is no ``Exception``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime.errors import CorruptModel, EdgeError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+MAX_ID = 999_999
+"""Of a token; the largest vocabularies have a quarter of that."""
+_LARGE_NUMBER = re.compile(r":\s*\d{7}")
+"""What an id over :data:`MAX_ID` looks like: a look at all ids is for those who may have one."""
+
+
+def open_tokenizer(text: str) -> Tokenizer:
+    """``text`` is the file's. CorruptModel if the library does not accept it, or would not survive it."""
+    import tokenizers  # late: `import edge_runtime` stays light
+
+    if "Precompiled" in text or "\\u00" in text:  # letters may be spelled as escapes
+        text = _with_sound_tables(text)
+    with library_errors(CorruptModel, "the tokenizer is not valid"):
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    if _LARGE_NUMBER.search(text):
+        highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        if highest > MAX_ID:
+            raise CorruptModel(f"the tokenizer is not valid: it has the token id {highest}; {MAX_ID} is possible")
+    return tokenizer
+
+
+def is_panic(error: BaseException) -> bool:
+    """A library in Rust has failed an assertion: PyO3 raises that past ``except Exception``, and each library has a
+    class of its own for it."""
+    return type(error).__module__ == "pyo3_runtime"
+
+
+@contextmanager
+def library_errors(kind: type[EdgeError], what: str) -> Iterator[None]:
+    """Whatever a library in Rust raises, its panics too, becomes ``kind`` with ``what`` before the message."""
+    try:
+        yield
+    except EdgeError:
+        raise
+    except Exception as error:  # the libraries raise bare Exception
+        raise kind(f"{what}: {error}") from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise kind(f"{what}: {error}") from error
+
+
+def _with_sound_tables(text: str) -> str:
+    """The same JSON with each key once, so that what was looked at is what the library reads. CorruptModel."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptModel(f"the tokenizer is not valid: {error}") from error
+    pending = [content]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if "precompiled_charsmap" in value:
+                _check_table(value["precompiled_charsmap"])
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _check_table(table: Any) -> None:
+    """Four bytes with the length of a trie of 32-bit units, the trie, and the text that it refers to."""
+    if table is None:
+        return
+    try:
+        data = base64.b64decode(table, validate=True)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise CorruptModel(f"the tokenizer is not valid: precompiled_charsmap is not Base64: {error}") from error
+    size = int.from_bytes(data[:4], "little")
+    if len(data) < 4 or size % 4 or size > len(data) - 4:
+        raise CorruptModel(
+            f"the tokenizer is not valid: precompiled_charsmap says that it has {size} bytes, and has {len(data)}"
+        )
