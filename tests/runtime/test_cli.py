@@ -155,7 +155,7 @@ def test_errors_do_not_steer_the_terminal(monkeypatch: pytest.MonkeyPatch, capsy
 
     monkeypatch.setattr("edge_runtime.cli.models.list_models", fail)
     assert main(["list"]) == 1
-    assert capsys.readouterr().err == "edge-glm: the tensor \\x1b[2J\\u202egone\\x07 is missing\n"
+    assert capsys.readouterr().err == "edge-glm: the tensor \ufffd[2J\ufffdgone\ufffd is missing\n"
 
 
 def test_verbose_shows_the_traceback(edge: Run) -> None:
