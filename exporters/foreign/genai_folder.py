@@ -33,7 +33,7 @@ def adopt_genai(folder: Path, target: Path, *, name: str, provenance: Mapping[st
     path, model = _graph(folder, config)
     text = read_text_files(folder, {key: config.get(key) for key in ("bos_token_id", "eos_token_id")})
     files = [path, *(folder / each for each in _data_files(model))]
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not _is_there(file)]
     if missing:
         raise CorruptModel(f"{folder} lacks {', '.join(missing)}, which its graph names")
     weights = _weights(model)
@@ -52,7 +52,7 @@ def adopt_genai(folder: Path, target: Path, *, name: str, provenance: Mapping[st
 def _graph(folder: Path, config: Mapping[str, Any]) -> tuple[Path, onnx.ModelProto]:
     """Its file and itself, without weights."""
     path = folder / Path(str(config["decoder"].get("filename", "model.onnx"))).name
-    if not path.is_file():
+    if not _is_there(path):
         raise CorruptModel(f"{folder} has no {path.name}, which {CONFIG} names")
     if path.stat().st_size > _LARGEST_GRAPH:
         raise UnsupportedModel(f"{path} is too large to be a graph without its weights")
@@ -64,6 +64,13 @@ def _graph(folder: Path, config: Mapping[str, Any]) -> tuple[Path, onnx.ModelPro
     if missing:
         raise UnsupportedModel(f"{path} takes no {', '.join(missing)}, as language models of that builder do")
     return path, model
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is longer than the system allows
+        return False
 
 
 def _architecture(config: Mapping[str, Any], model: onnx.ModelProto, folder: Path) -> ArchitectureSummary:

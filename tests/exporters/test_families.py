@@ -180,6 +180,7 @@ def test_what_is_not_run_is_refused_by_name(config: dict[str, Any], names: str) 
             sized("llama", max_position_embeddings=2**32 - 1),
             "max_position_embeddings must be an integer from 1 to 2097152",
         ),
+        (sized("llama", head_dim=2**31), "head_dim must be an integer from 1 to 65536"),
         (sized("llama", num_key_value_heads=3), "3 key-value heads"),
         (sized("llama", hidden_size=66), "multiple"),
         (sized("llama", rms_norm_eps=float("nan")), "rms_norm_eps"),

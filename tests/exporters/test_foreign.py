@@ -99,6 +99,14 @@ def test_a_configuration_of_another_model(home: Path, folder: Path, file: str, s
         llm.generate("abc", SamplingParams(max_tokens=1))
 
 
+def test_a_name_that_is_too_long(home: Path) -> None:
+    shutil.copytree(GENAI, home / "other")
+    config = home / "other" / "genai_config.json"
+    config.write_text(config.read_text().replace('"model.onnx"', f'"{"x" * 5000}"'))
+    with pytest.raises(CorruptModel, match="which genai_config.json names"):
+        export_package(str(home / "other"), home / "p", ["onnxruntime"], None)
+
+
 def test_in_chunks_as_whole(home: Path) -> None:
     """Logits of chunks, forks and of what is left after a crop are those of one pass (whose answers the test above
     holds against onnxruntime-genai's own)."""
