@@ -103,7 +103,7 @@ def test_a_name_that_is_too_long(home: Path) -> None:
     shutil.copytree(GENAI, home / "other")
     config = home / "other" / "genai_config.json"
     config.write_text(config.read_text().replace('"model.onnx"', f'"{"x" * 5000}"'))
-    with pytest.raises(CorruptModel, match="which genai_config.json names"):
+    with pytest.raises(CorruptModel, match=r"which genai_config\.json names"):
         export_package(str(home / "other"), home / "p", ["onnxruntime"], None)
 
 
