@@ -4,8 +4,8 @@ from __future__ import annotations
 
 _CONTROLS = [code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"]
 _TURNED = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-"""What makes text run the other way, or end that: lines can be made to read otherwise than they are (Boucher and Anderson,
-Trojan Source, 2021)."""
+"""What makes text run the other way, or end that: lines can be made to read otherwise than they are (Boucher and
+Anderson, Trojan Source, 2021)."""
 _SHOWN = dict.fromkeys((*_CONTROLS, *_TURNED), "\N{REPLACEMENT CHARACTER}")
 
 
