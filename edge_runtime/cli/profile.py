@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.bench.job import Job
+from edge_runtime.disk import why
 from edge_runtime.errors import ConfigError, StorageError
 from edge_runtime.settings import load_settings
 from edge_runtime.tuning.records import Options
@@ -35,7 +36,7 @@ def profile(arguments: argparse.Namespace) -> int:
     try:
         page.write_text(report(found), encoding="utf-8")
     except OSError as error:
-        raise StorageError(f"cannot write {page}: {error.strerror or error}") from error
+        raise StorageError(f"cannot write {page}: {why(error)}") from error
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(found.result)).decode())
     else:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 
 from edge_runtime.columns import columns
+from edge_runtime.disk import why
 from edge_runtime.errors import ConfigError, EdgeError, StorageError
 from edge_runtime.memory import format_bytes
 from edge_runtime.settings import load_settings
@@ -63,7 +64,7 @@ def _chrome(arguments: argparse.Namespace) -> int:
     try:
         path.write_text(json.dumps(spans), encoding="utf-8")
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+        raise StorageError(f"cannot write {path}: {why(error)}") from error
     print(f"{path}: open it at https://ui.perfetto.dev, which reads it in the browser")
     return 0
 

@@ -15,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from devices.base import DecoderOptions
+from edge_runtime.disk import why
 from edge_runtime.errors import StorageError
 from edge_runtime.locks import file_lock
 from edge_runtime.package import Variant
@@ -144,7 +145,7 @@ class Observations:
                 fresh.write_bytes(msgspec.json.encode(_File(runs=runs[-KEPT:])))
                 fresh.replace(self._file)
         except OSError as error:
-            raise StorageError(f"cannot write {self._file}: {error.strerror or error}") from error
+            raise StorageError(f"cannot write {self._file}: {why(error)}") from error
         finally:
             with suppress(OSError):
                 fresh.unlink()

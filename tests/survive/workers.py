@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
 import threading
@@ -59,7 +60,7 @@ def tune() -> None:
     """One round of one lever, whatever the machine does beside: so it is short, and no clock decides."""
     job = Job(ref="model", device="edge:cpu", prompt_tokens=8, new_tokens=8)
     short = mock.patch.multiple(search, _ROUNDS=1, levers=lambda scope: ("threads",))
-    with short, mock.patch.object(tuning, "TuningLog", _SayingLog):
+    with short, mock.patch.multiple(tuning, TuningLog=_SayingLog, TIMED_FROM_S=math.inf):
         found = tuning.tune(job, limit_s=600)
     say(f"ended with {len(found.trials)}")
 
