@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT = 460, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 20, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 20, 40
 _NAME = 28.0
 """Room that the name of a mark takes."""
 
@@ -131,7 +131,8 @@ class _Axes:
         for value in _ticks(self.low_x, self.high_x, 5):
             x = self.x(value)
             parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-            parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
+            anchor = "middle" if x < WIDTH - _RIGHT - 12 else "end"
+            parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="{anchor}">{value:g}</text>')
         middle = (_LEFT + WIDTH - _RIGHT) / 2
         parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
         return "".join(parts)
