@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import socket
 import subprocess
 import sys
@@ -169,3 +170,20 @@ def test_no_socket_is_open_without_a_remote_tier(tmp_path: Path, monkeypatch: py
     with house(tmp_path, LOCAL) as here:
         monkeypatch.setattr(socket.socket, "connect", refuse)
         assert here.ask().tiers == ["local"]
+
+
+@pytest.mark.parametrize("device", ["edge:cpu", "onnxruntime:cpu", "openvino:cpu"])
+def test_engines_keep_nothing_of_their_own(device: str, tmp_path: Path) -> None:
+    """ONNX Runtime 1.32 would write a machine's id and a database of events into the home, to be sent to its maker."""
+    user = tmp_path / "user"
+    user.mkdir()
+    kept = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "ORT_DISABLE_TELEMETRY")
+    environment = {name: value for name, value in os.environ.items() if name not in kept}
+    code = f"from edge_runtime import EdgeLLM\nwith EdgeLLM('synthetic:tiny', {device!r}) as llm: llm.generate('Hi')"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"HOME": str(user), "EDGE_GLM_HOME": str(tmp_path / "ours"), "PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=120,
+    )
+    assert [path.relative_to(user).as_posix() for path in user.rglob("*")] == []
