@@ -186,7 +186,7 @@ class OpenVinoDecoder(PagedDecoder):
                 self.counters.ran(self._request, sum(counts), sum(part.rows for part in parts))
             logits = self._request.get_output_tensor(0).data
         bounds = np.cumsum([part.rows for part in asked])
-        logits = as_rows(logits, int(bounds[-1]), self._vocab_size)
+        logits = as_rows(logits, sum(part.rows for part in parts), self._vocab_size)
         return [logits[end - part.rows : end].copy() for part, end in zip(asked, bounds, strict=True)]
 
     # ---- the end
