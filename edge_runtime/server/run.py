@@ -92,7 +92,7 @@ class Server(uvicorn.Server):
 
     @property
     def _shelf(self) -> Shelf:
-        context: ServerContext = self.config.app.state.context  # type: ignore[union-attr]
+        context: ServerContext = self.config.app.state.context  # type: ignore[union-attr]  # may be a name, by its type
         return context.shelf
 
 
