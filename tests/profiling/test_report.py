@@ -191,6 +191,8 @@ def test_the_page_is_dark_where_the_system_is(browser: Browser, tmp_path: Path) 
     assert not light.colours() & dark.colours() - {"0,0,0", "255,255,255"}
     before = dark.colours()
     dark.page.emulate_media(color_scheme="light")
+    drawn = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    dark.page.evaluate(drawn)  # a browser tells of the change, upon which it is drawn again, with its next frame
     assert dark.colours() != before
     dark.page.emulate_media(color_scheme="dark")
     light.done("again")
