@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from devices.base import Step
 from devices.errors import EngineError
 from edge_runtime import EdgeLLM
 from edge_runtime.drafting.draft_model import DraftModel
-from edge_runtime.drafting.pace import FIRST_WAIT, LONGEST, DraftPace
+from edge_runtime.drafting.pace import LONGEST, TRIAL_SHARE, DraftPace
 from edge_runtime.engine import Engine, EngineStats
 from edge_runtime.errors import BudgetError, ConfigError
 from edge_runtime.sampling import SamplingParams
@@ -129,9 +130,11 @@ def test_a_draft_that_fails_is_left_alone() -> None:
 # --- pace -------------------------------------------------------------------------------------------------------------
 
 
-def paced(step: float, each: float, draft: float, acceptance: float, steps: int = 400) -> tuple[DraftPace, list[int]]:
+def paced(
+    step: float, each: float, draft: float, acceptance: float, steps: int = 400, pace: DraftPace | None = None
+) -> tuple[DraftPace, list[int]]:
     """A machine whose steps take ``step`` and ``each`` more for every token beyond the first; lengths it chose."""
-    pace, lengths, random = DraftPace(), [], np.random.default_rng(0)
+    pace, lengths, random = pace or DraftPace(), [], np.random.default_rng(0)
     pace.step_took(1, step)
     for _ in range(steps):
         length = pace.length(1, LONGEST)
@@ -158,10 +161,34 @@ def test_a_draft_that_rarely_holds_is_short_or_none() -> None:
 @pytest.mark.parametrize(("each", "draft"), [(8.0, 0.5), (0.2, 9.0)])
 def test_what_costs_too_much_is_turned_off(each: float, draft: float) -> None:
     """Steps that grow with their tokens, or a draft nearly as slow as the model."""
-    pace, lengths = paced(step=10, each=each, draft=draft, acceptance=0.7)
-    assert sum(length > 0 for length in lengths) < 12
-    assert pace.off or lengths[-1] == 0
-    assert lengths[-FIRST_WAIT:].count(0) >= FIRST_WAIT - 3
+    _, lengths = paced(step=10, each=each, draft=draft, acceptance=0.7, steps=4000)
+    assert sum(length > 0 for length in lengths[:400]) < 12
+    lost = [(each + draft) * length / 10 - 2 * (length > 0) for length in lengths[100:]]  # two tokens and more a draft
+    assert 0 < sum(lost) <= 2 * TRIAL_SHARE * len(lost)
+
+
+def test_a_draft_given_up_for_one_text_is_taken_up_with_the_next() -> None:
+    """Here six in ten is more than a draft needs, and two in ten less."""
+    machine: dict[str, Any] = {"step": 10, "each": 1, "draft": 2.5}
+    pace, lengths = paced(acceptance=0.2, **machine)
+    assert np.mean(lengths[200:]) < 0.5
+    _, lengths = paced(acceptance=0.7, steps=600, pace=pace, **machine)
+    assert 0 in lengths
+    assert lengths[-200:].count(0) < 20
+
+
+def test_what_one_request_gains_by_is_not_given_up_for_eight() -> None:
+    """Eight requests fill the machine, one does not."""
+    pace = DraftPace()
+    for tokens in range(1, 73):
+        pace.step_took(tokens, 10 + 3 * max(tokens - 8, 0))
+    pace.draft_took(1, 0.5)
+    pace.draft_took(8, 1.0)
+    while pace.length(8, LONGEST):
+        pace.fared(3, 2)
+    for _ in range(5):
+        assert pace.length(1, LONGEST) > 0
+        assert pace.length(8, LONGEST) == 0
 
 
 def test_before_anything_is_known_nothing_is_drafted() -> None:
