@@ -11,8 +11,6 @@ Vector = NDArray[np.float64]
 _HUBER = 1.345
 """Standard deviations from which an error counts less: 95 % of the efficiency of plain least squares on normal errors
 (Huber, Robust Statistics, 1981)."""
-HUBER_SHARE = 0.8214
-"""What its weights leave of the variance of normal errors: P(|z| < 1.345)."""
 _ROUNDS = 12
 _TINY = 1e-12
 
@@ -61,3 +59,13 @@ def robust_nonnegative(matrix: Vector, values: Vector) -> tuple[Vector, Vector]:
             break
         weights = fresh
     return solution, weights
+
+
+def left_out(matrix: Vector, values: Vector, weights: Vector) -> Vector:
+    """What :func:`nonnegative` on all other rows, by their weights, foretells of each: (n, k), (n,), (n,) to (n,)."""
+    root = np.sqrt(weights)
+    weighted, wanted = matrix * root[:, None], values * root
+    found = np.empty(len(values))
+    for row, times in enumerate(matrix):
+        found[row] = times @ nonnegative(np.delete(weighted, row, axis=0), np.delete(wanted, row))
+    return found

@@ -13,9 +13,10 @@ before it. So its time is taken as a sum, whose parts are found by least squares
 A prompt comes in the middle of a step of those that decode, waits for its end, and is run in the scheduler's chunks,
 beside what decodes meanwhile; time per token is that of a step with decoding
 sequences alone. The form is that of roofline models of transformers (Yuan et al., LLM Inference Unveiled, 2024, arXiv
-2402.16363) with measured constants. Error bars are prediction intervals of the regression (Draper and Smith, Applied
-Regression Analysis, 3rd ed., 1998, section 1.4): from the residuals, and from how far a request is from what was
-measured.
+2402.16363) with measured constants. The error bars come from how far each measurement is
+from what all the others foretell of it (the jackknife; Barber et al., Predictive inference with the jackknife+, 2021,
+arXiv 1905.02928): times of one round and the slowest of several, apart for longer and for shorter; and from how far a
+request is from what was measured (Draper and Smith, Applied Regression Analysis, 3rd ed., 1998, section 1.4).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 
 from edge_runtime.chunks import chunks
 from edge_runtime.errors import NotMeasured
-from edge_runtime.timing.least_squares import HUBER_SHARE, Vector, robust_nonnegative
+from edge_runtime.timing.least_squares import Vector, left_out, robust_nonnegative
 from edge_runtime.timing.observations import EachToken, FirstToken, Observation
 
 FEW = 64
@@ -37,12 +38,17 @@ PROMPTS, HELD = 3, 2
 """Different lengths of prompts, and different KV caches while decoding, that must have been measured at least."""
 _STEP, _SEVERAL, _SEQUENCES, _HELD, _FEW_TOKENS, _TOKENS, _PAIRS, _MIXED, _REQUEST, _CACHED = range(10)
 _PARTS = 10
-_LEAST_SPREAD = 0.05
-"""Relative standard deviation that is assumed at least: the machine is not the same from one minute to the next."""
+_DRIFT = 0.08
+"""Relative standard deviation between one opening of a model and another, which one alone cannot tell: by so much the
+median of 24 times was off (0 to 25 %; tests/bench/timing_model.py)."""
 _RIDGE = 1e-4
 """Of the squared length of a column, scaled to 1: what was never varied is known to within a hundred times itself."""
-_CERTAINTY = 1.6449
-"""Standard normal quantile of 95 %: nine in ten lie between the bars."""
+_LEAST = 1e-3
+"""Share of its time that at least is foretold of a measurement."""
+_OUTSIDE = 0.05
+"""Share of the requests beyond each bar: nine in ten lie between them."""
+_NORMAL = 1.6449
+"""That quantile of normal errors, in standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +102,13 @@ class TimingModel:
         scaled = rows / self._scale
         found, weights = robust_nonnegative(scaled, np.ones(len(rows)))
         self._found = found / self._scale
-        freedom = max(len(rows) - int((found > 0).sum()), 1)
-        errors = 1 - scaled @ found
-        spread = math.sqrt(float((weights * errors**2).sum()) / (freedom * HUBER_SHARE))
-        self.spread = max(math.hypot(spread, _restlessness(observations)), _LEAST_SPREAD)
-        """Relative standard deviation of a measurement from the model."""
-        self._bar = self.spread * _student(freedom)
         self._unknown = np.linalg.inv(scaled.T @ (scaled * weights[:, None]) + _RIDGE * np.eye(_PARTS))
+        slowest = np.array([(each.slowest or each.seconds) / each.seconds for each in observations])
+        foretold = np.maximum(left_out(scaled, np.ones(len(rows)), weights), _LEAST)
+        further = np.sqrt(1 + np.einsum("ij,jk,ik->i", scaled, self._unknown, scaled))
+        self.above = _bar(np.concatenate([1 / foretold - 1, slowest / foretold - 1]) / np.tile(further, 2))
+        self.below = _bar(np.concatenate([foretold - 1, foretold / slowest - 1]) / np.tile(further, 2))
+        """By what share a request like those that were measured may take more, or what is foretold be more than it."""
 
     def ttft(self, prompt: int, cached: int = 0, beside: Beside = ALONE) -> Estimate:
         """To the first token of a prompt of so many tokens, the first ``cached`` of which are known already.
@@ -163,8 +169,8 @@ class TimingModel:
     def _estimate(self, parts: Vector, reach: _Reach) -> Estimate:
         seconds = float(parts @ self._found)
         relative = parts / seconds / self._scale
-        width = self._bar * math.sqrt(1 + float(relative @ self._unknown @ relative)) * reach.beyond(self._most)
-        return Estimate(seconds, seconds / (1 + width), seconds * (1 + width))
+        further = math.sqrt(1 + float(relative @ self._unknown @ relative)) * reach.beyond(self._most)
+        return Estimate(seconds, seconds / (1 + further * self.below), seconds * (1 + further * self.above))
 
 
 @dataclass(frozen=True)
@@ -188,22 +194,15 @@ class _Reach:
         return max(1.0, self.prompt / most.prompt, self.context / most.context, self.batch / most.batch)
 
 
-def _restlessness(observations: Sequence[Observation]) -> float:
-    """Relative standard deviation of one time from the least of several of the same, where there were several."""
-    ranges = [each.slowest / each.seconds - 1 for each in observations if each.slowest is not None]
-    return float(np.median(ranges)) / 2 if ranges else 0.0
+def _bar(errors: Vector) -> float:
+    """Relative, for a request like those that were measured; of those times longer, or shorter, by ``errors``."""
+    return math.hypot(max(float(np.quantile(errors, 1 - _OUTSIDE)), 0.0), _NORMAL * _DRIFT)
 
 
 def _decoding(batch: int, held: float) -> Vector:
     parts = np.zeros(_PARTS)
     parts[_STEP], parts[_SEVERAL], parts[_SEQUENCES], parts[_HELD] = 1, batch > 1, batch, held
     return parts
-
-
-def _student(freedom: int) -> float:
-    """Quantile of Student's t for :data:`_CERTAINTY` (Abramowitz and Stegun, 26.7.5, first two terms)."""
-    z = _CERTAINTY
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def short(seconds: float) -> str:

@@ -55,7 +55,9 @@ class Found(msgspec.Struct, frozen=True):
 
     device: str
     observations: int
-    spread: float
+    below: float
+    above: float
+    """The error bars of a request like those that were measured."""
     cases: int
     median: dict[str, float]
     p90: dict[str, float]
@@ -144,7 +146,8 @@ def _validated(job: Job, timed: TimedRun, cases: int, seed: int, verbose: bool) 
     return Found(
         device=timed.subject.device,
         observations=len(timed.observations),
-        spread=model.spread,
+        below=model.below,
+        above=model.above,
         cases=len(tried),
         median={kind: float(np.median(found)) for kind, found in errors.items()},
         p90={kind: float(np.quantile(found, 0.9)) for kind, found in errors.items()},
@@ -191,7 +194,7 @@ def _table(found: Sequence[Found]) -> str:
     rows += [[kind, *(f"{each.median[kind]:.1%} / {each.p90[kind]:.1%}" for each in found)] for kind in kinds]
     rows += [["within the bars", *(f"{each.within_bars:.0%} of {each.cases}" for each in found)]]
     rows += [["timed again", *(str(each.disturbed) for each in found)]]
-    rows += [["fitted to", *(f"{each.observations}, spread {each.spread:.1%}" for each in found)]]
+    rows += [["fitted to", *(f"{each.observations}, bars -{each.below:.0%} +{each.above:.0%}" for each in found)]]
     met = "met" if all(each.good for each in found) else "not met"
     goal = f"the goal, a median error of {GOAL:.0%} at most of TTFT and TPOT, is {met}; answers of {NEW_TOKENS} tokens"
     return f"{columns(rows, head=True)}\n{goal}"

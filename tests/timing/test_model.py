@@ -8,7 +8,7 @@ import pytest
 
 from edge_runtime.errors import NotMeasured
 from edge_runtime.timing.foretold import foretell
-from edge_runtime.timing.least_squares import nonnegative, robust_nonnegative
+from edge_runtime.timing.least_squares import left_out, nonnegative, robust_nonnegative
 from edge_runtime.timing.model import Beside, Estimate, TimingModel, short
 from edge_runtime.timing.observations import EachToken, FirstToken
 from tests.timing.known import CHUNK, PAIRS, each, first, observed, seconds
@@ -43,20 +43,21 @@ def test_a_whole_answer_is_the_sum_of_its_tokens() -> None:
     assert model.total(700, 100, cached=600).seconds < model.total(700, 100).seconds
 
 
-def test_with_noise_it_stays_within_it_and_the_bars_hold() -> None:
-    """Nine in ten, on average over machines that were measured only once."""
-    errors, within, spreads = [], [], []
-    for seed in range(30):
-        model = TimingModel(observed(0.08, seed), CHUNK)
-        spreads.append(model.spread)
+@pytest.mark.parametrize("noise", [0.04, 0.08, 0.16])
+def test_with_noise_it_stays_within_it_and_the_bars_hold(noise: float) -> None:
+    """Nine in ten, on average over machines that were measured once, and asked when they were some other per cent
+    faster or slower in all."""
+    errors, within = [], []
+    for seed in range(60):
+        model = TimingModel(observed(noise, seed), CHUNK)
         rng = np.random.default_rng((seed, 1))
+        drift = 0.08 * rng.normal()
         for one in [*UNSEEN, *UNSEEN_LATER]:
             estimate = told(model, one)
             errors.append(abs(estimate.seconds / one.seconds - 1))
-            within.append(estimate.low <= one.seconds * np.exp(0.08 * rng.normal()) <= estimate.high)
-    assert np.median(errors) < 0.05
-    assert np.mean(spreads) == pytest.approx(0.08, rel=0.15)
-    assert 0.85 < np.mean(within) < 0.95
+            within.append(estimate.low <= one.seconds * np.exp(drift + noise * rng.normal()) <= estimate.high)
+    assert np.median(errors) < noise / 2
+    assert 0.85 < np.mean(within) < 0.97
 
 
 def test_a_time_that_is_far_off_counts_little() -> None:
@@ -70,7 +71,9 @@ def test_a_time_that_is_far_off_counts_little() -> None:
 def test_what_varied_between_rounds_widens_the_bars() -> None:
     calm = observed(0.01)
     restless = [msgspec.structs.replace(one, slowest=1.5 * one.seconds) for one in calm]
-    assert width(TimingModel(restless, CHUNK).ttft(500)) > 3 * width(TimingModel(calm, CHUNK).ttft(500))
+    wide, narrow = (TimingModel(each, CHUNK).ttft(500) for each in (restless, calm))
+    assert width(wide) > 3 * width(narrow)
+    assert wide.seconds / wide.low == pytest.approx(narrow.seconds / narrow.low, rel=0.1)  # it is never faster
 
 
 def test_far_from_what_was_measured_the_bars_are_wider() -> None:
@@ -170,3 +173,11 @@ def test_robust_weights_are_small_where_the_error_is_large() -> None:
     found, weights = robust_nonnegative(matrix, values)
     assert found == pytest.approx([1, 2], abs=0.05)
     assert weights[3] < 0.05 < 0.5 < np.median(weights)
+
+
+def test_what_is_left_out_does_not_foretell_itself() -> None:
+    """On a line through three points, far from a fourth, which counts for nothing or as much."""
+    matrix, values = np.array([[1.0], [2.0], [3.0], [4.0]]), np.array([2.0, 4.0, 6.0, 80.0])
+    found = left_out(matrix, values, np.array([1.0, 1.0, 1.0, 0.0]))
+    assert found == pytest.approx([2, 4, 6, 8])
+    assert left_out(matrix, values, np.ones(4))[0] > 5
