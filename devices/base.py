@@ -9,7 +9,7 @@ Not thread safe: one thread owns a decoder and all its sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -207,6 +207,10 @@ class Step(NamedTuple):
     """(n,), n ≥ 1: appended to the sequence."""
     rows: int = 1
     """Logits of the last ``rows`` tokens are returned; 0 ≤ rows ≤ n. 0: none (a chunk in mid-prompt)."""
+
+
+Forward = Callable[[Sequence[Step]], list[NDArray[np.float32]]]
+"""As :meth:`Decoder.forward`."""
 
 
 class Decoder(Protocol):

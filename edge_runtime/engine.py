@@ -6,7 +6,6 @@ Any thread may submit; only the engine's thread touches the decoder, its sequenc
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -28,10 +27,10 @@ from edge_runtime.errors import (
     StepTimeout,
 )
 from edge_runtime.generation import EngineGeneration, Generation
-from edge_runtime.handover import CLOSED, Estate, HandOver, Open, Successor
+from edge_runtime.handover import Estate, HandOver, Open, Successor
 from edge_runtime.heap import return_free_heap
 from edge_runtime.heartbeat import HEARTBEAT, Heartbeat
-from edge_runtime.inbox import Inbox
+from edge_runtime.inbox import CLOSED, Inbox
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.prefix_store import PrefixStore
 from edge_runtime.recovery import Recovery
@@ -50,7 +49,6 @@ TRIM_S = 5.0
 """After so long without work memory that only a busier time has needed goes back to the system."""
 CLOSING_S = 5.0
 """So long closing waits for the step that runs."""
-_log = logging.getLogger("edge_glm.engine")
 
 
 class Engine:
@@ -235,7 +233,7 @@ class Engine:
 
     def close(self) -> None:
         """End every request with EngineStopped and close the decoder. Idempotent. A step that does not end soon is not
-        waited for; then the decoder is closed once it does."""
+        waited for, unless steps may take whatever they take (``step_timeout``); the decoder is closed once it does."""
         self._inbox.close()
         if self._watch is not None:
             self._watch.hurry(CLOSING_S)
@@ -288,7 +286,8 @@ class Engine:
             self._estate.close(error)
         else:
             self._estate.close(EngineStopped(CLOSED))
-        self._unwatch()
+        finally:
+            self._unwatch()
 
     def _step(self) -> bool:
         """False: the engine is closing."""

@@ -12,12 +12,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.engine import Engine, Successor
+from edge_runtime.engine import CLOSING_S, Engine, Successor
 from edge_runtime.errors import DeviceUnavailable, EdgeError, EngineError, EngineStopped, PromptTooLong, StepTimeout
 from edge_runtime.generation import Generation
 from edge_runtime.loading import Loaded
 from edge_runtime.placement import Placement
 from edge_runtime.prompts import TierRequest
+from edge_runtime.stuck import free, stuck
 
 _log = logging.getLogger("edge_glm.devices")
 _REASON = 200
@@ -126,13 +127,17 @@ class Failover:
             raise errors[0]
 
     def close(self) -> None:
-        """Close all; waits for one that is being opened, since nothing can stop an engine there."""
+        """Close all. One that is being opened is waited for, since nothing can stop an engine there, but not for long:
+        it is closed when it comes."""
         with self._lock:
             self._closed = True
         for loaded in self._loaded:
             loaded.engine.close()
         if self._opening is not None:
-            self._opening.join()
+            self._opening.join(CLOSING_S)
+            with self._lock:
+                if self._opening.is_alive():
+                    stuck(self._opening)
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
@@ -153,6 +158,13 @@ class Failover:
 
     def _open_first(self, placement: Placement) -> None:
         """On a thread of its own: open it beside the one that answers meanwhile, and put it before that."""
+        try:
+            self._open_beside(placement)
+        finally:
+            with self._lock:
+                free(threading.current_thread())
+
+    def _open_beside(self, placement: Placement) -> None:
         name = placement.device.name
         try:
             loaded = self._load(placement, partial(self._succeed, placement), 2)

@@ -6,14 +6,14 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from devices.base import Decoder
 from edge_runtime.completion import Request
 from edge_runtime.drafting.draft_model import DraftModel
 from edge_runtime.errors import EdgeError, EngineError, EngineStopped, StepTimeout
-from edge_runtime.inbox import Inbox, Letter
+from edge_runtime.inbox import CLOSED, Inbox, Letter
 from edge_runtime.prefix_cache import PrefixCache
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.submission import Submission
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from edge_runtime.engine import Engine
 
 _log = logging.getLogger("edge_glm.engine")
-CLOSED = "the engine has been closed"
 Open = Callable[[], "Engine"]
 Successor = Callable[[EngineError], Open | None]
 """Asked when the device has failed: what opens another engine, once this one has let go of its device. None: there is
@@ -134,18 +133,21 @@ class Estate:
 
     def hand_over(self, end: HandOver) -> None:
         """Let go of the device, then have the successor answer what nobody has had anything of; end the rest."""
-        unsent = self.live.end_begun(end.error)
-        self._scheduler.forget()
-        with suppress(EdgeError):  # it has failed already
+        try:
+            unsent = self.live.end_begun(end.error)
+            self._scheduler.forget()
             self._close_device()
-        self._pass_on(end, unsent)
-        self.settled.set()
+            self._pass_on(end, unsent)
+        finally:
+            self.settled.set()
 
     def close(self, error: EngineStopped) -> None:
         """All end with ``error``."""
-        self._end_all(error)
-        self._close_device()
-        self.settled.set()
+        try:
+            self._end_all(error)
+            self._close_device()
+        finally:
+            self.settled.set()
 
     # --- another thread, since the engine's hangs in the decoder ------------------------------------------------------
 
@@ -158,26 +160,24 @@ class Estate:
                 open_successor = successor(error)
             except Exception:  # somebody waits
                 _log.exception("nobody knows what could take over")
-        if open_successor is not None:
-            unsent = self.live.end_begun(error)
-            self._scheduler.forget()
-            self._cache.abandon()
-            self._pass_on(HandOver(str(error), open_successor, error), unsent)
-        else:
-            if not self._inbox.closing:
-                self.failure = f"{error}, and no other device can take over: start the program anew"
-            self._end_all(EngineStopped(self.failure or CLOSED))
-            self._cache.abandon()
-        self.settled.set()
+        try:
+            if open_successor is not None:
+                unsent = self.live.end_begun(error)
+                self._scheduler.forget()
+                self._cache.abandon()
+                self._pass_on(HandOver(str(error), open_successor, error), unsent)
+            else:
+                if not self._inbox.closing:
+                    self.failure = f"{error}, and no other device can take over: start the program anew"
+                self._end_all(EngineStopped(self.failure or CLOSED))
+                self._cache.abandon()
+        finally:
+            self.settled.set()
 
     def close_late(self) -> None:
         """The engine's thread has come back after all, and nothing but the decoder is its own any more."""
         _log.warning("%s has come back, and is closed", self._decoder.device)
-        with suppress(Exception):
-            if self._drafter is not None:
-                self._drafter.close()
-        with suppress(Exception):
-            self._decoder.close()
+        self._close_decoders()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -211,9 +211,21 @@ class Estate:
         self._scheduler.forget()
 
     def _close_device(self) -> None:
-        try:
+        with self._at_the_end():
             self._cache.close()
+        self._close_decoders()
+
+    def _close_decoders(self) -> None:
+        with self._at_the_end():
             if self._drafter is not None:
                 self._drafter.close()
-        finally:
+        with self._at_the_end():
             self._decoder.close()  # its sequences die with it
+
+    @contextmanager
+    def _at_the_end(self) -> Iterator[None]:
+        """Whatever is raised is only said: a device may have failed already, and somebody waits for the rest."""
+        try:
+            yield
+        except Exception as error:
+            _log.warning("closing %s: %s: %s", self._decoder.device, type(error).__name__, error)

@@ -10,6 +10,8 @@ from edge_runtime.completion import Request
 from edge_runtime.errors import EngineStopped, Overloaded
 from edge_runtime.submission import Submission
 
+CLOSED = "the engine has been closed"
+
 
 class Letter(NamedTuple):
     submission: Submission
@@ -52,7 +54,7 @@ class Inbox:
             if self._stopped is not None:
                 raise EngineStopped(str(self._stopped)) from self._stopped
             if self.closing:
-                raise EngineStopped("the engine has been closed")
+                raise EngineStopped(CLOSED)
             if self.queued >= self._most and not queued_before:
                 raise Overloaded(f"{self._most} requests are waiting already; try again later")
             self._letters.append(Letter(submission, requests))

@@ -22,7 +22,8 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 def file_lock(path: Path) -> Iterator[None]:
     """Hold the lock at ``path``, waiting for as long as another process (or thread) holds it.
 
-    The system releases it when the holder dies. Raises StorageError if the file cannot be made.
+    The system releases it when the holder dies. Raises StorageError if the file cannot be made or
+    locked.
     """
     handle = _acquire(path)
     try:
@@ -43,7 +44,8 @@ class HeldLock:
         self._released = False
 
     def try_acquire(self) -> bool:
-        """False: another process (or thread) holds it, or it was released. StorageError if the file cannot be made."""
+        """False: another process (or thread) holds it, or it was released. StorageError if the file cannot be made or
+        locked."""
         with self._mutex:
             if self._handle is None and not self._released:
                 self._handle = _try_acquire(self._path)
@@ -77,6 +79,9 @@ def _try_acquire(path: Path) -> int | None:
         # The holder before us deletes the file; a lock on a deleted file excludes nobody.
         if _try_lock(handle) and _is_current(handle, path):
             return handle
+    except OSError as error:  # such as a network's file system without locks
+        os.close(handle)
+        raise StorageError(f"cannot lock {path}: {why(error)}") from error
     except BaseException:
         os.close(handle)
         raise

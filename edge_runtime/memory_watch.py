@@ -43,7 +43,8 @@ class MemoryWatch:
         self._measure = measure
         self._at_first = self._limit = measure().total
         self._beats = 0
-        self._relieved = True
+        self._relieved = self._limit
+        """The limit that was made do with."""
         self._relieving: threading.Thread | None = None
         self.told: str | None = None
         """What is tight, in words; None: nothing."""
@@ -63,14 +64,13 @@ class MemoryWatch:
         shrunk = memory.total < self._at_first
         if memory.total != self._limit:
             self._limit = memory.total
-            self._relieved = False
             self._share_out(memory, shrunk, anew=True)
         elif shrunk:
             self._share_out(memory, shrunk, anew=False)
-        if not self._relieved and (self._relieving is None or not self._relieving.is_alive()):
+        if self._relieved != self._limit and (self._relieving is None or not self._relieving.is_alive()):
             within = int(memory.total * USABLE) if shrunk else None
             self._relieving = threading.Thread(
-                target=self._have_relieved, args=(within,), name="edge-glm memory", daemon=True
+                target=self._have_relieved, args=(self._limit, within), name="edge-glm memory", daemon=True
             )
             self._relieving.start()
 
@@ -92,12 +92,18 @@ class MemoryWatch:
                 nbytes = max(nbytes, engine.kv_limit)
             engine.limit_kv(nbytes, 0 if short else nbytes)
             left += nbytes
-        self.told = (
-            f"the memory limit has shrunk from {format_bytes(self._at_first)} to {format_bytes(memory.total)}: "
-            f"{format_bytes(left)} are left for the KV cache{', and no prefixes are kept' if short else ''}"
-        )
+        self.told = f"the memory limit has shrunk from {format_bytes(self._at_first)} to {format_bytes(memory.total)}"
+        if engines:
+            self.told += f": {format_bytes(left)} are left for the KV cache"
+            self.told += ", and no prefixes are kept" if short else ""
         if anew:
             _log.warning("%s", self.told)
 
-    def _have_relieved(self, within: int | None) -> None:
-        self._relieved = self._relieve(within)
+    def _have_relieved(self, limit: int, within: int | None) -> None:
+        try:
+            done = self._relieve(within)
+        except Exception:  # it would not end otherwise at the next look
+            _log.exception("a smaller variant could not be taken")
+            done = True
+        if done:
+            self._relieved = limit

@@ -194,10 +194,6 @@ class PrefixCache:
         while self.nbytes > self._max_bytes:
             self._drop(self._entries[0])
 
-    def clear(self) -> None:
-        while self.evict():
-            pass
-
     @property
     def unsaved(self) -> bool:
         """:meth:`save_next` has something to do."""

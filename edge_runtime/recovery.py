@@ -7,13 +7,12 @@ so that the answers are the ones that they would have been.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
-from numpy.typing import NDArray
 
-from devices.base import Decoder, Step
+from devices.base import Decoder, Forward, Step
 from edge_runtime.completion import Request
 from edge_runtime.errors import DeviceError, EdgeError, EngineError, OutOfKVCache, OutOfSequences
 from edge_runtime.handover import HandOver, Successor
@@ -23,8 +22,6 @@ STRIKES = 3
 """Steps that fail, or give no numbers, through nobody's fault that can be named, and the device is at fault."""
 SOUND_STEPS = 256
 """After so many steps without another one they are forgotten."""
-
-Forward = Callable[[Sequence[Step]], "list[NDArray[np.float32]]"]
 
 
 class Recovery:

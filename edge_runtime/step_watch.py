@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.base import Decoder, Step
+from devices.base import Decoder, Forward, Step
 from edge_runtime.errors import StepTimeout
 from edge_runtime.heartbeat import Heartbeat
 from edge_runtime.stuck import free, stuck
@@ -27,8 +27,6 @@ UNMEASURED = 10.0
 """Before anything was measured, so many times :data:`STEP_TIMEOUT_S`: engines compile with their first step."""
 _FORGETTING = 0.99
 """What the slowest step still counts after another one."""
-
-Forward = Callable[[Sequence[Step]], "list[NDArray[np.float32]]"]
 
 
 class Abandoned(BaseException):

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from devices.base import Forward
 from devices.stopwatch import Stopwatch
 from edge_runtime.completion import Completion, Request
 from edge_runtime.drafting.draft_model import DraftModel
 from edge_runtime.errors import EdgeError, EngineError, OutOfKVCache
-from edge_runtime.recovery import Forward, Recovery
+from edge_runtime.recovery import Recovery
 from edge_runtime.scheduler import Scheduler, Work
 
 _log = logging.getLogger("edge_glm.engine")
@@ -64,6 +65,7 @@ class Steps:
         return [], []
 
     def _postprocess(self, batch: list[Work], results: list[NDArray[np.float32]]) -> None:
+        self._without_numbers.clear()  # a step before may have ended in the middle
         for work, logits in zip(batch, results, strict=True):
             request = work.request
             if work.start < request.prompt_length:

@@ -14,6 +14,7 @@ import msgspec
 from starlette.types import ASGIApp, Message
 
 from edge_runtime.batch.files import Answers, Line, read_requests
+from edge_runtime.errors import EngineStopped
 
 AHEAD = 4
 """Times as many requests may be under way or answered as run at once, before the slowest of them is written."""
@@ -24,7 +25,8 @@ async def answer_batch(
     app: ASGIApp, requests: Path, answers: Answers, names: Mapping[str, str], at_once: int, progress: Progress
 ) -> int:
     """Answer those of ``requests`` that ``answers`` lacks; returns how many failed. ``names``: of the models as the
-    lines have them → as ``app`` has them. ``progress`` hears how many are written."""
+    lines have them → as ``app`` has them. ``progress`` hears how many are written. EngineStopped where a model can
+    answer no more: what is left then is for the next run."""
     room = asyncio.Semaphore(at_once)
     waiting: deque[asyncio.Task[dict[str, Any]]] = deque()
     failed = 0
@@ -61,11 +63,14 @@ async def _answer(app: ASGIApp, line: Line, names: Mapping[str, str]) -> dict[st
         if status != 503 or b"retry-after" not in headers:
             break
         await asyncio.sleep(float(headers[b"retry-after"]))  # there is no room just now
+    answer = msgspec.json.decode(text)
+    if status == 503 and answer["error"]["code"] == "engine_stopped":
+        raise EngineStopped(answer["error"]["message"])
     request = f"req-{uuid.uuid4().hex}"
     return {
         "id": f"batch_{request}",
         "custom_id": line.custom_id,
-        "response": {"status_code": status, "request_id": request, "body": msgspec.json.decode(text)},
+        "response": {"status_code": status, "request_id": request, "body": answer},
         "error": None,
     }
 

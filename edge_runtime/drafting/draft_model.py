@@ -7,6 +7,7 @@ decoding gives: the same at temperature 0, and from the same distribution above 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,14 +16,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.base import Decoder, DecoderSequence, Step
+from devices.base import Decoder, DecoderSequence, Forward, Step
 from edge_runtime.completion import Request
 from edge_runtime.drafting.pace import DraftPace
 from edge_runtime.errors import EdgeError, OutOfKVCache
 
-Forward = Callable[[Sequence[Step]], "list[NDArray[np.float32]]"]
 _SHORT = 2
 """Tokens of a step that tells the pace; longer ones catch up with a prompt."""
+_log = logging.getLogger("edge_glm.engine")
 
 
 @dataclass
@@ -50,7 +51,8 @@ class _Row:
 class DraftModel:
     """Owns its decoder, whose tokens are the model's. On the engine's thread.
 
-    Once it fails it drafts no more, and answers go on without.
+    Once it fails it drafts no more, and answers go on without. Where it hangs, the engine's thread hangs with it, and
+    both are given up.
     """
 
     def __init__(self, decoder: Decoder, pace: DraftPace | None = None) -> None:
@@ -70,8 +72,8 @@ class DraftModel:
     def draft(self, wanted: Mapping[Request, int]) -> Mapping[Request, Sequence[int]]:
         """For each request tokens that may come next, at most so many."""
         length = self.pace.length(len(wanted), max(wanted.values(), default=0)) if self.error is None else 0
-        rows = {each: min(length, most) for each, most in wanted.items() if self._has_room(each, min(length, most))}
         try:
+            rows = self._admitted({each: min(length, most) for each, most in wanted.items()})
             return self._draft(rows) if rows else {}
         except OutOfKVCache:  # the longest makes room for the others
             longest = max(self._rows, key=lambda each: len(each.tokens))
@@ -80,6 +82,7 @@ class DraftModel:
             return {}
         except EdgeError as error:  # it is only a help
             self.error = error
+            _log.warning("nothing is drafted any more: %s", error)
             self.close()
             return {}
 
@@ -102,10 +105,17 @@ class DraftModel:
         with suppress(EdgeError):
             self._decoder.close()
 
-    def _has_room(self, request: Request, length: int) -> bool:
+    def _admitted(self, lengths: Mapping[Request, int]) -> dict[Request, int]:
+        """Those of them that there is room for."""
         limits = self._decoder.limits
-        fits = length > 0 and request not in self._given_up and len(request.tokens) + length <= limits.longest
-        return fits and (request in self._rows or len(self._rows) < limits.max_sequences)
+        places = limits.max_sequences - len(self._rows)
+        rows = {}
+        for request, length in lengths.items():
+            fits = length > 0 and request not in self._given_up and len(request.tokens) + length <= limits.longest
+            if fits and (request in self._rows or places > 0):
+                places -= request not in self._rows
+                rows[request] = length
+        return rows
 
     def _draft(self, rows: Mapping[Request, int]) -> Mapping[Request, Sequence[int]]:
         drafts: dict[Request, list[int]] = {each: [] for each in rows}

@@ -26,6 +26,8 @@ from edge_runtime.errors import LedgerError
 from edge_runtime.sqlite_file import SqliteFile
 
 BILLION = 10**9
+_AHEAD_S = 60.0
+"""By so much a clock is set without anybody's noticing."""
 Period = Literal["day", "month"]
 
 _SCHEMA = """
@@ -131,6 +133,7 @@ class Ledger:
                 if spent + sending.most > cap.limit:
                     raise OverCap(
                         f"{cap} leaves {money(max(cap.limit - spent, 0))}, and this may cost {money(sending.most)}"
+                        + _dated_ahead(now, self._clock())
                     )
             return _append(
                 connection,
@@ -229,6 +232,14 @@ def most_of(price_input: float, price_output: float, prompt_tokens: int, complet
 def money(billionths: int) -> str:
     whole, rest = divmod(billionths, BILLION)
     return f"{whole}.{rest:09}".rstrip("0").rstrip(".")
+
+
+def _dated_ahead(now: float, clock: float) -> str:
+    """The clock was ahead once: what to know where a cap seems to stand still."""
+    if now - clock < _AHEAD_S:
+        return ""
+    date = datetime.fromtimestamp(now).astimezone()
+    return f"; the ledger's last row is dated {date:%Y-%m-%d %H:%M}, and no day or month ends before that"
 
 
 def _start(period: Period, now: float) -> float:

@@ -353,4 +353,8 @@ async def _end(tasks: Mapping[asyncio.Task[Source], str]) -> None:
         task.cancel()
     for task in tasks:
         with suppress(asyncio.CancelledError, Exception):
-            await (await task).close()
+            try:
+                source = await task
+            except _NotEnough as doubt:
+                source = doubt.source
+            await source.close()

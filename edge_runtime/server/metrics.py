@@ -96,6 +96,7 @@ class Watched:
         self._started = time.perf_counter()
         self._first: dict[tuple[int, int], float] = {}
         self._counts: dict[tuple[int, int], int] = {}
+        self._ended: set[tuple[int, int]] = set()
         self._open = True
 
     def chunk(self, number: int, chunk: Chunk) -> None:
@@ -107,6 +108,7 @@ class Watched:
         self._counts[key] = self._counts.get(key, 0) + (len(chunk.token_ids) or bool(chunk.text))
         if chunk.finish_reason is None:
             return
+        self._ended.add(key)
         self._meter.generations.labels(model, chunk.tier, chunk.finish_reason).inc()
         self._meter.seconds.labels(model).observe(now - self._started)
         if self._counts[key] > 1:
@@ -118,7 +120,7 @@ class Watched:
         return min(self._first.values(), default=None)
 
     def end(self, usage: Usage, broken: bool) -> None:
-        """Once; ``broken``: it came to no end of its own."""
+        """Once; ``broken``: not all of it came to an end of its own."""
         if not self._open:
             return
         self._open = False
@@ -126,8 +128,9 @@ class Watched:
         tokens.labels(self.model, "prompt").inc(usage.prompt_tokens - usage.cached_tokens)
         tokens.labels(self.model, "prompt_cached").inc(usage.cached_tokens)
         tokens.labels(self.model, "completion").inc(usage.completion_tokens)
-        if broken:
-            self._meter.generations.labels(self.model, "", "cancelled").inc()
+        cut = len(self._counts.keys() - self._ended)
+        if broken and (cut or not self._ended):
+            self._meter.generations.labels(self.model, "", "cancelled").inc(cut or 1)
 
 
 class Counting:

@@ -26,6 +26,9 @@ from edge_runtime.tracing.trace import enter, leave, span
 KEEP_ALIVE = 300.0
 """Seconds that an unused model stays open, as with Ollama."""
 FOREVER = float("inf")
+_AWAKE_S = 0.01
+"""By which a timer may come early; more, and the process has slept."""
+_ENDING = "the model was still being opened when the server had to end"
 _log = logging.getLogger("edge_glm.server")
 M = TypeVar("M", ServedModel, ServedEmbedder)
 
@@ -252,8 +255,7 @@ class Shelf:
         if place.offer is None:
             raise InvalidRequest(f"{name} was opened with the server, and stays", "model")
         place.leaving = True
-        if not place.users:
-            await self._close(place)
+        await self._close_unused(place)
         return True
 
     async def _take(self, place: Place[M]) -> Lease[M]:
@@ -297,6 +299,8 @@ class Shelf:
 
     async def _opened(self, offer: Offer[M]) -> M:
         """On a thread that nobody waits for where the server ends: nothing can end it. EngineStopped then."""
+        if self._stopping.is_set():
+            raise EngineStopped(_ENDING)
         opening = _Opening(offer, asyncio.get_running_loop())
         stopping = asyncio.create_task(self._stopping.wait())
         either: list[asyncio.Future[Any]] = [opening.model, stopping]
@@ -307,7 +311,7 @@ class Shelf:
             if not opening.model.done():
                 opening.give_up()
         if not opening.model.done():
-            raise EngineStopped("the model was still being opened when the server had to end")
+            raise EngineStopped(_ENDING)
         return await opening.model
 
     def stop_opening(self) -> None:
@@ -331,16 +335,16 @@ class Shelf:
         place.timer = None
         if place.users or place.model is None:
             return
-        if place.expires_in > 0.01 and not place.leaving:  # the process was not awake all the time
+        if place.expires_in > _AWAKE_S and not place.leaving:  # the process was not awake all the time
             place.timer = asyncio.get_running_loop().call_later(place.expires_in, self._expire, place)
             return
         task = asyncio.get_running_loop().create_task(self._close_unused(place))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _close_unused(self, place: Place[M]) -> None:
+    async def _close_unused(self, place: Place[ServedModel] | Place[ServedEmbedder] | Place[M]) -> None:
         async with self._opening:
-            if not place.users:
+            if not place.users and (place.leaving or place.expires_in <= _AWAKE_S):  # it was used while others opened
                 await self._close(place)
 
     async def _close(self, place: Place[ServedModel] | Place[ServedEmbedder] | Place[M]) -> None:

@@ -111,6 +111,16 @@ def test_where_it_has_no_place_answers_go_on_without() -> None:
         assert found == plain
 
 
+def test_several_that_come_at_once_do_not_take_the_last_place_together() -> None:
+    helper = DraftModel(FakeDecoder(max_sequences=2), Fixed(3))
+    params = SamplingParams(temperature=1, seed=4, n=4, max_tokens=40)
+    plain, _ = run(FakeDecoder(), None, PROMPTS[:1], params)
+    found, stats = run(FakeDecoder(), helper, PROMPTS[:1], params)
+    assert found == plain
+    assert helper.error is None
+    assert stats.drafted_tokens > 0
+
+
 def test_a_draft_that_fails_is_left_alone() -> None:
     def fail(batch: Sequence[Step]) -> None:
         calls.append(len(batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -72,3 +73,19 @@ def test_a_lock_follows_no_link(tmp_path: Path) -> None:
             HeldLock(tmp_path / name).try_acquire()
     assert (tmp_path / "precious").read_text() == "mine"
     assert not (tmp_path / "not there yet").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there any failure to lock means that another holds it")
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    lock = HeldLock(tmp_path / "lock")
+    with pytest.raises(StorageError, match=r"cannot lock .*: No locks available"):
+        lock.try_acquire()
+    with pytest.raises(StorageError, match="cannot lock"), file_lock(tmp_path / "other"):
+        pass
+    monkeypatch.undo()
+    assert lock.try_acquire()
+    lock.release()

@@ -16,7 +16,7 @@ import pytest
 
 from edge_runtime.batch.files import Answers, check_requests
 from edge_runtime.batch.run import answer_batch
-from edge_runtime.errors import ConfigError, StorageError
+from edge_runtime.errors import ConfigError, EngineStopped, StorageError
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.app import create_app
 from tests.server.served import FakeModel
@@ -114,6 +114,17 @@ def test_a_full_disk_ends_it_with_the_answer_before(tmp_path: Path, monkeypatch:
     answers.write({"custom_id": "r1"})
     answers.close()
     assert [each["custom_id"] for each in read(tmp_path / "out.jsonl")] == ["r0", "r1"]
+
+
+def test_a_model_that_dies_takes_nothing_of_the_batch_with_it(tmp_path: Path) -> None:
+    model = FakeModel()
+    requests = write(tmp_path / "in.jsonl", [chat(number) for number in range(9)])
+    target = tmp_path / "out.jsonl"
+    model.engine.close()
+    with pytest.raises(EngineStopped):
+        answer(create_app(model), requests, target)
+    assert answer(create_app(FakeModel()), requests, target) == 0
+    assert [each["custom_id"] for each in read(target)] == [f"r{number}" for number in range(9)]
 
 
 def test_no_room_for_a_while(tmp_path: Path) -> None:

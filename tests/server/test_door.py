@@ -24,6 +24,7 @@ from edge_runtime.keys import KeyRing
 from edge_runtime.server import context, protocol
 from edge_runtime.server.app import create_app
 from edge_runtime.server.rate import MOST, RateLimit
+from tests.runtime.machine import Failing
 from tests.server.served import CHAT, TEXT, FakeModel, error_of, running, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -302,6 +303,13 @@ def test_metrics() -> None:
             stream.close()
         gate.set()
         wait_until(lambda: value(httpx.get(f"{url}/metrics").text, "edge_glm_generations_total", outcome="cancelled"))
+
+        model.decoder.before_forward = Failing(0)
+        failed = httpx.post(f"{url}/v1/chat/completions", json=CHAT)
+        assert failed.status_code == 500
+        text = httpx.get(f"{url}/metrics").text
+        assert value(text, "edge_glm_generations_total", outcome="error") == 1
+        assert value(text, "edge_glm_generations_total", outcome="cancelled") == 1  # the one before
     model.engine.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_runtime.errors import BudgetError, ConfigError, InvalidRequest
+from edge_runtime.errors import BudgetError, ConfigError, EngineStopped, InvalidRequest
 from edge_runtime.server.app import create_app
 from edge_runtime.server.shelf import FOREVER, Offer, Shelf
 from edge_runtime.server.wire.ollama import seconds_of
@@ -86,6 +87,38 @@ def test_opened_once_when_somebody_asks() -> None:
         assert 'model="a"' in httpx.get(f"{url}/metrics").text
         assert ask(url, "c").status_code == 404
     assert not store.live["a"].ready  # the server's end is theirs
+
+
+def test_nothing_more_is_opened_once_the_server_ends() -> None:
+    store = Store("a")
+
+    async def work() -> list[BaseException | object]:
+        waiting = [asyncio.create_task(store.shelf.text("a")) for _ in range(9)]
+        await asyncio.sleep(0.01)
+        store.shelf.stop_opening()
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert all(isinstance(each, EngineStopped) for each in asyncio.run(work()))
+    assert len(store.opened) <= 1
+
+
+def test_one_that_was_used_while_its_closing_waited_stays() -> None:
+    store = Store("a", "b", keep_alive=0.2)
+
+    async def work() -> None:
+        async with await store.shelf.text("a"):
+            pass
+        async with store.shelf._opening:  # another is being opened, for long
+            await asyncio.sleep(0.4)
+            async with await store.shelf.text("a"):
+                pass
+        await asyncio.sleep(0.05)
+        assert store.shelf.place("a").model is not None
+        await asyncio.sleep(0.4)
+        assert store.shelf.place("a").model is None
+
+    asyncio.run(work())
+    assert store.opened == ["a"]
 
 
 def test_closed_when_nobody_has_used_it_for_a_while() -> None:

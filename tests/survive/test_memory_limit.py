@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,10 +61,16 @@ class Watched:
         self.engine = engine
         self.within: list[int | None] = []
         self.idle = True
+        self.relieving = threading.Lock()
+        """While it is held the relief does not end."""
+        self.error: Exception | None = None
         self.watch = MemoryWatch(lambda: [engine], self._relieve, heartbeat=Heartbeat(interval=3600))
 
     def _relieve(self, within: int | None) -> bool:
         self.within.append(within)
+        with self.relieving:
+            if self.error is not None:
+                raise self.error
         return self.idle
 
     def look(self) -> None:
@@ -211,6 +218,36 @@ def test_a_smaller_variant_is_taken_once_nothing_runs(group: Group, watched: Wat
     watched.look()
     wait_until(lambda: len(watched.within) == 5)
     assert watched.within[-1] is None
+
+
+def test_a_limit_that_shrinks_again_meanwhile_is_made_do_with_too(group: Group, watched: Watched) -> None:
+    for limit in (500, 250):
+        group.set(limit * MIB, 100 * MIB)
+        with watched.relieving:
+            watched.watch.look()
+            if limit == 500:
+                wait_until(lambda: watched.within)
+                group.set(250 * MIB, 100 * MIB)
+                watched.watch.look()  # while the first is under way
+        wait_until(lambda: watched.watch._relieving is not None and not watched.watch._relieving.is_alive())
+    assert watched.within == [int(500 * MIB * USABLE), int(250 * MIB * USABLE)]
+
+
+def test_what_cannot_be_made_do_with_is_tried_once(group: Group, watched: Watched) -> None:
+    watched.error = RuntimeError("there is no smaller variant")
+    group.set(500 * MIB, 100 * MIB)
+    for _ in range(3):
+        watched.look()
+        wait_until(lambda: watched.watch._relieving is not None and not watched.watch._relieving.is_alive())
+    assert len(watched.within) == 1
+
+
+def test_a_model_whose_kv_cache_lies_elsewhere_is_told_of_the_limit_alone(group: Group) -> None:
+    watch = MemoryWatch(lambda: [], lambda within: True, heartbeat=Heartbeat(interval=3600))
+    group.set(500 * MIB, 100 * MIB)
+    watch.look()
+    assert watch.told == "the memory limit has shrunk from 1000.0 MiB to 500.0 MiB"
+    watch.close()
 
 
 def test_a_limit_that_is_gone_is_no_limit(group: Group, watched: Watched) -> None:

@@ -352,3 +352,17 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     vandal.close()
     assert main(["ledger", "verify"]) == 1
     assert "row 3 was changed" in capsys.readouterr().err
+
+
+def test_a_clock_that_was_ahead_is_named_where_a_cap_stands_still(path: Path) -> None:
+    clock = Clock("2030-01-01T12:00:00")
+    ledger = Ledger(path, clock=clock)
+    cap = Cap("day", 10)
+    ledger.send(sending(8), [cap])
+    with pytest.raises(OverCap) as plain:
+        ledger.send(sending(8), [cap])
+    assert "dated" not in str(plain.value)
+    clock.now = datetime.fromisoformat("2026-03-30T12:00:00").timestamp()
+    with pytest.raises(OverCap, match="last row is dated 2030-01-01 12:00, and no day or month ends before that"):
+        ledger.send(sending(8), [cap])
+    ledger.close()
