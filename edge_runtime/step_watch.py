@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ class StepWatch:
 
     def __init__(self, least: float, heartbeat: Heartbeat, given_up: Callable[[StepTimeout], None]) -> None:
         """``least``: as for :class:`StepPace`. ``given_up`` is called, once, on a thread of its own."""
-        self._least = least
+        self.least = least
         self._heartbeat = heartbeat
         self._given_up = given_up
         self._lock = threading.Lock()
@@ -79,24 +80,29 @@ class StepWatch:
 
     def guard(self, decoder: Decoder) -> Forward:
         """Its ``forward``, which raises Abandoned where it comes back too late."""
-        pace = StepPace(self._least)
+        pace = StepPace(self.least)
 
         def forward(steps: Sequence[Step]) -> list[NDArray[np.float32]]:
-            tokens = sum(len(step.tokens) for step in steps)
-            awake = self._heartbeat.awake
-            with self._lock:
-                self._running = _Step(decoder.device, tokens, awake, threading.current_thread())
-                self._allowed = min(pace.limit(tokens), self._most)
-            started = time.perf_counter()
-            try:
+            with self.step(decoder.device, sum(len(step.tokens) for step in steps), pace):
                 return decoder.forward(steps)
-            finally:
-                taken = time.perf_counter() - started
-                self._ended()
-                # what the process slept through was not the step's
-                pace.took(tokens, min(taken, self._heartbeat.awake - awake + 2 * self._heartbeat.interval))
 
         return forward
+
+    @contextmanager
+    def step(self, device: str, tokens: int, pace: StepPace) -> Iterator[None]:
+        """A step of so many tokens on this thread; Abandoned at its end where that comes too late."""
+        awake = self._heartbeat.awake
+        with self._lock:
+            self._running = _Step(device, tokens, awake, threading.current_thread())
+            self._allowed = min(pace.limit(tokens), self._most)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            taken = time.perf_counter() - started
+            self._ended()
+            # what the process slept through was not the step's
+            pace.took(tokens, min(taken, self._heartbeat.awake - awake + 2 * self._heartbeat.interval))
 
     def hurry(self, seconds: float) -> None:
         """Nobody waits for steps any more: from now on none may take longer than that."""

@@ -80,7 +80,13 @@ def _open_encoder(ref: str, settings: Settings) -> EdgeEmbedder:
     weights = settings.format if settings.format in ("fp32", "fp16") else None
     with Bars() as bars:
         return EdgeEmbedder(
-            ref, device, settings.memory_budget, weights=weights, threads=settings.threads, progress=bars
+            ref,
+            device,
+            settings.memory_budget,
+            weights=weights,
+            threads=settings.threads,
+            step_timeout=settings.step_timeout,
+            progress=bars,
         )
 
 

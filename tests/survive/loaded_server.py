@@ -15,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 
 from devices.base import Step
-from edge_runtime.condition import WELL, Condition
+from edge_runtime.condition import Condition
 from edge_runtime.embedder import Embeddings
 from edge_runtime.errors import EngineStopped
 from edge_runtime.heartbeat import HEARTBEAT
@@ -37,7 +37,7 @@ class Encoder:
 
     model_id, created, hidden_size, max_tokens = "encoder", 7, 4, 100
     placement: Mapping[str, str] = MappingProxyType({"device": "fake:cpu", "variant": "fp32", "reason": "it is there"})
-    condition: Condition = WELL
+    condition = Condition()
 
     def __init__(self) -> None:
         self.ready = True
