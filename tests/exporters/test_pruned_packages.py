@@ -26,7 +26,7 @@ from exporters.export import export
 from exporters.quantize import QuantizedCheckpoint
 from tests.conftest import EXPORTS
 from tests.exporters.numpy_builder import run
-from tests.exporters.test_compression import SHORT, TEXT, Spoken
+from tests.exporters.random_checkpoint import SHORT, TEXT, Spoken
 from tests.exporters.test_pruning import FOUR, quiet
 from tests.exporters.test_vocabulary_trimming import WORDY, Trained
 
