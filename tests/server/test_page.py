@@ -220,7 +220,9 @@ def test_the_files(served: Served) -> None:
         page = httpx.get(f"{url}/")
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert "default-src 'self'" in page.headers["content-security-policy"]
-        for name in re.findall(r"ui/[\w.]+", page.text):
+        names = set(re.findall(r"ui/[\w.]+", page.text))
+        assert names >= {"ui/main.js", "ui/style.css"}
+        for name in names:
             assert httpx.get(f"{url}/{name}").status_code == 200
         assert not re.search(r"https?://", page.text)
         for name in ("nothing.js", "..%2fapp.py", "app.py"):
