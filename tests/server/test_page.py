@@ -33,6 +33,8 @@ def served() -> Iterator[Served]:
 
 
 def ask(page: Page, text: str) -> None:
+    """Once there is a model to ask: the page fetches their names when it is open already."""
+    expect(page.get_by_label("Model")).not_to_have_value("")
     page.get_by_label("Question").fill(text)
     page.keyboard.press("Enter")
 
