@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,6 +19,9 @@ from edge_runtime.package import Package
 from exporters.export import export
 from exporters.formats import open_checkpoint
 from exporters.graphs import Engine
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # how long an example takes depends on what else the machine does
@@ -62,3 +67,12 @@ def smollm2_package(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("real") / "smollm2"
     export(open_checkpoint(smollm2_gguf), folder, engines=EXPORTS, weights="int4")
     return Package.open(folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """For one module: while it is open, no other event loop runs in this thread."""
+    from tests.browser import chromium  # Playwright, which few tests need
+
+    with chromium() as opened:
+        yield opened

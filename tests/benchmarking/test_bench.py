@@ -249,7 +249,7 @@ def test_machine() -> None:
     machine = this_machine()
     assert machine.cpu
     assert machine.cores >= 1
-    assert machine.memory_bytes is None or machine.memory_bytes == psutil.virtual_memory().total
+    assert machine.memory_bytes == psutil.virtual_memory().total
 
 
 # --- in this process --------------------------------------------------------------------------------------------------

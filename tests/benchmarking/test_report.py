@@ -169,8 +169,10 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.mark.parametrize("result", [make_result(), server_result()], ids=["here", "server"])
-def test_page_parses_and_needs_nothing_else(result: Result) -> None:
+@pytest.mark.parametrize(
+    ("result", "ratio"), [(make_result(), "2.00"), (server_result(), "1.44")], ids=["here", "server"]
+)
+def test_page_parses_and_needs_nothing_else(result: Result, ratio: str) -> None:
     baseline: dict[str, Any] = {"decode_tps": 50, "output_tps": 100}
     text = report(result, compare(result, baseline, "<b>.json"))
     page = Page(text)
@@ -183,7 +185,7 @@ def test_page_parses_and_needs_nothing_else(result: Result) -> None:
     assert "prefers-color-scheme: dark" in style
     assert "Compared with <b>.json" in page.text
     assert "tiny & co" in page.text
-    assert "2.00 ▲ better" in page.text or "1.44 ▲ better" in page.text
+    assert f"{ratio} ▲ better" in page.text
     shown = json.loads(page.text[page.text.index("{\n") : page.text.rindex("}") + 1])
     assert msgspec.convert(shown, Result) == result
 

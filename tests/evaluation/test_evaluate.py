@@ -77,8 +77,7 @@ def test_devices_agree_on_a_model_and_rounding_shows(package: Path) -> None:
     assert loss.overall.top1 is not None
     assert twin.overall.top1 is not None
     assert loss.overall.top1 < twin.overall.top1
-    parted = twin.texts["b"].divergence
-    assert parted is None or parted.mean <= parted.tokens
+    assert twin.texts["b"].divergence is None  # which is of answers, and there are none
 
 
 def test_windows_of_a_text_that_is_longer_than_they_are(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

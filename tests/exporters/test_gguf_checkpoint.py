@@ -113,7 +113,9 @@ def test_real_model(smollm2_gguf: Path) -> None:
     arch = checkpoint.architecture
     assert (arch.family, arch.num_layers, arch.hidden_size, arch.vocab_size) == ("llama", 30, 576, 49152)
     assert (arch.norm_eps, arch.tied_head, arch.max_context) == (1e-5, True, 8192)
-    assert not arch.layers[0].rope or not arch.layers[0].rope.interleaved
+    rope = arch.layers[0].rope
+    assert rope is not None
+    assert not rope.interleaved
     raw = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2_gguf).tensors}
     for name, stored in {"layers.3.q": "attn_q", "layers.3.k": "attn_k", "layers.3.down": "ffn_down"}.items():
         tensor = raw[f"blk.3.{stored}.weight"]

@@ -26,8 +26,7 @@ from exporters.hf_names import tensor_shape
 from exporters.network import build, tensor_names
 from exporters.weights import Tensor, dequantize
 from tests.exporters.numpy_builder import run
-from tests.exporters.random_checkpoint import RandomCheckpoint
-from tests.exporters.test_compression import SHORT
+from tests.exporters.random_checkpoint import SHORT, RandomCheckpoint
 
 Logits = NDArray[np.float32]
 RANDOM = np.random.default_rng(5)

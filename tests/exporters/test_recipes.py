@@ -25,7 +25,7 @@ from exporters.synthetic import SyntheticCheckpoint
 from exporters.weights import QuantizedTensor, Tensor
 from tests.conftest import EXPORTS
 from tests.exporters.numpy_builder import run
-from tests.exporters.test_compression import FRAGILE, SHORT, TEXT, Fragile, Spoken
+from tests.exporters.random_checkpoint import FRAGILE, SHORT, TEXT, Fragile, Spoken
 
 
 def test_a_package_made_by_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,7 @@ from exporters.quantize import QuantizedCheckpoint
 from exporters.safetensors_checkpoint import SafetensorsCheckpoint
 from exporters.weights import QuantizedTensor, Tensor, dequantize
 from tests.exporters.numpy_builder import run
-from tests.exporters.random_checkpoint import RandomCheckpoint
-from tests.exporters.test_compression import SHORT
+from tests.exporters.random_checkpoint import SHORT, RandomCheckpoint
 from tests.exporters.test_families import FOLDER, MODELS
 from tests.exporters.test_pruning import IDS
 

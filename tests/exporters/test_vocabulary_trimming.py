@@ -15,8 +15,7 @@ from edge_runtime.errors import ConfigError, CorruptModel, UnsupportedModel
 from exporters.checkpoint import TextFiles
 from exporters.compression.vocabulary import TrimmedCheckpoint, tokens_to_keep
 from tests.exporters.numpy_builder import run
-from tests.exporters.random_checkpoint import RandomCheckpoint
-from tests.exporters.test_compression import SHORT, TEXT
+from tests.exporters.random_checkpoint import SHORT, TEXT, RandomCheckpoint
 
 
 class Trained(RandomCheckpoint):

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from edge_runtime.profiling.html import report
 from edge_runtime.profiling.memory_plot import memory_plot
 from edge_runtime.profiling.result import Result
 from edge_runtime.profiling.table import table
 from tests.benchmarking.test_report import Page as Parsed
+from tests.browser import picture, visiting
 from tests.profiling.profiles import make_profile
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PICTURES = os.environ.get("EDGE_GLM_TEST_PICTURES")
-"""A folder for screenshots, for who wants to look."""
 
 
 def squeezed(text: str) -> list[str]:
@@ -102,105 +97,88 @@ def test_a_plan_and_its_budget_are_drawn() -> None:
 # ---- in a browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+@contextmanager
+def shown(browser: Browser, folder: Path, **context: Any) -> Iterator[Page]:
+    """The page, once its charts are drawn."""
+    path = folder / "profile.html"
+    path.write_text(report(make_profile()), encoding="utf-8")
+    with visiting(browser, path.as_uri(), **context) as page:
+        expect(page.locator("canvas.flame[data-to]")).to_have_count(2)
+        yield page
 
 
-class Shown:
-    """The page, every request and complaint of which is noted."""
+def first_chart(page: Page) -> Locator:
+    return page.locator("canvas.flame").first
 
-    def __init__(self, browser: Browser, folder: Path, **more: Any) -> None:
-        path = folder / "profile.html"
-        path.write_text(report(make_profile()), encoding="utf-8")
-        self.page: Page = browser.new_context(**more).new_page()
-        self.page.set_default_timeout(15_000)
-        self.problems: list[str] = []
-        self.page.on(
-            "request", lambda request: self.problems.append(request.url) if request.url != path.as_uri() else None
-        )
-        self.page.on("console", lambda message: self.problems.append(message.text))
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.goto(path.as_uri())
-        self.chart = self.page.locator("canvas.flame").first
 
-    def window(self) -> tuple[float, float]:
-        """What of the first chart is shown, in microseconds."""
-        found: list[float] = self.chart.evaluate("canvas => [+canvas.dataset.from, +canvas.dataset.to]")
-        return found[0], found[1]
+def expect_window(page: Page, start: int, end: int) -> None:
+    """What of the first chart is to be shown, in microseconds."""
+    expect(first_chart(page)).to_have_attribute("data-from", str(start))
+    expect(first_chart(page)).to_have_attribute("data-to", str(end))
 
-    def colours(self) -> set[str]:
-        """Of the pixels of the first chart."""
-        script = """canvas => { const found = new Set();
-            const made = new OffscreenCanvas(canvas.width, canvas.height);
-            const copy = made.getContext("2d", { willReadFrequently: true });
-            copy.drawImage(canvas, 0, 0);
-            const data = copy.getImageData(0, 0, canvas.width, canvas.height).data;
-            for (let i = 0; i < data.length; i += 4) if (data[i + 3] === 255) found.add(data.slice(i, i + 3).join());
-            return [...found]; }"""
-        return set(self.chart.evaluate(script))
 
-    def done(self, name: str) -> None:
-        if PICTURES:
-            self.page.screenshot(path=str(Path(PICTURES) / f"profile-{name}.png"), full_page=True)
-        assert self.problems == []
-        self.page.context.close()
+def colours(page: Page) -> set[str]:
+    """Of the pixels of the first chart."""
+    script = """canvas => { const found = new Set();
+        const made = new OffscreenCanvas(canvas.width, canvas.height);
+        const copy = made.getContext("2d", { willReadFrequently: true });
+        copy.drawImage(canvas, 0, 0);
+        const data = copy.getImageData(0, 0, canvas.width, canvas.height).data;
+        for (let i = 0; i < data.length; i += 4) if (data[i + 3] === 255) found.add(data.slice(i, i + 3).join());
+        return [...found]; }"""
+    return set(first_chart(page).evaluate(script))
 
 
 def test_the_flame_chart_is_drawn_and_can_be_zoomed(browser: Browser, tmp_path: Path) -> None:
-    shown = Shown(browser, tmp_path)
-    page, chart = shown.page, shown.chart
-    assert page.locator("canvas.flame").count() == 2
-    assert shown.window() == (0, 29_000)
-    assert len(shown.colours()) > 6  # a colour for each part
-    box = chart.bounding_box()
-    assert box is not None
-    # rows: request, critical path, caller, engine; the engine's prefill is from 5 to 15 of 29 ms
-    prefill = (box["width"] * 10 / 29, 20 + 3 * 38 + 14 + 10)
-    chart.hover(position={"x": prefill[0], "y": prefill[1]})
-    expect(page.locator(".told").first).to_have_text("engine: prefill, 10.000 ms at 5.000 ms")
-    page.get_by_role("button", name="zoom in").first.click()
-    assert shown.window() == (7_250, 21_750)
-    chart.focus()
-    page.keyboard.press("ArrowRight")
-    assert shown.window() == (10_150, 24_650)
-    page.get_by_role("button", name="all").first.click()
-    assert shown.window() == (0, 29_000)
-    chart.hover(position={"x": prefill[0], "y": prefill[1]})
-    page.mouse.wheel(0, -100)
-    page.wait_for_function("document.querySelector('canvas.flame').dataset.to < 29000")
-    start, end = shown.window()
-    assert start < 10_000 < end  # what lay under the pointer is there still
-    page.mouse.down()
-    page.mouse.move(box["x"] + prefill[0] + 50, box["y"] + prefill[1])
-    page.mouse.up()
-    assert shown.window()[0] < start
-    shown.done("light")
+    with shown(browser, tmp_path) as page:
+        chart = first_chart(page)
+        expect_window(page, 0, 29_000)
+        assert len(colours(page)) > 6  # a colour for each part
+        box = chart.bounding_box()
+        assert box is not None
+        # rows: request, critical path, caller, engine; the engine's prefill is from 5 to 15 of 29 ms
+        prefill = (box["width"] * 10 / 29, 20 + 3 * 38 + 14 + 10)
+        chart.hover(position={"x": prefill[0], "y": prefill[1]})
+        expect(page.locator(".told").first).to_have_text("engine: prefill, 10.000 ms at 5.000 ms")
+        page.get_by_role("button", name="zoom in").first.click()
+        expect_window(page, 7_250, 21_750)
+        chart.focus()
+        page.keyboard.press("ArrowRight")
+        expect_window(page, 10_150, 24_650)
+        page.get_by_role("button", name="all").first.click()
+        expect_window(page, 0, 29_000)
+        chart.hover(position={"x": prefill[0], "y": prefill[1]})
+        page.mouse.wheel(0, -100)
+        page.wait_for_function("document.querySelector('canvas.flame').dataset.to < 29000")
+        start, end = chart.evaluate("canvas => [+canvas.dataset.from, +canvas.dataset.to]")
+        assert start < 10_000 < end  # what lay under the pointer is there still
+        page.mouse.down()
+        page.mouse.move(box["x"] + prefill[0] + 50, box["y"] + prefill[1])
+        page.mouse.up()
+        page.wait_for_function("start => document.querySelector('canvas.flame').dataset.from < start", arg=start)
+        picture(page, "profile-light", full_page=True)
 
 
 def test_the_page_is_dark_where_the_system_is(browser: Browser, tmp_path: Path) -> None:
-    light, dark = (Shown(browser, tmp_path, color_scheme=scheme) for scheme in ("light", "dark"))
-    background = "getComputedStyle(document.body).backgroundColor"
-    assert light.page.evaluate(background) == "rgb(247, 247, 245)"
-    assert dark.page.evaluate(background) == "rgb(19, 21, 23)"
-    assert not light.colours() & dark.colours() - {"0,0,0", "255,255,255"}
-    before = dark.colours()
-    dark.page.emulate_media(color_scheme="light")
-    drawn = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-    dark.page.evaluate(drawn)  # a browser tells of the change, upon which it is drawn again, with its next frame
-    assert dark.colours() != before
-    dark.page.emulate_media(color_scheme="dark")
-    light.done("again")
-    dark.done("dark")
+    with (
+        shown(browser, tmp_path, color_scheme="light") as light,
+        shown(browser, tmp_path, color_scheme="dark") as dark,
+    ):
+        background = "getComputedStyle(document.body).backgroundColor"
+        assert light.evaluate(background) == "rgb(247, 247, 245)"
+        assert dark.evaluate(background) == "rgb(19, 21, 23)"
+        before = colours(dark)
+        assert not colours(light) & before - {"0,0,0", "255,255,255"}
+        picture(dark, "profile-dark", full_page=True)
+        dark.emulate_media(color_scheme="light")
+        drawn = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        dark.evaluate(drawn)  # a browser tells of the change, upon which it is drawn again, with its next frame
+        assert colours(dark) != before
 
 
 def test_a_phone_has_it_without_scrolling_sideways(browser: Browser, tmp_path: Path) -> None:
-    shown = Shown(browser, tmp_path, viewport={"width": 375, "height": 700}, device_scale_factor=2, has_touch=True)
-    assert shown.page.evaluate("document.documentElement.scrollWidth") == 375
-    assert len(shown.colours()) > 6
-    shown.done("phone")
+    phone = {"viewport": {"width": 375, "height": 700}, "device_scale_factor": 2, "has_touch": True}
+    with shown(browser, tmp_path, **phone) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == 375
+        assert len(colours(page)) > 6
+        picture(page, "profile-phone", full_page=True)

@@ -75,9 +75,12 @@ def test_a_text_that_repeats_takes_fewer_steps() -> None:
 def test_a_step_with_drafts_is_bounded() -> None:
     decoder = Repeating()
     run(decoder, PROMPTS * 2, SamplingParams(temperature=0, max_tokens=60), True)
-    for batch in decoder.batches:
-        if all(rows for _, rows in batch) and max(tokens for tokens, _ in batch) < 16:
-            assert sum(tokens for tokens, _ in batch) <= 32  # 16, or a chunk of 16 beside
+    drafted = [
+        sum(tokens for tokens, _ in batch)
+        for batch in decoder.batches
+        if all(rows for _, rows in batch) and max(tokens for tokens, _ in batch) < 16
+    ]
+    assert 6 < max(drafted) <= 32  # 16, or a chunk of 16 beside
 
 
 @pytest.mark.parametrize("crop_step", [1, 5])

@@ -26,6 +26,7 @@ from tests.runtime.helpers import (
     prompt,
     serving,
 )
+from tests.server.served import wait_until
 
 
 def test_the_answer_is_that_of_the_model() -> None:
@@ -314,9 +315,7 @@ def test_memory_of_busier_times_is_given_back_once_it_is_quiet(monkeypatch: pyte
     with Engine(Trimmed(), LetterTokenizer(), vocab_size=64) as engine:
         for turn in (1, 2):
             list(engine.submit([1, 2, 3], SamplingParams(max_tokens=3)))
-            until = time.monotonic() + 30
-            while len(trimmed) < turn and time.monotonic() < until:
-                time.sleep(0.005)
+            wait_until(lambda turn=turn: len(trimmed) >= turn)
             time.sleep(0.05)
             assert len(trimmed) == turn  # not again and again
 

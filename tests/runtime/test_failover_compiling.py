@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
@@ -14,16 +13,14 @@ from edge_runtime.sampling import SamplingParams
 from tests.fake_decoder import FakeDecoder
 from tests.runtime.helpers import Gate, collect, greedy, prompt
 from tests.runtime.machine import Failing, Machine, submit
+from tests.server.served import wait_until
 
 LONG = SamplingParams(temperature=0, max_tokens=40)
 
 
 def ready(failover: Failover) -> None:
     """Wait until both are in use."""
-    end = time.monotonic() + 60
-    while len(failover.loaded) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    wait_until(lambda: len(failover.loaded) == 2)
 
 
 def test_another_device_answers_while_one_compiles() -> None:
@@ -73,10 +70,7 @@ def test_a_device_that_does_not_compile_is_put_aside() -> None:
     compiling = threading.Event()
     failover = Machine(EngineError("the compiler crashed"), FakeDecoder(), compiling=compiling).start()
     compiling.set()
-    end = time.monotonic() + 60
-    while "crashed" not in failover.aside.get("fake:0", ""):
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    wait_until(lambda: "crashed" in failover.aside.get("fake:0", ""))
     assert collect(submit(failover, prompt(1, 20)))[0].finish_reason == "length"
     assert [each.device for each in failover.loaded] == ["fake:1"]
     failover.close()
@@ -118,8 +112,7 @@ def test_closing_while_one_compiles() -> None:
     failover = Machine(npu, cpu, compiling=compiling).start()
     closing = threading.Thread(target=failover.close)
     closing.start()
-    while not cpu.closed:
-        time.sleep(0.001)
+    wait_until(lambda: cpu.closed)
     compiling.set()
     closing.join(60)
     assert not closing.is_alive()

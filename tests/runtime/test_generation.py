@@ -12,6 +12,7 @@ import pytest
 
 from edge_runtime.generation import EngineGeneration, Outlet
 from edge_runtime.request import Chunk, Usage
+from tests.server.served import wait_until
 
 CHUNKS = 2000
 
@@ -88,8 +89,7 @@ def test_closing_ends_a_reader_that_waits() -> None:
     reader = threading.Thread(target=lambda: got.extend(generation))
     reader.start()
     outlet.put(Chunk("a"))
-    while not got:
-        time.sleep(1e-3)
+    wait_until(lambda: got)
     generation.close()
     outlet.put(Chunk("b"))
     reader.join(60)

@@ -66,7 +66,9 @@ def test_generate_and_stream_agree(llm: EdgeLLM) -> None:
     assert all(isinstance(chunk, Chunk) for chunk in chunks)
     assert "".join(chunk.text for chunk in chunks) == whole.text == llm.tokenizer.decode(whole.token_ids)
     assert chunks[-1].finish_reason == "length"
-    assert chunks[-1].usage == whole.usage or chunks[-1].usage is not None
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, 8)
 
 
 def test_a_string_is_one_user_message(llm: EdgeLLM) -> None:

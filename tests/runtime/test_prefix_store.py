@@ -7,7 +7,6 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from edge_runtime.request import Kind
 from edge_runtime.sampling import SamplingParams
 from tests.fake_decoder import FakeDecoder, FakeSequence
 from tests.runtime.helpers import GREEDY, LetterTokenizer, greedy, prompt
+from tests.server.served import wait_until
 
 GIB = 1 << 30
 
@@ -225,13 +225,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edge_runtime.engine.IDLE_S", 0.01)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_a_long_prompt_survives_a_restart(tmp_path: Path) -> None:
     tokens = prompt(1, 700)
     with start(fake(), tmp_path) as engine:
@@ -260,7 +253,7 @@ def test_a_shared_prefix_is_written_when_the_engine_is_idle(tmp_path: Path, quic
         time.sleep(0.1)
         assert not files(tmp_path)  # nobody has used it twice
         assert cached(engine, prefix + prompt(3, 20)) == len(prefix)
-        wait_for(lambda: len(files(tmp_path)) == 2)
+        wait_until(lambda: len(files(tmp_path)) == 2)
 
 
 def test_a_longer_prompt_adds_only_its_new_segments(tmp_path: Path) -> None:

@@ -1,36 +1,20 @@
-"""The page in a real browser (Debian's Chromium, driven by Playwright), without a network beyond the server's own."""
+"""The page in a real browser, without a network beyond the server's own."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from edge_runtime.server.app import create_app
 from edge_runtime.server.shelf import Offer, Shelf
+from tests.browser import PICTURES, picture, visiting
 from tests.server.served import FakeModel, running
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PICTURES = os.environ.get("EDGE_GLM_TEST_PICTURES")
-"""A folder for screenshots, for who wants to look."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 class Served:
@@ -48,27 +32,9 @@ def served() -> Iterator[Served]:
     made.model.engine.close()
 
 
-def opened(browser: Browser, url: str, **more: Any) -> Page:
-    """With every request watched: none may leave the server, nothing may fail in the console."""
-    context = browser.new_context(**more)
-    page = context.new_page()
-    page.set_default_timeout(15_000)
-    problems: list[str] = []
-    page.on("request", lambda request: None if request.url.startswith(url) else problems.append(request.url))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.problems = problems  # type: ignore[attr-defined]
-    page.goto(url)
-    return page
-
-
-def done(page: Page, name: str = "") -> None:
-    if PICTURES and name:
-        page.screenshot(path=str(Path(PICTURES) / f"{name}.png"))
-    assert page.problems == []  # type: ignore[attr-defined]
-    page.context.close()
-
-
 def ask(page: Page, text: str) -> None:
+    """Once there is a model to ask: the page fetches their names when it is open already."""
+    expect(page.get_by_label("Model")).not_to_have_value("")
     page.get_by_label("Question").fill(text)
     page.keyboard.press("Enter")
 
@@ -79,13 +45,20 @@ def longest(page: Page, tokens: int) -> None:
     page.get_by_label("Temperature").fill("0")
 
 
-def answers(page: Page) -> list[str]:
-    return page.locator(".assistant .said").all_inner_texts()
+def refused(status: str) -> str:
+    """What the console says of it."""
+    return f"Failed to load resource: the server responded with a status of {status}"
+
+
+def answers(page: Page, count: int) -> list[str]:
+    """Once there are so many."""
+    found = page.locator(".assistant .said")
+    expect(found).to_have_count(count)
+    return found.all_inner_texts()
 
 
 def test_a_conversation(browser: Browser, served: Served) -> None:
-    with running(create_app(served.model)) as url:
-        page = opened(browser, url)
+    with running(create_app(served.model)) as url, visiting(browser, url) as page:
         expect(page.get_by_label("Model")).to_have_value("fake")
         expect(page.locator("#device")).to_have_text("on fake:cpu")
         longest(page, 12)
@@ -96,36 +69,35 @@ def test_a_conversation(browser: Browser, served: Served) -> None:
         messages = [{"role": "user", "content": "Hi"}]
         body = {"model": "fake", "messages": messages, "max_completion_tokens": 12, "temperature": 0}
         first = httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
-        assert answers(page) == [first]
+        assert answers(page, 1) == [first]
 
         ask(page, "And?")
         expect(page.locator(".assistant .about")).to_have_count(2)
         expect(page.locator(".assistant .about").nth(1)).to_contain_text("tokens")
-        second = answers(page)[1]
-        page.locator(".assistant").nth(1).get_by_role("button", name="Try again").click()
+        second = answers(page, 2)[1]
+        with page.expect_request_finished(lambda request: request.url.endswith("/v1/chat/completions")):
+            page.locator(".assistant").nth(1).get_by_role("button", name="Try again").click()
         expect(page.locator(".assistant .about").nth(1)).to_contain_text("tokens")
-        assert answers(page) == [first, second]
+        assert answers(page, 2) == [first, second]
 
         page.reload()  # it stays in this browser
-        assert answers(page) == [first, second]
+        assert answers(page, 2) == [first, second]
         page.locator(".user").nth(1).get_by_role("button", name="Edit").click()
         expect(page.get_by_label("Question")).to_have_value("And?")
-        assert answers(page) == [first]
+        assert answers(page, 1) == [first]
         if PICTURES:
             longest(page, 40)
             ask(page, "And what else, if this question is rather long and has to be broken into lines?")
             expect(page.locator(".assistant .about")).to_have_count(2)
-            page.screenshot(path=str(Path(PICTURES) / "chat.png"))
+            picture(page, "chat")
         page.get_by_role("button", name="New chat").click()
-        assert answers(page) == []
-        done(page)
+        assert answers(page, 0) == []
 
 
 def test_choosing_model_and_device(browser: Browser, served: Served) -> None:
     other = FakeModel("fake@other:cpu")
     shelf = Shelf(served.model, (), {"fake@other:cpu": Offer(lambda: other, other.facts, 7)})
-    with running(create_app(shelf)) as url:
-        page = opened(browser, url)
+    with running(create_app(shelf)) as url, visiting(browser, url) as page:
         expect(page.locator("#device")).to_have_text("on fake:cpu")
         page.get_by_label("Model").select_option("fake@other:cpu")
         expect(page.locator("#device")).to_have_text("opened on demand")
@@ -136,13 +108,12 @@ def test_choosing_model_and_device(browser: Browser, served: Served) -> None:
         assert shelf.texts["fake@other:cpu"].model is other
         page.reload()
         expect(page.get_by_label("Model")).to_have_value("fake@other:cpu")  # it is remembered
-        done(page, "devices")
+        picture(page, "devices")
     shelf.close()
 
 
 def test_stopping(browser: Browser, served: Served) -> None:
-    with running(create_app(served.model)) as url:
-        page = opened(browser, url)
+    with running(create_app(served.model)) as url, visiting(browser, url) as page:
         served.gate.clear()
         ask(page, "Hi")
         expect(page.get_by_role("button", name="Stop")).to_be_visible()
@@ -154,12 +125,10 @@ def test_stopping(browser: Browser, served: Served) -> None:
         longest(page, 3)
         ask(page, "Again")
         expect(page.locator(".assistant .about").nth(1)).to_contain_text("3 tokens")
-        done(page)
 
 
 def test_by_keyboard_alone(browser: Browser, served: Served) -> None:
-    with running(create_app(served.model, max_new_tokens=5)) as url:
-        page = opened(browser, url)
+    with running(create_app(served.model, max_new_tokens=5)) as url, visiting(browser, url) as page:
         expect(page.get_by_label("Model")).to_have_value("fake")
         expect(page.get_by_label("Question")).to_be_focused()
         page.keyboard.type("One")
@@ -173,24 +142,21 @@ def test_by_keyboard_alone(browser: Browser, served: Served) -> None:
             page.keyboard.press("Tab")
             reached.add(page.evaluate("document.activeElement.textContent.trim() || document.activeElement.id"))
         assert {"Send", "New chat", "Options", "Chat", "Dashboard", "Edit", "Try again"} <= reached
-        done(page)
 
 
 def test_errors_are_told_and_the_question_is_not_lost(browser: Browser, served: Served) -> None:
-    with running(create_app(served.model)) as url:
-        page = opened(browser, url)
+    complaints = [refused("400 (Bad Request)")]
+    with running(create_app(served.model)) as url, visiting(browser, url, complaints=complaints) as page:
         ask(page, "x" * 3000)
         expect(page.locator(".failed .said")).to_contain_text("2048")
         page.get_by_role("button", name="Edit").click()
         expect(page.get_by_label("Question")).to_have_value("x" * 3000)
-        page.get_by_label("Question").fill("")
-        page.problems.clear()  # type: ignore[attr-defined]
-        done(page)
 
 
 def test_a_key_is_asked_for(browser: Browser, served: Served) -> None:
-    with running(create_app(served.model, api_key="s3cret", max_new_tokens=3)) as url:
-        page = opened(browser, url)
+    app = create_app(served.model, api_key="s3cret", max_new_tokens=3)
+    complaints = [refused("401 (Unauthorized)")] * 2  # without a key, and with the wrong one
+    with running(app) as url, visiting(browser, url, complaints=complaints) as page:
         expect(page.get_by_role("alert")).to_contain_text("API key is needed")
         page.get_by_label("API key").fill("wrong")
         page.keyboard.press("Enter")
@@ -200,7 +166,6 @@ def test_a_key_is_asked_for(browser: Browser, served: Served) -> None:
         expect(page.get_by_role("alert")).to_be_hidden()
         ask(page, "Hi")
         expect(page.locator(".assistant .about")).to_contain_text("3 tokens")
-        done(page)
 
 
 @pytest.mark.parametrize(("name", "more"), [
@@ -208,12 +173,13 @@ def test_a_key_is_asked_for(browser: Browser, served: Served) -> None:
     ("dashboard-dark-phone", {"color_scheme": "dark", "viewport": {"width": 360, "height": 740}}),
 ])  # fmt: skip
 def test_the_dashboard(browser: Browser, served: Served, name: str, more: dict[str, Any]) -> None:
-    with running(create_app(served.model, max_new_tokens=20, memory_budget=2**30)) as url:
-        page = opened(browser, url, **more)
+    with (
+        running(create_app(served.model, max_new_tokens=20, memory_budget=2**30)) as url,
+        visiting(browser, url, **more) as page,
+    ):
         ask(page, "Hi")
         expect(page.locator(".assistant .about")).to_contain_text("tokens")
-        if PICTURES:
-            page.screenshot(path=str(Path(PICTURES) / f"{name}-chat.png"))
+        picture(page, f"{name}-chat")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.get_by_role("button", name="Dashboard").click()
         tiles = page.locator("#tiles .card")
@@ -235,12 +201,11 @@ def test_the_dashboard(browser: Browser, served: Served, name: str, more: dict[s
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == (
             "rgb(19, 21, 23)" if more else "rgb(247, 247, 245)"
         )
-        done(page, name)
+        picture(page, name)
 
 
 def test_quantiles_as_prometheus_has_them(browser: Browser, served: Served) -> None:
-    with running(create_app(served.model)) as url:
-        page = opened(browser, url)
+    with running(create_app(served.model)) as url, visiting(browser, url) as page:
         found = page.evaluate(
             """async () => {
               const { parse, quantile } = await import("/ui/dashboard.js");
@@ -250,7 +215,6 @@ def test_quantiles_as_prometheus_has_them(browser: Browser, served: Served) -> N
             }"""
         )
         assert found == [1, 1.5, 2, None]
-        done(page)
 
 
 def test_the_files(served: Served) -> None:
@@ -258,7 +222,9 @@ def test_the_files(served: Served) -> None:
         page = httpx.get(f"{url}/")
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert "default-src 'self'" in page.headers["content-security-policy"]
-        for name in re.findall(r"ui/[\w.]+", page.text):
+        names = set(re.findall(r"ui/[\w.]+", page.text))
+        assert names >= {"ui/main.js", "ui/style.css"}
+        for name in names:
             assert httpx.get(f"{url}/{name}").status_code == 200
         assert not re.search(r"https?://", page.text)
         for name in ("nothing.js", "..%2fapp.py", "app.py"):

@@ -122,7 +122,7 @@ def test_one_that_was_used_while_its_closing_waited_stays() -> None:
 
 
 def test_closed_when_nobody_has_used_it_for_a_while() -> None:
-    store = Store("a", keep_alive=0.3)
+    store = Store("a", keep_alive=1)
     with store.served() as url:
         assert ask(url, "a").status_code == 200
         first = store.live["a"]

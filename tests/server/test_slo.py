@@ -100,5 +100,5 @@ def test_where_nobody_answers(tmp_path: Path) -> None:
 def test_without_targets_nothing_is_counted(tmp_path: Path) -> None:
     with house(tmp_path, LOCAL + task()) as here, running(create_app(TieredModel(here))) as url:
         assert httpx.post(f"{url}/v1/chat/completions", json=PLAIN).status_code == 200
-        time.sleep(0.05)
+        wait_until(lambda: httpx.get(f"{url}/traces").json()["data"])  # where it is kept it has been looked at
         assert httpx.get(f"{url}/slo").json() == {"classes": [], "misses": []}

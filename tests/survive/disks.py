@@ -8,7 +8,6 @@ ends as if nothing had been. ``answer`` only reads: it must answer on a read-onl
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -17,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from pathlib import Path
 from tests.survive import workers
 from tests.survive.activities import ACTIVITIES, Activity, Fixture, edge_glm, hold
 from tests.survive.faulty_disk import Box, Ended, Fault, Mode
-from tests.survive.kills import Bench, Reference, Result, names, table
+from tests.survive.kills import Bench, Reference, Result, arguments, failure, table
 
 MODES = (Mode.FULL, Mode.NO_DATA, Mode.READ_ONLY, Mode.GLITCH)
 HELPS = ("free some space", "read-only")
@@ -64,14 +62,10 @@ def strike(bench: Bench, reference: Reference, number: int, fault: Fault) -> str
         hold_up(bench, reference, box, bench.launcher.run(activity.command, box, fault))
         reference.hold_resumed(bench.launcher, box, bench.fixture)
     except Exception as error:
-        return _failure(str(fault), error)
+        return failure(fault, error)
     finally:
         shutil.rmtree(box.root)
     return None
-
-
-def _failure(what: str, error: Exception) -> str:
-    return f"{what}: {error}" + ("" if isinstance(error, AssertionError) else f"\n{traceback.format_exc()}")
 
 
 def faults(calls: int, count: int, chance: random.Random) -> list[Fault]:
@@ -128,7 +122,7 @@ def on_small_disk(bench: Bench, reference: Reference, number: int, share: float)
             hold_up(bench, reference, box, ended)
             reference.hold_resumed(bench.launcher, box, bench.fixture)
     except Exception as error:
-        return _failure(what, error)
+        return failure(what, error)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return None
@@ -209,32 +203,23 @@ def run_activity(bench: Bench, name: str, count: int, seed: int, jobs: int, moun
         found += [on_small_disk(bench, reference, number, share) for number, share in enumerate(shares)]
     result.points = len(found)
     result.failures = [each for each in found if each is not None]
-    for failure in result.failures:
-        print(f"{name}: {failure}", file=sys.stderr)
+    for wrong in result.failures:
+        print(f"{name}: {wrong}", file=sys.stderr)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.survive.disks", description=__doc__)
-    parser.add_argument("--points", type=int, default=12, help="of each activity (12), beside six real disks")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", metavar="NAMES", help=f"of {','.join(ACTIVITIES)}")
-    parser.add_argument("--jobs", type=int, default=2, help="points at once (2)")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args(argv)
-    chosen = names(arguments.only)
+    given = arguments(argv, "disks", __doc__, 12, "of each activity, beside six real disks")
     with tempfile.TemporaryDirectory(prefix="edge-glm-disks-") as folder:
         bench = Bench(Path(folder))
         mount = may_mount(Path(folder) / "mount")
-        results = [
-            run_activity(bench, name, arguments.points, arguments.seed, arguments.jobs, mount) for name in chosen
-        ]
+        results = [run_activity(bench, name, given.points, given.seed, given.jobs, mount) for name in given.only]
         results.append(answers(bench))
-    if arguments.json:
-        print(json.dumps({"seed": arguments.seed, "mounted": mount, "activities": [vars(each) for each in results]}))
+    if given.json:
+        print(json.dumps({"seed": given.seed, "mounted": mount, "activities": [vars(each) for each in results]}))
     else:
         print(table(results))
-        print(f"seed {arguments.seed}; " + ("and on real disks" if mount else "no real disks: mounting is not allowed"))
+        print(f"seed {given.seed}; " + ("and on real disks" if mount else "no real disks: mounting is not allowed"))
     return int(any(each.failures for each in results))
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from devices.base import Step
 from devices.errors import EngineError
 from tests.fake_decoder import FakeDecoder, FakeSequence
+from tests.runtime.helpers import Answer, prompt
 
 POISON = 63
 """The token that faults wait for."""
@@ -77,3 +78,20 @@ def poisoned(batch: Sequence[Step]) -> bool:
 def holds_poison(sequence: object) -> bool:
     assert isinstance(sequence, FakeSequence)
     return POISON in sequence.tokens()
+
+
+def clean(seed: int, length: int) -> list[int]:
+    """A prompt without poison."""
+    return [token % POISON for token in prompt(seed, length)]
+
+
+def silent(decoder: FakeDecoder) -> FakeDecoder:
+    """It never says the poisonous token itself."""
+    decoder.table[:, POISON] = -100
+    return decoder
+
+
+def error_of(answer: Answer) -> str:
+    assert answer.finish_reason == "error"
+    assert answer.last is not None
+    return str(answer.last.error)

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from tests.survive.activities import ACTIVITIES, Activity, Fixture, hold, make_fixture
 from tests.survive.faulty_disk import Box, Ended, Fault, Kill, Launcher, Mode
@@ -136,8 +135,7 @@ def strike(bench: Bench, reference: Reference, number: int, trouble: Fault | Kil
         activity.check(box, bench.fixture, ended.stdout)
         reference.hold_resumed(bench.launcher, box, bench.fixture)
     except Exception as error:
-        where = "" if isinstance(error, AssertionError) else f"\n{traceback.format_exc()}"
-        return True, f"{trouble}: {error}{where}"
+        return True, failure(trouble, error)
     finally:
         shutil.rmtree(box.root)
     return ended.code < 0, None
@@ -148,12 +146,12 @@ def run_activity(bench: Bench, name: str, count: int, seed: int, jobs: int) -> R
     result = Result(name, reference.ended.calls, reference.ended.seconds)
     troubles = points(reference, count, random.Random(f"{seed} {name}"))
     with ThreadPoolExecutor(jobs) as pool:
-        for killed, failure in pool.map(lambda each: strike(bench, reference, *each), enumerate(troubles)):
+        for killed, wrong in pool.map(lambda each: strike(bench, reference, *each), enumerate(troubles)):
             result.points += 1
             result.killed += killed
-            if failure is not None:
-                result.failures.append(failure)
-                print(f"{name}: {failure}", file=sys.stderr)
+            if wrong is not None:
+                result.failures.append(wrong)
+                print(f"{name}: {wrong}", file=sys.stderr)
     return result
 
 
@@ -170,36 +168,50 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join([head, *lines])
 
 
-def names(given: str | None) -> list[str]:
-    chosen = list(ACTIVITIES) if given is None else given.split(",")
+def failure(trouble: object, error: Exception) -> str:
+    """In words, with where it came from unless a check says it all."""
+    return f"{trouble}: {error}" + ("" if isinstance(error, AssertionError) else f"\n{traceback.format_exc()}")
+
+
+def arguments(
+    argv: Sequence[str] | None, name: str, description: str | None, points: int, about: str
+) -> argparse.Namespace:
+    """Of the command ``name``. ``only``: a list of activities."""
+    parser = argparse.ArgumentParser(prog=f"python -m tests.survive.{name}", description=description)
+    parser.add_argument("--points", type=int, default=points, help=f"{about} ({points})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--only", metavar="NAMES", type=_names, default=[*ACTIVITIES], help=f"of {','.join(ACTIVITIES)}"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="points at once (2)")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(argv)
+
+
+def _names(given: str) -> list[str]:
+    chosen = given.split(",")
     unknown = [each for each in chosen if each not in ACTIVITIES]
     if unknown:
-        raise SystemExit(f"no activity is called {', '.join(unknown)}; there are {', '.join(ACTIVITIES)}")
+        raise argparse.ArgumentTypeError(
+            f"no activity is called {', '.join(unknown)}; there are {', '.join(ACTIVITIES)}"
+        )
     return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.survive.kills", description=__doc__)
-    parser.add_argument("--points", type=int, default=200, help="shared by the activities (200)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", metavar="NAMES", help=f"of {','.join(ACTIVITIES)}")
-    parser.add_argument("--jobs", type=int, default=2, help="points at once (2)")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args(argv)
-    chosen = names(arguments.only)
+    given = arguments(argv, "kills", __doc__, 200, "shared by the activities")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="edge-glm-kills-") as folder:
         bench = Bench(Path(folder))
         results = [
-            run_activity(bench, name, count, arguments.seed, arguments.jobs)
-            for name, count in zip(chosen, shares(arguments.points, len(chosen)), strict=True)
+            run_activity(bench, name, count, given.seed, given.jobs)
+            for name, count in zip(given.only, shares(given.points, len(given.only)), strict=True)
         ]
-    if arguments.json:
-        plain: list[dict[str, Any]] = [vars(each) for each in results]
-        print(json.dumps({"seed": arguments.seed, "activities": plain}, indent=2))
+    if given.json:
+        print(json.dumps({"seed": given.seed, "activities": [vars(each) for each in results]}, indent=2))
     else:
         print(table(results))
-        print(f"seed {arguments.seed}, {time.monotonic() - began:.0f} s")
+        print(f"seed {given.seed}, {time.monotonic() - began:.0f} s")
     return int(any(each.failures for each in results))
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 
+import pytest
+
+from edge_runtime.tiers import remote
 from edge_runtime.tiers.breaker import Breaker
 from tests.tiers.house import LOCAL, cloud, house, task
 from tests.tiers.upstream import answers, status, upstream
@@ -87,8 +90,10 @@ def test_a_tier_that_asks_for_rest_gets_it() -> None:
     assert breaker.enter() is None
 
 
-def test_a_broken_tier_is_not_asked_and_health_says_so(tmp_path: Path) -> None:
-    rule = {"failures": 2, "cooldown": 0.5}
+def test_a_broken_tier_is_not_asked_and_health_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = {"failures": 2, "cooldown": 30}
+    clock = Clock()
+    monkeypatch.setattr(remote, "Breaker", partial(Breaker, clock=clock))
     with (
         upstream(status(500), status(500), answers("well again")) as server,
         house(tmp_path, cloud(server.url, breaker=rule) + LOCAL + task(prefer="remote")) as here,
@@ -102,7 +107,7 @@ def test_a_broken_tier_is_not_asked_and_health_says_so(tmp_path: Path) -> None:
         assert "500" in told["reason"]
         here.write(here.path.read_text() + "# the same tiers\n")
         assert here.ask().tiers == ["local"]  # a new version of the policy does not make it well
-        time.sleep(0.6)
+        clock.now = 30
         assert here.dispatcher.health()["tiers"]["cloud"]["state"] == "half-open"
         assert here.ask().text == "well again"
         assert here.dispatcher.health()["tiers"]["cloud"]["state"] == "closed"

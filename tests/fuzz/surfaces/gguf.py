@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,17 +13,12 @@ from typing import Any
 import gguf
 from gguf.constants import GGMLQuantizationType
 
-from edge_runtime.tokenizer import Tokenizer
-from exporters.export import eos_ids
 from exporters.families import architecture
-from exporters.formats import open_checkpoint
-from exporters.network import tensor_names
-from exporters.weights import dequantize
 from tests.exporters.gguf_model import random_tensors, write_model
 from tests.exporters.gguf_vocabulary import FIXTURES
 from tests.fuzz.mutation import EDGES, damage
-from tests.fuzz.surface import Case, Surface, command, sometimes
-from tests.fuzz.surfaces.text import use_template, use_tokenizer
+from tests.fuzz.surface import Case, Surface, sometimes
+from tests.fuzz.surfaces.checkpoint import command_checkpoint, use_checkpoint
 
 FAMILIES = Path(__file__).parents[2] / "fixtures" / "families"
 _KINDS: tuple[tuple[str, GGMLQuantizationType], ...] = (
@@ -93,18 +87,8 @@ class GgufFiles(Surface):
         path = self.folder / case.name
         path.write_bytes(case.data)
         if sometimes(case, 64):
-            out = self.folder / "out"
-            command("export", str(path), "-o", str(out), "--engine", "onnx", "--weights", "int4")
-            command("plan", str(path))
-            shutil.rmtree(out, ignore_errors=True)
-        checkpoint = open_checkpoint(path)
-        for name in tensor_names(checkpoint.architecture):
-            dequantize(checkpoint.tensor(name))
-        _ = checkpoint.provenance
-        text = checkpoint.text
-        tokenizer = Tokenizer(text.tokenizer_json, eos_ids=eos_ids(text))
-        use_tokenizer(tokenizer)
-        use_template(text.chat_template, text.special_tokens, tokenizer)
+            command_checkpoint(path, self.folder / "out")
+        use_checkpoint(path)
 
 
 def _chat(writer: gguf.GGUFWriter) -> None:

@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.store import export_package
-from edge_runtime.tokenizer import Tokenizer
-from exporters.export import eos_ids
-from exporters.formats import open_checkpoint
-from exporters.network import tensor_names
 from tests.exporters.encoder_folder import write_folder
 from tests.fuzz.mutation import EDGES, as_json, damage, disturb
-from tests.fuzz.surface import Case, Json, Surface, command, sometimes
-from tests.fuzz.surfaces.text import use_template, use_tokenizer
+from tests.fuzz.surface import Case, Json, Surface, sometimes
+from tests.fuzz.surfaces.checkpoint import command_checkpoint, use_checkpoint
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 _FAMILIES = ("llama", "qwen2", "phi3", "gemma3", "glm", "smollm3", "llama-llama3", "granite")
@@ -85,18 +81,8 @@ class SafetensorsFolders(Surface):
                 export_package(str(folder), self.folder / "out", ["onnxruntime"], None)
                 return
             if sometimes(case, 64):
-                out = self.folder / "out"
-                command("export", str(folder), "-o", str(out), "--engine", "onnx", "--weights", "int4")
-                command("plan", str(folder))
-                shutil.rmtree(out, ignore_errors=True)
-            checkpoint = open_checkpoint(folder)
-            for name in tensor_names(checkpoint.architecture):
-                checkpoint.tensor(name)
-            _ = checkpoint.provenance
-            text = checkpoint.text
-            tokenizer = Tokenizer(text.tokenizer_json, eos_ids=eos_ids(text))
-            use_tokenizer(tokenizer)
-            use_template(text.chat_template, text.special_tokens, tokenizer)
+                command_checkpoint(folder, self.folder / "out")
+            use_checkpoint(folder)
         finally:
             (folder / file).write_bytes(self._sound[case.name])
 
