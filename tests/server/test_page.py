@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from edge_runtime.server.app import create_app
 from edge_runtime.server.shelf import Offer, Shelf
@@ -92,6 +92,22 @@ def test_a_conversation(browser: Browser, served: Served) -> None:
             picture(page, "chat")
         page.get_by_role("button", name="New chat").click()
         assert answers(page, 0) == []
+
+
+def test_who_is_quick_is_answered_once_the_models_are_known(browser: Browser, served: Served) -> None:
+    with running(create_app(served.model)) as url, visiting(browser, url) as page:
+        expect(page.get_by_label("Model")).to_have_value("fake")
+        held: list[Route] = []
+        page.route("**/v1/models", lambda route: held.append(route))
+        with page.expect_request("**/v1/models"):
+            page.reload()
+        page.get_by_label("Question").fill("Hi")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        assert page.get_by_label("Model").input_value() == ""
+        held[0].continue_()
+        expect(page.locator(".assistant .about")).to_contain_text("tokens")
+        assert all(answers(page, 1))
 
 
 def test_choosing_model_and_device(browser: Browser, served: Served) -> None:

@@ -81,7 +81,7 @@ export class Chat {
   body() {
     const system = element("system").value.trim();
     const spoken = this.messages.filter((each) => !each.failed).map(({ role, content }) => ({ role, content }));
-    const body = { model: this.modelName(), messages: [...(system ? [{ role: "system", content: system }] : []), ...spoken] };
+    const body = { messages: [...(system ? [{ role: "system", content: system }] : []), ...spoken] };
     if (element("temperature").value) body.temperature = Number(element("temperature").value);
     if (element("max-tokens").value) body.max_completion_tokens = Number(element("max-tokens").value);
     return body;
@@ -95,6 +95,7 @@ export class Chat {
     this.draw();
     const said = element("messages").lastElementChild.querySelector(".said");
     try {
+      body.model = await this.modelName();
       const about = await answer(body, this.running.signal, (text) => {
         made.content += text;
         this.follow(() => said.append(text));

@@ -7,6 +7,7 @@ import { Dashboard, fill } from "./dashboard.js";
 const element = (id) => document.getElementById(id);
 const select = element("model");
 let known = [];
+let listed; // the newest list of models, once it is there
 
 function tell(error) {
   const wantsKey = error instanceof Refused && error.status === 401;
@@ -17,7 +18,11 @@ function tell(error) {
   if (wantsKey) element("key").focus();
 }
 
-async function load() {
+function load() {
+  listed = list();
+}
+
+async function list() {
   try {
     known = await models();
   } catch (error) {
@@ -47,7 +52,7 @@ function describe() {
 const chosen = () => known.find((each) => each.id === select.value);
 
 const chat = new Chat(
-  () => select.value,
+  () => listed.then(() => select.value), // who is quick asks before the names have come
   () => chosen()?.placement || load(), // it is open now
   (error) => error.status === 401 && tell(error),
 );
