@@ -76,8 +76,8 @@ class OperatorGroup(msgspec.Struct, frozen=True):
     share: float
     """Of the time inside the engine."""
     of_bandwidth: float | None
-    """Weights, or keys and values, read in that time, of what the memory can give. More than 1: they came from a
-    processor's cache. None: not known."""
+    """Weights, or keys and values, asked for in that time, of what the memory can give: it gave no more of them.
+    Well over 1: a processor's cache did. None: not known."""
     of_arithmetic: float | None
     """Operations that the model asks for in that time, of what the processor can do. None: not known."""
 

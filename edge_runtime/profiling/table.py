@@ -13,6 +13,8 @@ MOST_GROUPS = 8
 """Of operators."""
 _QUIET = 0.1
 """Of the cores: what others may use without a word."""
+_CACHED = 1.05
+"""Of what the memory gives: beyond what measuring that may be off by."""
 MOST_LINKS = 6
 """Of a critical path, where it is told in a line."""
 _LEAST_PART = 0.0005
@@ -115,7 +117,7 @@ def groups(phase: Phase) -> list[list[str]]:
     rows = [["operator", "size", "count", "ms", "of time", "of bandwidth", "of arithmetic"]]
     shown = phase.groups[:MOST_GROUPS]
     for each in shown:
-        shares = [percent(each.of_bandwidth), percent(each.of_arithmetic)]
+        shares = [_of_bandwidth(each.of_bandwidth), percent(each.of_arithmetic)]
         rows.append([each.kind, each.shape, str(each.operators), number(each.ms), f"{each.share:.1%}", *shares])
     rest = phase.groups[MOST_GROUPS:]
     if rest:
@@ -128,12 +130,16 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
+def _of_bandwidth(share: float | None) -> str:
+    return "cached" if share is not None and share > _CACHED else percent(share)
+
+
 def limits_line(limits: Limits) -> str:
     integer = limits.integer_operations
     told = "" if integer is None else f", {integer / 1e9:,.0f} G integer operations/s (8 bits, for quantized weights)"
     return (
         f"of at most {limits.bytes / 1e9:.1f} GB/s of memory, {limits.float_operations / 1e9:,.0f} G float operations/s"
-        f"{told}; activations and what was cached do not count as read"
+        f"{told}; of bytes asked for, activations aside; cached: faster than the memory gives"
     )
 
 

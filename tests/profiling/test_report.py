@@ -53,6 +53,18 @@ def test_table() -> None:
     assert any("50.0 GB/s of memory, 250 G float operations/s, 2,000 G integer operations/s" in line for line in lines)
 
 
+@pytest.mark.parametrize(("share", "cell"), [(1.05, "105%"), (1.06, "cached"), (None, "-")])
+def test_what_came_faster_than_memory_gives_was_cached(share: float | None, cell: str) -> None:
+    phase = make_profile().result.phases[1]
+    (group,) = phase.groups
+    result = make_profile(
+        phases=[msgspec.structs.replace(phase, groups=[msgspec.structs.replace(group, of_bandwidth=share)])]
+    )
+    assert f"QuantizedMatMul 576 → 3072 30 2.00 50.0% {cell} 2%" in squeezed(table(result.result))
+    assert f">{cell}</td>" in report(result)
+    assert json.loads(msgspec.json.encode(result.result))["phases"][0]["groups"][0]["of_bandwidth"] == share
+
+
 def test_a_shared_machine_is_told() -> None:
     result = make_profile().result
     assert "shared machine" not in table(result)
