@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ from edge_runtime.profiling import memory, operators
 from edge_runtime.profiling.charts import call_chart, request_chart
 from edge_runtime.profiling.critical_path import critical_path
 from edge_runtime.profiling.limits import higher, measure_limits
-from edge_runtime.profiling.parts import part_times, spread
+from edge_runtime.profiling.parts import part_times, spread, step_ms
 from edge_runtime.profiling.resources import Clock, MemoryTimeline
 from edge_runtime.profiling.result import Chart, Profile, Result
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.tracing.trace import Part, Trace
+from edge_runtime.tracing.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,6 @@ def measure(job: Job, requests: int) -> Profile:
     traces = [each.trace for each in answers]
     ordered = sorted(traces, key=lambda trace: trace.wall)
     chosen = {"median": ordered[len(ordered) // 2], "P95": ordered[round(0.95 * (len(ordered) - 1))]}
-    plain: dict[str, Part] = {"prefill": "prefill", "decode": "decode"}
     result = Result(
         created=now(),
         model=model,
@@ -93,7 +91,7 @@ def measure(job: Job, requests: int) -> Profile:
         tpot_ms=spread([each.tpot * 1e3 for each in answers]),
         parts=part_times(traces),
         critical_paths=[critical_path(trace, name) for name, trace in chosen.items()],
-        phases=[operators.phase_of(each, limits, _mean_span(traces, plain[each.phase.name])) for each in counted],
+        phases=[operators.phase_of(each, limits, step_ms(traces, each.phase.name)) for each in counted],
         no_operators=no_operators,
         limits=limits,
         usage=[
@@ -141,9 +139,3 @@ def _read(llm: MeasuredLLM, prompt: list[int], params: SamplingParams) -> Answer
     assert first is not None
     assert last is not None
     return Answered(trace, first[0] - started, (last - first[0]) / max(tokens - first[1], 1))
-
-
-def _mean_span(traces: Sequence[Trace], part: Part) -> float | None:
-    """Milliseconds."""
-    times = [span.end - span.start for trace in traces for span in trace if span.part == part]
-    return sum(times) / len(times) / 1e6 if times else None

@@ -92,7 +92,7 @@ class Phase(msgspec.Struct, frozen=True):
     ms: float
     """Of a call."""
     plain_ms: float | None
-    """Of such a step with nothing counted; None: there was none."""
+    """Of such a step while requests ran, with nothing counted and no other prompt in it; None: there was none."""
     operators_ms: float
     """Of a call, all operators together."""
     groups: list[OperatorGroup]
