@@ -58,7 +58,7 @@ def measure(job: Job, requests: int) -> Profile:
             planned = memory.plan(job, llm)
             model, device, weights, tuned = llm.model_id, llm.device, llm.variant.weights, llm.tuned
     names = ("open", "warm up", "requests")
-    limits = measure_limits()
+    limits = measure_limits(budget[0] // 2)
     counted: list[operators.Counted] = []
     no_operators = None
     try:
@@ -70,7 +70,7 @@ def measure(job: Job, requests: int) -> Profile:
         )
     except EdgeError as error:  # what was measured is worth having without
         no_operators = str(error)
-    limits = higher(limits, measure_limits())
+    limits = higher(limits, measure_limits(budget[0] // 2))
     traces = [each.trace for each in answers]
     ordered = sorted(traces, key=lambda trace: trace.wall)
     chosen = {"median": ordered[len(ordered) // 2], "P95": ordered[round(0.95 * (len(ordered) - 1))]}

@@ -162,7 +162,7 @@ def groups(phase: profiling.Phase, work: Work, limits: Limits) -> list[OperatorG
                 operators=len(operators),
                 ms=seconds / phase.calls * 1e3,
                 share=seconds / phase.seconds,
-                of_bandwidth=nbytes / seconds / limits.bytes if nbytes and seconds else None,
+                of_bandwidth=nbytes / seconds / limits.bytes if nbytes and seconds and limits.bytes else None,
                 of_arithmetic=operations / seconds / rate if operations and seconds else None,
             )
         )

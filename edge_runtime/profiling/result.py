@@ -54,8 +54,8 @@ class CriticalPath(msgspec.Struct, frozen=True):
 class Limits(msgspec.Struct, frozen=True):
     """What this machine does at most, measured; per second."""
 
-    bytes: float
-    """Read from memory by all cores."""
+    bytes: float | None
+    """Read from memory by all cores. None: too little of it was free to measure that."""
     float_operations: float
     """Products and sums of float32 in registers, with the instructions of our kernels; where there are none here, in a
     product of matrices by numpy."""

@@ -137,9 +137,11 @@ def _of_bandwidth(share: float | None) -> str:
 def limits_line(limits: Limits) -> str:
     integer = limits.integer_operations
     told = "" if integer is None else f", {integer / 1e9:,.0f} G integer operations/s (8 bits, for quantized weights)"
+    memory = "" if limits.bytes is None else f"{limits.bytes / 1e9:.1f} GB/s of memory, "
+    untold = "; too little memory was free to measure its bandwidth" if limits.bytes is None else ""
     return (
-        f"of at most {limits.bytes / 1e9:.1f} GB/s of memory, {limits.float_operations / 1e9:,.0f} G float operations/s"
-        f"{told}; of bytes asked for, activations aside; cached: faster than the memory gives"
+        f"of at most {memory}{limits.float_operations / 1e9:,.0f} G float operations/s"
+        f"{told}{untold or '; of bytes asked for, activations aside; cached: faster than the memory gives'}"
     )
 
 

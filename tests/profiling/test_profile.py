@@ -128,7 +128,7 @@ def test_without_counters_the_rest_is_measured(home: Path, monkeypatch: pytest.M
 
     monkeypatch.setenv("EDGE_GLM_HOME", str(home))
     monkeypatch.setattr(operators, "count", refuse)
-    monkeypatch.setattr("edge_runtime.profiling.measure.measure_limits", lambda: Limits(1.0, 1.0, None))
+    monkeypatch.setattr("edge_runtime.profiling.measure.measure_limits", lambda most: Limits(1.0, 1.0, None))
     job = Job(ref="synthetic:tiny", device="onnxruntime:cpu", prompt_tokens=16, new_tokens=8, concurrency=2)
     profile = measure(job, 4)
     assert profile.result.no_operators == "it has no counters"

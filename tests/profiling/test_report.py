@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from edge_runtime.profiling.html import report
 from edge_runtime.profiling.memory_plot import memory_plot
-from edge_runtime.profiling.result import Result
+from edge_runtime.profiling.result import Limits, Result
 from edge_runtime.profiling.table import table
 from tests.benchmarking.test_report import Page as Parsed
 from tests.profiling.profiles import make_profile
@@ -79,6 +79,13 @@ def test_what_is_missing_is_said() -> None:
     assert "GB/s" not in text
     page = report(make_profile(phases=[], no_operators="npu has <no> counters"))
     assert "npu has &lt;no&gt; counters" in page
+
+
+def test_a_bandwidth_that_could_not_be_measured_is_said() -> None:
+    text = table(make_profile(limits=Limits(None, 250e9, 2000e9)).result)
+    assert "of at most 250 G float operations/s, 2,000 G integer" in text
+    assert "; too little memory was free to measure its bandwidth\n" in text
+    assert "cached" not in text
 
 
 def test_page_needs_nothing_else() -> None:
