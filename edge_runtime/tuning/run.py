@@ -165,9 +165,10 @@ def _time_requests(here: Home, job: Job, run: Run) -> None:
     best = run.best or run.default
     job = msgspec.structs.replace(job, device=best.device, weights=run.weights, tuning=best.options, timing=True)
     try:
-        timed = process.measure(job, TIMING_LIMIT_S).timed
-        if timed is not None:
-            Observations(here.timing).keep(timed)
+        result = process.measure(job, TIMING_LIMIT_S)
+        if result.timed is None:
+            raise EdgeError(result.untimed or "the measuring process did not time any")
+        Observations(here.timing).keep(result.timed)
     except EdgeError as error:  # what was found is worth more
         _log.warning("how long single requests take is not known: %s", error)
 
