@@ -18,6 +18,7 @@ from edge_runtime.profiling import operators
 from edge_runtime.profiling.measure import measure
 from edge_runtime.profiling.result import Limits
 from tests.conftest import usable
+from tests.profiling.profiles import make_profile
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-P", "-m", "edge_runtime.cli.main", "profile"]
@@ -120,6 +121,37 @@ def test_a_page_that_may_not_be_written(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root, as in containers, may anything
     assert main(["profile", "synthetic:tiny"]) == 1
     assert "cannot write profile.html: no permission; name another file with --html" in capsys.readouterr().err
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing needs to be."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("edge_runtime.profiling.process.run", lambda job, requests: make_profile())
+
+
+@pytest.mark.usefixtures("measured")
+def test_json_writes_no_page_that_nobody_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "profile.html").write_text("an earlier one")
+    assert main(["profile", "synthetic:tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "tiny & co"
+    assert (tmp_path / "profile.html").read_text() == "an earlier one"
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("json", [[], ["--json"]])
+def test_what_was_measured_is_printed_though_the_page_cannot_be_written(
+    json: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object, **more: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["profile", "synthetic:tiny", "--html", "a.html", *json]) == 1
+    printed = capsys.readouterr()
+    assert "tiny & co" in printed.out
+    assert "with pictures" not in printed.out
+    assert "cannot write a.html: No space left on device" in printed.err
 
 
 def test_without_counters_the_rest_is_measured(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

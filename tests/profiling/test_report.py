@@ -13,12 +13,14 @@ import msgspec
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from edge_runtime.profiling import charts
+from edge_runtime.profiling.charts import request_chart
 from edge_runtime.profiling.html import report
 from edge_runtime.profiling.memory_plot import memory_plot
 from edge_runtime.profiling.result import Limits, Result
 from edge_runtime.profiling.table import table
 from tests.benchmarking.test_report import Page as Parsed
-from tests.profiling.profiles import make_profile
+from tests.profiling.profiles import make_profile, two_lanes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PICTURES = os.environ.get("EDGE_GLM_TEST_PICTURES")
@@ -103,6 +105,18 @@ def test_page_needs_nothing_else() -> None:
     assert "Some <Attention>" in page.text
     shown, _ = json.JSONDecoder().raw_decode(page.text, page.text.index("{\n"))
     assert msgspec.convert(shown, Result) == profile.result
+
+
+def test_bars_that_are_left_out_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(charts, "MOST_BARS", 5)
+    rows = request_chart(two_lanes(), "the median request").rows
+    assert [row.name for row in rows] == [
+        "request",
+        "critical path, the first 5 of 9",
+        "caller",
+        "engine, the first 5 of 6",
+    ]
+    assert [len(row.bars) for row in rows] == [1, 5, 5, 5]
 
 
 def test_a_plan_and_its_budget_are_drawn() -> None:
