@@ -108,9 +108,9 @@ class Usage(msgspec.Struct, frozen=True):
     other_cpu_s: float
     """Of all other processes of the machine."""
     voluntary_switches: int | None
-    """It waited for something."""
+    """Context switches in which it waited for something."""
     involuntary_switches: int | None
-    """Others had to have the core."""
+    """Context switches in which others had to have the core."""
     minor_faults: int | None
     """Pages that were in memory already, or new."""
     major_faults: int | None

@@ -15,6 +15,7 @@ _QUIET = 0.1
 """Of the cores: what others may use without a word."""
 _CACHED = 1.05
 """Of what the memory gives: beyond what measuring that may be off by."""
+_COUNTS = ("voluntary context switches", "involuntary context switches", "minor faults", "major faults")
 MOST_LINKS = 6
 """Of a critical path, where it is told in a line."""
 _LEAST_PART = 0.0005
@@ -147,7 +148,7 @@ def limits_line(limits: Limits) -> str:
 
 def usage(found: list[Usage]) -> list[list[str]]:
     """Of the process, and of others."""
-    head = ["while", "s", "cores", "others' cores", "waits", "preemptions", "minor faults", "major faults"]
+    head = ["while", "s", "cores", "others' cores", *_COUNTS]
     rows = [head]
     for each in found:
         wall = max(each.wall_s, 1e-9)

@@ -70,7 +70,8 @@ def test_json_and_page(profile: Profile, device: str, tmp_path: Path) -> None:
         assert any("→ 512" in group["shape"] for group in hot)  # the head
         assert sum(group["ms"] for group in phase["groups"]) == pytest.approx(phase["operators_ms"])
     assert [each["name"] for each in result["usage"]] == ["open", "warm up", "requests"]
-    assert sum(each["minor_faults"] for each in result["usage"]) > 100
+    if sys.platform != "win32":
+        assert sum(each["minor_faults"] for each in result["usage"]) > 100
     memory = result["memory"]
     assert [name for _, name in memory["marks"]] == ["open", "warm up", "requests", "close"]
     assert memory["peak"] == max(resident for _, resident in memory["samples"])

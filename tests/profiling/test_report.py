@@ -43,6 +43,10 @@ def test_table() -> None:
         in lines
     )
     assert "decode: 32 calls of 1 token, 4.00 ms each, 97.5% of it in operators" in lines
+    assert (
+        "while s cores others' cores voluntary context switches involuntary context switches minor faults major faults"
+        in lines
+    )
     assert "open 0.500 1.20 0.20 10 2 5,000 0" in lines
     assert "requests 2.00 2.00 0.00 100 - 7 -" in lines
     assert any(
