@@ -29,7 +29,7 @@ def table(result: Result) -> str:
         *([path_line(path) for path in result.critical_paths],),
         *([phase_line(phase), columns(groups(phase), "llr", head=True)] for phase in result.phases),
         [f"no operators: {result.no_operators}"] if result.no_operators else [limits_line(result.limits)],
-        [columns(usage(result.usage), "lr", head=True), *crowded(result)],
+        [columns(usage(result.usage), "lr", head=True), *contention(result)],
         list(memory_lines(result.memory)),
         machine_lines(result.machine),
     ]
@@ -160,7 +160,7 @@ def usage(found: list[Usage]) -> list[list[str]]:
     return rows
 
 
-def crowded(result: Result) -> Iterator[str]:
+def contention(result: Result) -> Iterator[str]:
     """Said where others had much of the processor while requests ran."""
     requests = result.usage[-1]
     others = requests.other_cpu_s / max(requests.wall_s, 1e-9)

@@ -226,7 +226,7 @@ def test_single_requests_are_timed_for_plan(
     assert 0 < candidate["timing"]["tpot_s"]["seconds"] < candidate["timing"]["ttft_s"]["seconds"] < 10
     with EdgeLLM("synthetic:tiny", "onnxruntime:cpu") as llm:
         request = TierRequest(TokenIds([5] * 200), SamplingParams(max_tokens=5))
-        assert llm.local.foretold(request) is not None
+        assert llm.local.predicted_ttft(request) is not None
 
 
 def test_a_measuring_process_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

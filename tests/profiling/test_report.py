@@ -74,9 +74,9 @@ def test_what_came_faster_than_memory_gives_was_cached(share: float | None, cell
 def test_a_shared_machine_is_told() -> None:
     result = make_profile().result
     assert "shared machine" not in table(result)
-    crowded = msgspec.structs.replace(result, usage=[msgspec.structs.replace(result.usage[-1], other_cpu_s=3.0)])
-    assert "others had 1.5 of 2 cores while requests ran" in table(crowded)
-    assert "others had 1.5 of 2 cores" in report(msgspec.structs.replace(make_profile(), result=crowded))
+    shared = msgspec.structs.replace(result, usage=[msgspec.structs.replace(result.usage[-1], other_cpu_s=3.0)])
+    assert "others had 1.5 of 2 cores while requests ran" in table(shared)
+    assert "others had 1.5 of 2 cores" in report(msgspec.structs.replace(make_profile(), result=shared))
 
 
 def test_what_is_missing_is_said() -> None:

@@ -12,6 +12,7 @@ from edge_runtime.errors import NotMeasured
 from edge_runtime.machine import fingerprint
 from edge_runtime.package import FileEntry, Variant
 from edge_runtime.paths import Home
+from edge_runtime.timing.fitted import timing_model
 from edge_runtime.timing.observations import (
     KEPT_EACH,
     EachToken,
@@ -21,7 +22,6 @@ from edge_runtime.timing.observations import (
     TimedRun,
     merged,
 )
-from edge_runtime.timing.predict import timing_model
 from tests.timing.known import CHUNK, observed
 
 HERE = "a processor, 2 cores"
