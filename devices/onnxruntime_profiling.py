@@ -109,8 +109,11 @@ def _operators(calls: Sequence[Call], products: dict[str, Product]) -> Iterator[
             found[node.name.removesuffix(_SUFFIX), node.args.op_name].append(node)
     for (name, kind), entries in found.items():
         product = products.get(name)
-        rows = 0 if product is None else sum(_values(entry) for entry in entries) // product.outputs
-        yield OperatorTime(name, kind, sum(each.dur for each in entries) * _SCALE, len(entries), product, rows)
+        ran, rows = len(entries), 0
+        if product is not None:
+            met = [_values(entry) // product.outputs for entry in entries]
+            ran, rows = sum(each > 0 for each in met), sum(met)
+        yield OperatorTime(name, kind, sum(each.dur for each in entries) * _SCALE, ran, product, rows)
 
 
 def _typical(calls: Sequence[Call]) -> Call:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from devices.openvino_graph import engine_errors
 from devices.profiling import OperatorTime, Phase, Product
@@ -17,6 +17,18 @@ from devices.stopwatch import Stopwatch
 
 _PRODUCTS = ("FullyConnected", "MatMul")
 _WEIGHTS_INPUT = 1
+
+
+class _Counts(NamedTuple):
+    """Since the model was compiled."""
+
+    laps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    rows: int = 0
+    """Of logits."""
+    head_calls: int = 0
+    """In which any were asked for: in others the head's weights are not read."""
 
 
 class OpenVinoCounters:
@@ -28,9 +40,9 @@ class OpenVinoCounters:
         self._vocab_size = vocab_size
         self._stopwatch = stopwatch
         self._request: Any = None
-        self._tokens = self._rows = 0
+        self._tokens = self._rows = self._head_calls = 0
         self._name: str | None = None
-        self._at: tuple[int, float, int, int] = (0, 0.0, 0, 0)
+        self._at = _Counts()
         self._before: dict[tuple[str, str], float] = {}
         self._phases: list[Phase] = []
 
@@ -39,6 +51,7 @@ class OpenVinoCounters:
         self._request = request
         self._tokens += tokens
         self._rows += rows
+        self._head_calls += rows > 0
 
     def begin(self, name: str) -> None:
         self._end()
@@ -51,23 +64,26 @@ class OpenVinoCounters:
 
     def _end(self) -> None:
         """Of the phase, or of what was before the first."""
-        calls, seconds, tokens, rows = self._at
-        self._at = (self._stopwatch.laps, self._stopwatch.seconds, self._tokens, self._rows)
+        began = self._at
+        at = self._at = _Counts(
+            self._stopwatch.laps, self._stopwatch.seconds, self._tokens, self._rows, self._head_calls
+        )
         now, before = self._sums(), self._before
         self._before = now
-        if self._name is None or self._stopwatch.laps == calls:
+        laps = at.laps - began.laps
+        if self._name is None or laps == 0:
             return
-        laps = self._stopwatch.laps - calls
         products = self._products()
         operators = []
         for (name, kind), total in now.items():
             took = total - before.get((name, kind), 0.0)
             product = products.get(name)
             if took > 0 or product is not None:
-                head = product is not None and product.outputs == self._vocab_size
-                met = 0 if product is None else (self._rows - rows if head else self._tokens - tokens)
-                operators.append(OperatorTime(name, kind, max(took, 0.0), laps, product, met))
-        self._phases.append(Phase(self._name, laps, self._stopwatch.seconds - seconds, tuple(operators), ()))
+                calls, rows = laps, 0 if product is None else at.tokens - began.tokens
+                if product is not None and product.outputs == self._vocab_size:
+                    calls, rows = at.head_calls - began.head_calls, at.rows - began.rows
+                operators.append(OperatorTime(name, kind, max(took, 0.0), calls, product, rows))
+        self._phases.append(Phase(self._name, laps, at.seconds - began.seconds, tuple(operators), ()))
 
     def _sums(self) -> dict[tuple[str, str], float]:
         """Seconds of each operator since the model was compiled."""

@@ -30,6 +30,7 @@ class OperatorTime(NamedTuple):
     """As the engine calls it."""
     seconds: float
     calls: int
+    """In which it ran; of a :attr:`product`, those in which it met rows: in others its weights are not read."""
     product: Product | None = None
     """None: it is none, or the engine does not tell."""
     rows: int = 0

@@ -26,8 +26,8 @@ from edge_runtime.step_watch import STEP_TIMEOUT_S
 from edge_runtime.store import Store
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.local import LocalTier
+from edge_runtime.timing.fitted import timing_model
 from edge_runtime.timing.model import TimingModel
-from edge_runtime.timing.predict import timing_model
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tuning.apply import tuned
 from edge_runtime.tuning.records import Options

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
 
-from edge_runtime.locks import file_lock
 from edge_runtime.package import Weights
+from edge_runtime.record_file import RecordFile
 
 Workload = Literal["one", "many", "long"]
 """``one``: a stream at a time; ``many``: streams at once; ``long``: long prompts with short answers."""
@@ -58,35 +57,25 @@ class Measurements:
     """The file. Reading never fails: what is broken counts as nothing measured, and is said in the log."""
 
     def __init__(self, file: Path, machine: str) -> None:
-        self._file = file
+        self._records = RecordFile(file, Measurement, _KEPT, _log, "bench again to replace it", bare=True)
         self._machine = machine
 
     def read(self) -> list[Measurement]:
         """Of this machine as it is, oldest first."""
-        try:
-            found = msgspec.json.decode(self._file.read_bytes(), type=list[Measurement])
-        except FileNotFoundError:
-            return []
-        except (OSError, msgspec.DecodeError, RecursionError) as error:
-            _log.warning("measurements in %s are not used: %s; bench again to replace them", self._file, error)
-            return []
-        return [each for each in found if each.machine == self._machine and each.seconds > 0]
+        return [each for each in self._records.read() if each.machine == self._machine and each.seconds > 0]
 
     def keep(self, measurement: Measurement) -> None:
-        """In place of an earlier one of the same kind. StorageError if it cannot be written."""
-        with file_lock(self._file.with_suffix(".lock")):
-            before = self.read()
-            kept = [each for each in before if _kind(each) != _kind(measurement)]
-            if measurement.loss is None:  # it is not the shape's, and need not be scored each time
-                known = (each.loss for each in reversed(before) if _kind(each) == _kind(measurement))
-                measurement = msgspec.structs.replace(measurement, loss=next(known, None))
-            fresh = self._file.with_suffix(".new")
-            try:
-                fresh.write_bytes(msgspec.json.encode([*kept, measurement][-_KEPT:]))
-                fresh.replace(self._file)
-            finally:
-                with suppress(OSError):
-                    fresh.unlink()
+        """In place of an earlier one of the same kind. StorageError as :meth:`RecordFile.change`."""
+        kind = _kind(measurement)
+
+        def changed(before: list[Measurement]) -> list[Measurement]:
+            kept = measurement
+            if kept.loss is None:  # it is not the shape's, and need not be scored each time
+                known = (each.loss for each in reversed(before) if _kind(each) == kind)
+                kept = msgspec.structs.replace(kept, loss=next(known, None))
+            return [*(each for each in before if _kind(each) != kind), kept]
+
+        self._records.change(changed)
 
     def losses(self, model: str) -> Mapping[Weights, float]:
         """Weights → the latest loss of ``model`` that was measured with them, on whatever device."""
@@ -117,4 +106,4 @@ class Measurements:
 
 
 def _kind(measurement: Measurement) -> tuple[object, ...]:
-    return measurement.model, measurement.device, measurement.weights, measurement.shape
+    return measurement.machine, measurement.model, measurement.device, measurement.weights, measurement.shape

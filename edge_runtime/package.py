@@ -75,6 +75,12 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.files)
 
+    @property
+    def digest(self) -> str:
+        """Of all its files: what was measured speaks for these."""
+        known = sorted((entry.path, entry.sha256) for entry in self.files)
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
 
 class ArchitectureSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a device and a planner must know of the network."""

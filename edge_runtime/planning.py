@@ -31,8 +31,8 @@ from edge_runtime.memory import BudgetSize, format_bytes
 from edge_runtime.package import Package, Weights, WeightsWish
 from edge_runtime.placement import Wish, place
 from edge_runtime.store import Store, variant_name
+from edge_runtime.timing.fitted import timing_model
 from edge_runtime.timing.model import TimingModel
-from edge_runtime.timing.predict import timing_model
 from edge_runtime.tuning.apply import tuned
 from edge_runtime.variants import rank
 

@@ -89,6 +89,7 @@ def test_exporters_know_packages_and_what_goes_wrong_with_disks_only(path: Path)
 TIERS = {
     "tracing": (),
     "timing": (),
+    "tuning": ("timing",),
     "policy": (),
     "egress": ("policy",),
     "tiers": ("policy", "egress", "tracing", "timing"),

@@ -80,6 +80,8 @@ def every_table(job: Job, found: Found, kept: bool) -> str:
                 problems.append(f"{device}, {workload}: {result}")
                 cells.append("-")
                 continue
+            if result.untimed is not None:
+                problems.append(f"{device}, single requests were not timed: {result.untimed}")
             mark = "*" if best[workload] == device else " "
             rates = f"({result.prefill_tps:,.0f}, {result.decode_tps:,.0f})"
             cells.append(f"{_seconds(result):.2f} s {rates}{mark}")

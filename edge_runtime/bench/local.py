@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import threading
 import time
@@ -20,11 +21,11 @@ from edge_runtime.bench.timing import StreamTimes, steady
 from edge_runtime.bench.workload import bundled_text, copy_tasks, random_tokens
 from edge_runtime.engine import EngineStats
 from edge_runtime.errors import ConfigError
-from edge_runtime.generation import Generation
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.measurements import Shape
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.store import Progress
+from edge_runtime.tracing.trace import Trace
 
 COPY_TOKENS = 160
 """Longest answer that copies."""
@@ -58,6 +59,12 @@ class MeasuredLLM(EdgeLLM):
         decode = self.tokenizer.decode
         ids = self.tokenizer.encode(bundled_text())
         return next((token for token in ids if 0 < len(decode([token])) < len(decode([token, token]))), ids[0])
+
+    def same_word(self, max_tokens: int | None = None) -> SamplingParams:
+        """Of answers that are always :attr:`plain_token`: answers to random tokens are full of pieces that are no text
+        until others have come, and a reader would see several tokens at once."""
+        bias = {self.plain_token: 100.0}
+        return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logit_bias=bias)
 
 
 def open_model(
@@ -96,12 +103,13 @@ class Stream:
     at_first: EngineStats
     at_last: EngineStats
     cached_tokens: int
+    trace: Trace
 
 
 def first_token(llm: MeasuredLLM, job: Job) -> None:
     """Come to the first token after a short prompt."""
     rng = np.random.default_rng((job.seed, 1))
-    _run(llm, [random_tokens(rng, min(START_TOKENS, job.prompt_tokens), llm.vocab_size)], 1)
+    answers(llm, [random_tokens(rng, min(START_TOKENS, job.prompt_tokens), llm.vocab_size)], llm.same_word(1))
 
 
 def speed(llm: MeasuredLLM, job: Job) -> list[list[Stream]]:
@@ -110,7 +118,7 @@ def speed(llm: MeasuredLLM, job: Job) -> list[list[Stream]]:
     rounds = []
     for _ in range(1 + job.repeats):
         prompts = [random_tokens(rng, job.prompt_tokens, llm.vocab_size) for _ in range(job.concurrency)]
-        rounds.append(_run(llm, prompts, job.new_tokens))
+        rounds.append(answers(llm, prompts, llm.same_word(job.new_tokens)))
     return rounds[1:]
 
 
@@ -137,7 +145,7 @@ def shared_prefix(llm: MeasuredLLM, job: Job, tokens: int) -> SharedPrefix:
     for _ in range(1 + job.repeats):
         prefix = random_tokens(rng, tokens, llm.vocab_size)
         tails = [random_tokens(rng, TAIL_TOKENS, llm.vocab_size) for _ in range(2)]
-        pairs.append([_run(llm, [prefix + tail], 1)[0] for tail in tails])
+        pairs.append([answers(llm, [prefix + tail], llm.same_word(1))[0] for tail in tails])
     del pairs[0]
     if not any(warm.cached_tokens for _, warm in pairs):
         raise ConfigError(
@@ -161,10 +169,10 @@ def copying(plain: MeasuredLLM, drafting: MeasuredLLM, job: Job) -> Copying:
         rounds = []
         for _ in range(1 + job.repeats):
             before = drafting.stats
-            answers = [_copy(llm, task) for llm in (plain, drafting)]
+            copies = [_copy(llm, task) for llm in (plain, drafting)]
             after = drafting.stats
-            rounds.append([rate for _, rate in answers])
-        identical += answers[0][0] == answers[1][0]
+            rounds.append([rate for _, rate in copies])
+        identical += copies[0][0] == copies[1][0]
         drafted += after.drafted_tokens - before.drafted_tokens
         accepted += after.accepted_tokens - before.accepted_tokens
         measured = [(ours, theirs) for theirs, ours in rounds[1:] if ours and theirs]
@@ -207,31 +215,34 @@ def loss(llm: MeasuredLLM) -> tuple[float, int]:
     return float(-scores.mean(dtype=np.float64)), len(scores)
 
 
-def _run(llm: MeasuredLLM, prompts: Sequence[list[int]], new_tokens: int) -> list[Stream]:
-    """Submit all ``prompts`` at once, each from a thread of its own that reads the answer, as callers do."""
-    # always the same word: answers to random tokens are full of pieces that are no text until others have come, and
-    # a reader would see several tokens at once
-    bias = {llm.plain_token: 100.0}
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, logit_bias=bias)
-    ready = threading.Barrier(len(prompts))  # starting a thread takes its time while the engine's is running
+def answers(
+    llm: MeasuredLLM, prompts: Sequence[list[int]], params: SamplingParams, at_once: int | None = None
+) -> list[Stream]:
+    """To ``prompts``, ``at_once`` (None: all) at a time, each followed by the next, from threads that read the answers,
+    as callers do."""
+    parties = min(at_once or len(prompts), len(prompts))
+    ready = threading.Barrier(parties)  # starting a thread takes its time while the engine's is running
+    begun = itertools.count()
 
-    def ask(prompt: list[int]) -> Stream:
-        ready.wait()
-        submitted = time.perf_counter()
-        return _read(llm, llm.start_completion(prompt, params), submitted)
+    def answer(prompt: list[int]) -> Stream:
+        if next(begun) < parties:  # the first of each thread
+            ready.wait()
+        return _read(llm, prompt, params)
 
-    with ThreadPoolExecutor(len(prompts)) as threads:
-        return list(threads.map(ask, prompts))
+    with ThreadPoolExecutor(parties) as threads:
+        return list(threads.map(answer, prompts))
 
 
-def _read(llm: MeasuredLLM, generation: Generation, submitted: float) -> Stream:
+def _read(llm: MeasuredLLM, prompt: list[int], params: SamplingParams) -> Stream:
+    submitted = time.perf_counter()
     arrivals: list[tuple[float, int]] = []
     stats: list[EngineStats] = []
-    with generation:
-        for chunk in generation:
-            tokens = len(chunk.checked().token_ids)
-            if tokens:
-                arrivals.append((time.perf_counter(), tokens))
+    with closing(llm.stream(prompt, params)) as chunks:
+        for chunk in chunks:
+            if chunk.token_ids:
+                arrivals.append((time.perf_counter(), len(chunk.token_ids)))
                 stats[1:] = [llm.stats]
-        usage = generation.usage
-    return Stream(StreamTimes(submitted, tuple(arrivals)), stats[0], stats[-1], usage.cached_tokens)
+    assert chunk.usage is not None
+    assert chunks.trace is not None
+    times = StreamTimes(submitted, tuple(arrivals))
+    return Stream(times, stats[0], stats[-1], chunk.usage.cached_tokens, chunks.trace)

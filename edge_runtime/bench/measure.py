@@ -14,7 +14,7 @@ from edge_runtime.bench.job import Job
 from edge_runtime.bench.machine import peak_rss_bytes, this_machine
 from edge_runtime.bench.requests import observe
 from edge_runtime.bench.result import Result, Samples
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.machine import fingerprint
 from edge_runtime.store import Progress
 from edge_runtime.timing.observations import Subject, TimedRun
@@ -44,7 +44,12 @@ def measure(job: Job, started: float) -> Result:
     if job.shared_prefix is not None:
         with closing(local.open_model(job, prefix_cache=True)) as llm:
             prefix = local.shared_prefix(llm, job, job.shared_prefix)
-    timed = _timed(job, figures["prefill_tps"]) if job.timing else None
+    timed = untimed = None
+    if job.timing:
+        try:
+            timed = _timed(job, figures["prefill_tps"])
+        except EdgeError as error:  # what was measured is worth having without
+            untimed = str(error)
     copying = None
     if job.copy:
         with (
@@ -69,6 +74,7 @@ def measure(job: Job, started: float) -> Result:
         nll_tokens=nll_tokens,
         shared_prefix=prefix,
         timed=timed,
+        untimed=untimed,
         copying=copying,
         machine=machine,
         **figures,

@@ -17,7 +17,6 @@ from edge_runtime.bench.local import MeasuredLLM
 from edge_runtime.bench.workload import random_tokens
 from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Generation
-from edge_runtime.sampling import SamplingParams
 from edge_runtime.timing.observations import EachToken, FirstToken, Observation, merged
 
 PREFILL_S = 6.0
@@ -104,10 +103,8 @@ class Timer:
     def __init__(self, llm: MeasuredLLM, rng: np.random.Generator) -> None:
         self._llm = llm
         self._rng = rng
-        # see edge_runtime.bench.local: a reader would see several tokens of random text at once
-        bias = {llm.plain_token: 100.0}
-        self._params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logit_bias=bias)
-        self._long = SamplingParams(temperature=0, ignore_eos=True, logit_bias=bias)
+        self._params = llm.same_word(NEW_TOKENS)
+        self._long = llm.same_word()
 
     def prompt(self, length: int) -> list[int]:
         return random_tokens(self._rng, length, self._llm.vocab_size)

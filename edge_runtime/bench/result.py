@@ -117,6 +117,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     copying: Copying | None = None
     timed: TimedRun | None = None
     """Single requests, for the timing model."""
+    untimed: str | None = None
+    """Why they could not be timed."""
     nll: float | None = None
     """Mean negative log-likelihood of the bundled text in nats per token."""
     nll_tokens: int | None = None

@@ -64,6 +64,8 @@ def remarks(result: Result) -> dict[str, str]:
         )
     if result.timed is not None:
         found["single requests"] = f"{len(result.timed.observations)} times, for edge-glm plan and the router"
+    if result.untimed is not None:
+        found["single requests"] = f"not timed: {result.untimed}"
     if result.nll_tokens is not None:
         found["loss is over"] = f"{result.nll_tokens} tokens of the bundled text"
     if result.errors:

@@ -128,7 +128,7 @@ def _keep(job: Job, result: Result) -> None:
     machine = fingerprint()
     try:
         Measurements(home().measurements, machine).keep(measurement(result, machine))
-    except (EdgeError, OSError) as error:  # the figures themselves are worth more
+    except EdgeError as error:  # the figures themselves are worth more
         print(f"edge-glm: the measurement is not kept for auto: {error}", file=sys.stderr)
 
 

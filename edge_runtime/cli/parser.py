@@ -339,8 +339,7 @@ def _add_profile(profile: argparse.ArgumentParser) -> None:
     profile.add_argument(
         "--html",
         metavar="FILE",
-        default="profile.html",
-        help="the report, with flame charts and memory over time; written over (default: profile.html)",
+        help="the report, with flame charts and memory over time (default: profile.html; with --json none)",
     )
 
 

@@ -19,8 +19,10 @@ _SHAPE = ("prompt_tokens", "new_tokens", "concurrency", "seed")
 
 
 def profile(arguments: argparse.Namespace) -> int:
-    page = Path(arguments.html)
-    _check_writable(page)  # told now, not after minutes of measuring
+    named = arguments.html or (None if arguments.json else "profile.html")
+    page = None if named is None else Path(named)
+    if page is not None:
+        _check_writable(page)  # told now, not after minutes of measuring
     settings = load_settings({name: getattr(arguments, name) for name in (*_LOADING, "tuning")})
     if settings.weights == "auto":
         raise ConfigError("a profile is of one variant: name its --weights")
@@ -33,14 +35,14 @@ def profile(arguments: argparse.Namespace) -> int:
     from edge_runtime.profiling.table import table
 
     found = run(job, arguments.requests)
-    try:
-        page.write_text(report(found), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write {page}: {why(error)}") from error
-    if arguments.json:
-        print(msgspec.json.format(msgspec.json.encode(found.result)).decode())
-    else:
-        print(f"{table(found.result)}\n\nwith pictures: {page}")
+    print(msgspec.json.format(msgspec.json.encode(found.result)).decode() if arguments.json else table(found.result))
+    if page is not None:
+        try:
+            page.write_text(report(found), encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write {page}: {why(error)}") from error
+        if not arguments.json:
+            print(f"\nwith pictures: {page}")
     return 0
 
 

@@ -23,7 +23,12 @@ def request_chart(trace: Trace, name: str) -> Chart:
     for span in trace:
         if span.end > span.start:
             rows[span.lane].append(Bar(span.name, (span.start - trace.started) / 1e3, (span.end - span.start) / 1e3))
-    return Chart(name, trace.wall / 1e3, [Row(lane, bars[:MOST_BARS]) for lane, bars in rows.items()])
+    return Chart(name, trace.wall / 1e3, [_row(lane, bars) for lane, bars in rows.items()])
+
+
+def _row(name: str, bars: list[Bar]) -> Row:
+    told = name if len(bars) <= MOST_BARS else f"{name}, the first {MOST_BARS:,} of {len(bars):,}"
+    return Row(told, bars[:MOST_BARS])
 
 
 def call_chart(phase: profiling.Phase) -> Chart | None:

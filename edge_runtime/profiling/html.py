@@ -44,7 +44,7 @@ def report(profile: Profile) -> str:
             for phase in result.phases
         ),
         card("Operators" if result.no_operators else "Limits", _text(_operators_note(result)), "wide"),
-        card("Processor", _rows(table.usage(result.usage)) + "".join(map(_text, table.crowded(result))), "wide"),
+        card("Processor", _rows(table.usage(result.usage)) + "".join(map(_text, table.contention(result))), "wide"),
         card("Memory", memory_plot(result.memory) + "".join(map(_text, table.memory_lines(result.memory))), "wide"),
         machine_card(result.machine),
         json_card(result),

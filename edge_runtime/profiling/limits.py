@@ -6,7 +6,6 @@ these rates. Measured in about a second, by all cores that this process may use.
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,45 +14,49 @@ import numpy as np
 
 from devices.edge_kernels import peak_rate
 from devices.errors import DeviceUnavailable
-from devices.host import cores
+from devices.host import cores, host_memory
 from edge_runtime.profiling.result import Limits
 
 READ_BYTES = 512 << 20
-"""Far more than caches hold."""
+"""At most; far more than caches hold."""
+LEAST_READ_BYTES = 64 << 20
+"""Of less, caches would give too much."""
+_FREE_SHARE = 4
+"""What is taken of the memory that is free: one part in so many."""
 _ROUNDS = 7
 _SIDE = 1024
 """Of the matrices: large enough that a product is all arithmetic."""
 _PRODUCTS_S = 0.3
 
 
-def measure_limits() -> Limits:
+def measure_limits(most: int) -> Limits:
+    """``most``: bytes to take while measuring."""
     try:
         integer: float | None = peak_rate(cores(), floats=False)
         floats = peak_rate(cores(), floats=True)
     except DeviceUnavailable:
         integer, floats = None, float_rate()
-    return Limits(max(read_rates()), floats, integer)
+    room = min(host_memory().free // _FREE_SHARE, most)
+    return Limits(None if room < LEAST_READ_BYTES else max(read_rates(min(room, READ_BYTES))), floats, integer)
 
 
 def higher(one: Limits, two: Limits) -> Limits:
     """Of two measurements: a limit is what was reached at best."""
-    integers = [each for each in (one.integer_operations, two.integer_operations) if each is not None]
     return Limits(
-        max(one.bytes, two.bytes),
+        _higher(one.bytes, two.bytes),
         max(one.float_operations, two.float_operations),
-        max(integers, default=None),
+        _higher(one.integer_operations, two.integer_operations),
     )
 
 
-def bandwidth() -> float:
-    """Bytes per second that all cores together read: the median of several rounds."""
-    return statistics.median(read_rates())
+def _higher(*rates: float | None) -> float | None:
+    return max((rate for rate in rates if rate is not None), default=None)
 
 
-def read_rates() -> list[float]:
-    """Bytes per second that all cores together read, of several rounds."""
+def read_rates(nbytes: int = READ_BYTES) -> list[float]:
+    """Bytes per second that all cores together read, of several rounds over ``nbytes``."""
     count = cores()
-    arrays = [np.ones(READ_BYTES // count // 4, np.float32) for _ in range(count)]
+    arrays = [np.ones(nbytes // count // 4, np.float32) for _ in range(count)]
     rates = []
     with ThreadPoolExecutor(count) as pool:
         ready = threading.Barrier(count + 1)
@@ -68,7 +71,7 @@ def read_rates() -> list[float]:
             ready.wait()
             for each in reading:
                 each.result()
-            rates.append(READ_BYTES / (time.perf_counter() - started))
+            rates.append(sum(array.nbytes for array in arrays) / (time.perf_counter() - started))
     return rates
 
 

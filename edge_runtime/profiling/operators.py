@@ -1,9 +1,9 @@
 """The hottest operators of an engine: a decoder is opened anew, with its counters on, and does steps like those timed.
 
-Of a product the work is 2 · rows · in · out operations, and its weights are read once in each call; of attention it is
-4 · heads · head_dim operations for each token and each that it sees, and the keys and values seen are read once.
-Activations are taken to stay in the processor's caches, so that what is said of the bandwidth is the least that was
-needed of it.
+Of a product the work is 2 · rows · in · out operations, and its weights are read once in each call in which it meets
+rows; of attention it is 4 · heads · head_dim operations for each token and each that it sees, and the keys and values
+seen are read once. Activations are taken to stay in the processor's caches. So may weights: bytes are those asked for,
+of which the memory itself gave no more.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def groups(phase: profiling.Phase, work: Work, limits: Limits) -> list[OperatorG
                 operators=len(operators),
                 ms=seconds / phase.calls * 1e3,
                 share=seconds / phase.seconds,
-                of_bandwidth=nbytes / seconds / limits.bytes if nbytes and seconds else None,
+                of_bandwidth=nbytes / seconds / limits.bytes if nbytes and seconds and limits.bytes else None,
                 of_arithmetic=operations / seconds / rate if operations and seconds else None,
             )
         )

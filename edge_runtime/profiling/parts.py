@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from edge_runtime.profiling.critical_path import UNTOLD, chain
 from edge_runtime.profiling.result import PartTimes, Spread
-from edge_runtime.tracing.trace import PARTS, Trace
+from edge_runtime.tracing.trace import PARTS, Span, Trace
 
 
 def spread(samples: Sequence[float]) -> Spread:
@@ -36,6 +38,27 @@ def part_times(traces: Sequence[Trace]) -> list[PartTimes]:
         share = critical[UNTOLD] / wall
         found.append(PartTimes(UNTOLD, spread(untold), share, share))
     return found
+
+
+def step_ms(traces: Sequence[Trace], part: str) -> float | None:
+    """Of a step that did ``part``, on average over a request, of which the median is taken. Steps in which a chunk of
+    another request's prompt was computed, too, do not count; None: there were no others."""
+    chunks = sorted(
+        (span.start, span.end, place) for place, trace in enumerate(traces) for span in trace if span.part == "prefill"
+    )
+    starts = [start for start, _, _ in chunks]
+
+    def beside_a_prompt(span: Span, place: int) -> bool:
+        middle = (span.start + span.end) // 2
+        before = bisect_right(starts, middle) - 1  # an engine computes one chunk at a time
+        return before >= 0 and middle < chunks[before][1] and chunks[before][2] != place
+
+    found = []
+    for place, trace in enumerate(traces):
+        times = [span.end - span.start for span in trace if span.part == part and not beside_a_prompt(span, place)]
+        if times:
+            found.append(statistics.mean(times) / 1e6)
+    return statistics.median(found) if found else None
 
 
 def _place(name: str) -> int:

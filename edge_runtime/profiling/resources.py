@@ -56,14 +56,12 @@ def _busy() -> float:
 
 
 def _counts() -> tuple[int | None, int | None, int | None, int | None]:
-    """Voluntary and involuntary switches, minor and major faults. Of all threads: on Linux psutil tells the switches of
-    the first one only."""
+    """Voluntary and involuntary context switches, minor and major faults. Of all threads: on Linux psutil tells the
+    switches of the first one only."""
     try:
         import resource
-    except ImportError:  # Windows
-        switches = psutil.Process().num_ctx_switches()
-        faults = getattr(psutil.Process().memory_info(), "num_page_faults", None)
-        return int(switches.voluntary), None, faults, None
+    except ImportError:  # Windows counts both sorts together
+        return None, None, None, None
     found = resource.getrusage(resource.RUSAGE_SELF)
     return found.ru_nvcsw, found.ru_nivcsw, found.ru_minflt, found.ru_majflt
 

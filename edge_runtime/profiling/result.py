@@ -54,8 +54,8 @@ class CriticalPath(msgspec.Struct, frozen=True):
 class Limits(msgspec.Struct, frozen=True):
     """What this machine does at most, measured; per second."""
 
-    bytes: float
-    """Read from memory by all cores."""
+    bytes: float | None
+    """Read from memory by all cores. None: too little of it was free to measure that."""
     float_operations: float
     """Products and sums of float32 in registers, with the instructions of our kernels; where there are none here, in a
     product of matrices by numpy."""
@@ -76,8 +76,8 @@ class OperatorGroup(msgspec.Struct, frozen=True):
     share: float
     """Of the time inside the engine."""
     of_bandwidth: float | None
-    """Weights, or keys and values, read in that time, of what the memory can give. More than 1: they came from a
-    processor's cache. None: not known."""
+    """Weights, or keys and values, asked for in that time, of what the memory can give: it gave no more of them.
+    Well over 1: a processor's cache did. None: not known."""
     of_arithmetic: float | None
     """Operations that the model asks for in that time, of what the processor can do. None: not known."""
 
@@ -92,7 +92,7 @@ class Phase(msgspec.Struct, frozen=True):
     ms: float
     """Of a call."""
     plain_ms: float | None
-    """Of such a step with nothing counted; None: there was none."""
+    """Of such a step while requests ran, with nothing counted and no other prompt in it; None: there was none."""
     operators_ms: float
     """Of a call, all operators together."""
     groups: list[OperatorGroup]
@@ -108,9 +108,9 @@ class Usage(msgspec.Struct, frozen=True):
     other_cpu_s: float
     """Of all other processes of the machine."""
     voluntary_switches: int | None
-    """It waited for something."""
+    """Context switches in which it waited for something."""
     involuntary_switches: int | None
-    """Others had to have the core."""
+    """Context switches in which others had to have the core."""
     minor_faults: int | None
     """Pages that were in memory already, or new."""
     major_faults: int | None

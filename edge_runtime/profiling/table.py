@@ -13,6 +13,9 @@ MOST_GROUPS = 8
 """Of operators."""
 _QUIET = 0.1
 """Of the cores: what others may use without a word."""
+_CACHED = 1.05
+"""Of what the memory gives: beyond what measuring that may be off by."""
+_COUNTS = ("voluntary context switches", "involuntary context switches", "minor faults", "major faults")
 MOST_LINKS = 6
 """Of a critical path, where it is told in a line."""
 _LEAST_PART = 0.0005
@@ -26,7 +29,7 @@ def table(result: Result) -> str:
         *([path_line(path) for path in result.critical_paths],),
         *([phase_line(phase), columns(groups(phase), "llr", head=True)] for phase in result.phases),
         [f"no operators: {result.no_operators}"] if result.no_operators else [limits_line(result.limits)],
-        [columns(usage(result.usage), "lr", head=True), *crowded(result)],
+        [columns(usage(result.usage), "lr", head=True), *contention(result)],
         list(memory_lines(result.memory)),
         machine_lines(result.machine),
     ]
@@ -115,7 +118,7 @@ def groups(phase: Phase) -> list[list[str]]:
     rows = [["operator", "size", "count", "ms", "of time", "of bandwidth", "of arithmetic"]]
     shown = phase.groups[:MOST_GROUPS]
     for each in shown:
-        shares = [percent(each.of_bandwidth), percent(each.of_arithmetic)]
+        shares = [_of_bandwidth(each.of_bandwidth), percent(each.of_arithmetic)]
         rows.append([each.kind, each.shape, str(each.operators), number(each.ms), f"{each.share:.1%}", *shares])
     rest = phase.groups[MOST_GROUPS:]
     if rest:
@@ -128,18 +131,24 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
+def _of_bandwidth(share: float | None) -> str:
+    return "cached" if share is not None and share > _CACHED else percent(share)
+
+
 def limits_line(limits: Limits) -> str:
     integer = limits.integer_operations
     told = "" if integer is None else f", {integer / 1e9:,.0f} G integer operations/s (8 bits, for quantized weights)"
+    memory = "" if limits.bytes is None else f"{limits.bytes / 1e9:.1f} GB/s of memory, "
+    untold = "; too little memory was free to measure its bandwidth" if limits.bytes is None else ""
     return (
-        f"of at most {limits.bytes / 1e9:.1f} GB/s of memory, {limits.float_operations / 1e9:,.0f} G float operations/s"
-        f"{told}; activations and what was cached do not count as read"
+        f"of at most {memory}{limits.float_operations / 1e9:,.0f} G float operations/s"
+        f"{told}{untold or '; of bytes asked for, activations aside; cached: faster than the memory gives'}"
     )
 
 
 def usage(found: list[Usage]) -> list[list[str]]:
     """Of the process, and of others."""
-    head = ["while", "s", "cores", "others' cores", "waits", "preemptions", "minor faults", "major faults"]
+    head = ["while", "s", "cores", "others' cores", *_COUNTS]
     rows = [head]
     for each in found:
         wall = max(each.wall_s, 1e-9)
@@ -151,7 +160,7 @@ def usage(found: list[Usage]) -> list[list[str]]:
     return rows
 
 
-def crowded(result: Result) -> Iterator[str]:
+def contention(result: Result) -> Iterator[str]:
     """Said where others had much of the processor while requests ran."""
     requests = result.usage[-1]
     others = requests.other_cpu_s / max(requests.wall_s, 1e-9)

@@ -84,8 +84,8 @@ class Regime:
                 found.append(Candidate(spec, tier.fit(tokens), tier.refusal, tier.unsupported(request), *took))
             else:
                 model, asked = self.local[spec.name], prepared[spec.name]
-                foretold = model.foretold(asked) if task.latency != NO_MATTER else None
-                found.append(Candidate(spec, model.fit(asked), None, model.unsupported(request), *took, foretold))
+                predicted_ttft = model.predicted_ttft(asked) if task.latency != NO_MATTER else None
+                found.append(Candidate(spec, model.fit(asked), None, model.unsupported(request), *took, predicted_ttft))
         return found
 
     def states(self) -> dict[str, dict[str, str]]:

@@ -10,7 +10,7 @@ from edge_runtime.errors import EdgeError, InvalidRequest, PromptTooLong, TierUn
 from edge_runtime.policy.rules import TaskClass, TierSpec
 from edge_runtime.prompts import Fit
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.timing.foretold import Foretold
+from edge_runtime.timing.ttft import PredictedTTFT
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Candidate:
     """What it has taken to its first token lately."""
     total_ms: float | None = None
     """What it has taken for a whole answer lately."""
-    foretold: Foretold | None = None
+    predicted_ttft: PredictedTTFT | None = None
     """How long it will take to its first token, as the timing model says; None: nothing is known."""
 
     @property
@@ -77,7 +77,7 @@ class Router:
 
         Hard gates first: privacy, then what cannot be asked or would not understand, then length. Then a request that
         is probably too hard goes to remote tiers first, and tiers that are expected to be slower than the class's
-        latency come after those that are not: by the time foretold for this request, else by what they took lately.
+        latency come after those that are not: by the time predicted for this request, else by what they took lately.
         """
         verdicts = {each.name: _gate(params, task, each) for each in candidates}
         reasons = {name: reason for name, (_, reason, _) in verdicts.items()}
@@ -132,16 +132,16 @@ def _gate(params: SamplingParams, task: TaskClass, candidate: Candidate) -> tupl
 
 def _slow(task: TaskClass, candidate: Candidate) -> str | None:
     """Why it is too slow for the class; None: it is not, or nothing is known."""
-    foretold = candidate.foretold
+    predicted_ttft = candidate.predicted_ttft
     wanted, taken = task.latency.ttft, candidate.ttft_ms
-    if wanted is not None and foretold is not None:
-        if foretold.ms > wanted:
-            return f"its first token will take {foretold}, the class wants {wanted:g} ms"
+    if wanted is not None and predicted_ttft is not None:
+        if predicted_ttft.ms > wanted:
+            return f"its first token will take {predicted_ttft}, the class wants {wanted:g} ms"
     elif wanted is not None and taken is not None and taken > wanted:
         return f"its first token took {taken:.0f} ms lately, the class wants {wanted:g}"
     wanted, taken = task.latency.total, candidate.total_ms
-    if wanted is not None and foretold is not None and foretold.ms > wanted:
-        return f"its first token alone will take {foretold}, the class wants the whole answer in {wanted:g} ms"
+    if wanted is not None and predicted_ttft is not None and predicted_ttft.ms > wanted:
+        return f"its first token alone will take {predicted_ttft}, the class wants the whole answer in {wanted:g} ms"
     if wanted is not None and taken is not None and taken > wanted:
         return f"its answers took {taken:.0f} ms lately, the class wants {wanted:g}"
     return None

@@ -11,8 +11,8 @@ from edge_runtime.generation import Generation
 from edge_runtime.package import WeightsWish
 from edge_runtime.prompts import Fit, TierRequest, TokenIds
 from edge_runtime.switching import Switching
-from edge_runtime.timing.foretold import Foretold, foretell
 from edge_runtime.timing.model import Beside
+from edge_runtime.timing.ttft import PredictedTTFT, predict_ttft
 
 
 class LocalModel:
@@ -44,7 +44,7 @@ class LocalModel:
         room = self._switching.most_context
         return fit if room is None else replace(fit, max_prompt=max(room, fit.max_prompt), max_context=room)
 
-    def foretold(self, prepared: TierRequest) -> Foretold | None:
+    def predicted_ttft(self, prepared: TierRequest) -> PredictedTTFT | None:
         """How long it will take to the first token, with what the engine has to do just now. None: it was not measured,
         or it must wait for the end of another answer, whose length nobody knows."""
         fitting = (each for each in self._failover.loaded if each.tier.fit(prepared).verdict(prepared.params)[0])
@@ -56,7 +56,7 @@ class LocalModel:
         if stats.running + stats.waiting >= engine.limits.max_sequences:
             return None
         beside = Beside(stats.running + stats.waiting, stats.running_tokens, stats.pending)
-        return foretell(loaded.timing, len(prepared.ids), engine.known(prepared.ids), beside)
+        return predict_ttft(loaded.timing, len(prepared.ids), engine.known(prepared.ids), beside)
 
     def start(self, prepared: TierRequest) -> Generation:
         """See :meth:`edge_runtime.switching.Switching.start`."""

@@ -8,25 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from devices.base import DecoderOptions
-from edge_runtime.disk import why
-from edge_runtime.errors import StorageError
-from edge_runtime.locks import file_lock
 from edge_runtime.package import Variant
-from edge_runtime.tuning.log import digest
+from edge_runtime.record_file import RecordFile
 
 KEPT = 100
 """Runs in the file; the oldest go first."""
 KEPT_EACH = 3
 """Runs of one subject: several, so that what drifts from hour to hour is part of the spread."""
-LARGEST = 16 << 20
-"""Bytes that are read: several times what a full file has."""
 _log = logging.getLogger("edge_glm.timing")
 
 
@@ -76,7 +69,7 @@ class Subject(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was timed: times of one say nothing of another."""
 
     variant: str
-    """:func:`edge_runtime.tuning.log.digest` of its files."""
+    """:attr:`edge_runtime.package.Variant.digest`."""
     device: str
     """``engine:hardware``, as really opened."""
     opened: str
@@ -95,7 +88,7 @@ class Subject(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             **dict(sorted(options.properties.items())),
         }
         opened = ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
-        return cls(digest(variant), device, opened, machine)
+        return cls(variant.digest, device, opened, machine)
 
 
 class TimedRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -108,61 +101,22 @@ class TimedRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     observations: list[Observation]
 
 
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    schema_version: Literal[1] = 1
-    runs: list[TimedRun]
-
-
 class Observations:
     """The file. Reading never fails: what cannot be used counts as nothing measured, and is said in the log."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-
-    @property
-    def broken(self) -> Path:
-        """Where a file goes that could not be read, once there is a new one to take its place."""
-        return self._file.with_suffix(".broken.json")
+        self._runs = RecordFile(file, TimedRun, KEPT, _log, "bench again to replace it")
 
     def of(self, subject: Subject) -> list[TimedRun]:
         """Oldest first."""
-        try:
-            return [run for run in self._read() if run.subject == subject]
-        except (OSError, msgspec.DecodeError) as error:
-            _log.warning("times in %s are not used: %s; bench again to replace them", self._file, error)
-            return []
+        return [run for run in self._runs.read() if run.subject == subject]
 
     def keep(self, run: TimedRun) -> None:
-        """Beside the latest of its subject. A file that cannot be read is put aside. StorageError if this one cannot be
-        written."""
-        fresh = self._file.with_suffix(".new")
-        try:
-            with file_lock(self._file.with_suffix(".lock")):
-                before = self._read_or_put_aside()
-                same = [each for each in before if each.subject == run.subject]
-                gone = same[: max(len(same) - KEPT_EACH + 1, 0)]
-                runs = [*(each for each in before if each not in gone), run]
-                fresh.write_bytes(msgspec.json.encode(_File(runs=runs[-KEPT:])))
-                fresh.replace(self._file)
-        except OSError as error:
-            raise StorageError(f"cannot write {self._file}: {why(error)}") from error
-        finally:
-            with suppress(OSError):
-                fresh.unlink()
+        """Beside the latest of its subject. StorageError as :meth:`RecordFile.change`."""
 
-    def _read(self) -> list[TimedRun]:
-        """OSError, msgspec.DecodeError."""
-        try:
-            if self._file.stat().st_size > LARGEST:
-                raise msgspec.DecodeError(f"it is larger than {LARGEST >> 20} MiB")
-            return msgspec.json.decode(self._file.read_bytes(), type=_File).runs
-        except FileNotFoundError:
-            return []
+        def changed(runs: list[TimedRun]) -> list[TimedRun]:
+            same = [each for each in runs if each.subject == run.subject]
+            gone = same[: max(len(same) - KEPT_EACH + 1, 0)]
+            return [*(each for each in runs if each not in gone), run]
 
-    def _read_or_put_aside(self) -> list[TimedRun]:
-        try:
-            return self._read()
-        except msgspec.DecodeError as error:
-            self._file.replace(self.broken)
-            _log.warning("times in %s could not be read and are in %s now: %s", self._file, self.broken, error)
-            return []
+        self._runs.change(changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import statistics
 from typing import Literal
 
@@ -113,11 +114,13 @@ class Run(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     machine: str
     """:func:`edge_runtime.machine.fingerprint`."""
     versions: dict[str, str]
+    id: str = msgspec.field(default_factory=lambda: secrets.token_hex(8))
+    """Of this run alone: two may begin in the same second."""
     load_average: float | None
     """Of the minute before, by others then; None: this platform does not tell."""
     model: str
     variants: dict[str, str]
-    """Device → :func:`edge_runtime.tuning.log.digest` of the variant that it was tried with."""
+    """Device → :attr:`edge_runtime.package.Variant.digest` of the variant that it was tried with."""
     weights: Weights
     workload: Workload
     shape: Shape

@@ -24,7 +24,7 @@ from edge_runtime.paths import Home, home
 from edge_runtime.placement import Wish, place
 from edge_runtime.store import Store, pick_variant
 from edge_runtime.timing.observations import Observations
-from edge_runtime.tuning.log import TuningLog, digest
+from edge_runtime.tuning.log import TuningLog
 from edge_runtime.tuning.records import Figures, Options, Run, Setup
 from edge_runtime.tuning.search import CONFIRMATION, Search, Watch
 from edge_runtime.tuning.space import Scope
@@ -62,7 +62,7 @@ def tune(
     process.prepare(job)
     placed = place(Store(here), Wish(job.ref, job.device, job.weights, workload))
     variants = _variants(placed.package, job, placed.variant.weights)
-    digests = {device: digest(variant) for device, variant in variants.items()}
+    digests = {device: variant.digest for device, variant in variants.items()}
     log, default = TuningLog(here.tuning, fingerprint()), Setup(placed.device.name)
     scope = Scope(
         tuple(variants),
@@ -156,7 +156,7 @@ def _tell_auto(here: Home, run: Run) -> None:
     try:
         for device, each in seconds.items():
             kept.keep(Measurement(run.model, device, run.weights, run.shape, each, run.machine))
-    except (EdgeError, OSError) as error:
+    except EdgeError as error:
         _log.warning("auto does not learn that %s is the best: %s", run.best.device, error)
 
 
@@ -165,9 +165,10 @@ def _time_requests(here: Home, job: Job, run: Run) -> None:
     best = run.best or run.default
     job = msgspec.structs.replace(job, device=best.device, weights=run.weights, tuning=best.options, timing=True)
     try:
-        timed = process.measure(job, TIMING_LIMIT_S).timed
-        if timed is not None:
-            Observations(here.timing).keep(timed)
+        result = process.measure(job, TIMING_LIMIT_S)
+        if result.timed is None:
+            raise EdgeError(result.untimed or "the measuring process did not time any")
+        Observations(here.timing).keep(result.timed)
     except EdgeError as error:  # what was found is worth more
         _log.warning("how long single requests take is not known: %s", error)
 

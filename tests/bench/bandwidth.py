@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.package import Package
-from edge_runtime.profiling.limits import bandwidth
+from edge_runtime.profiling.limits import read_rates
 from tests.bench.peers import last_json
 
 
@@ -45,6 +45,11 @@ def main() -> None:
         memory = statistics.median([before, bandwidth()])
         print(f"{device}: {rate:.2f} tokens/s, {read * rate / 1e9:.1f} of {memory / 1e9:.1f} GB/s", end=", ")
         print(f"{read * rate / memory:.0%}")
+
+
+def bandwidth() -> float:
+    """Bytes per second that all cores together read: the median of several rounds."""
+    return statistics.median(read_rates())
 
 
 def watch(seconds: float) -> None:

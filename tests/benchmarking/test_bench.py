@@ -19,10 +19,12 @@ import pytest
 from edge_runtime.bench import local, process
 from edge_runtime.bench.job import Job
 from edge_runtime.bench.machine import peak_rss_bytes, this_machine
+from edge_runtime.bench.measure import measure
+from edge_runtime.bench.table import remarks
 from edge_runtime.bench.workload import bundled_text
 from edge_runtime.cli.main import main
 from edge_runtime.engine import Engine
-from edge_runtime.errors import ConfigError, EdgeError
+from edge_runtime.errors import BudgetError, ConfigError, EdgeError
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.prompts import TierRequest, TokenIds
 from edge_runtime.sampling import SamplingParams
@@ -224,7 +226,7 @@ def test_single_requests_are_timed_for_plan(
     assert 0 < candidate["timing"]["tpot_s"]["seconds"] < candidate["timing"]["ttft_s"]["seconds"] < 10
     with EdgeLLM("synthetic:tiny", "onnxruntime:cpu") as llm:
         request = TierRequest(TokenIds([5] * 200), SamplingParams(max_tokens=5))
-        assert llm.local.foretold(request) is not None
+        assert llm.local.predicted_ttft(request) is not None
 
 
 def test_a_measuring_process_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +284,24 @@ def test_rounds(llm: local.MeasuredLLM) -> None:
     after = llm.stats
     forward = after.forward_seconds - before.forward_seconds
     assert 0 < after.inference_seconds - before.inference_seconds < forward
+
+
+def test_what_was_measured_is_not_lost_when_single_requests_cannot_be_timed(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_GLM_HOME", str(home))
+    opened = local.open_model
+
+    def open_model(job: Job, *, prefix_cache: bool, **options: Any) -> local.MeasuredLLM:
+        if prefix_cache:
+            raise BudgetError("others have taken the memory meanwhile")
+        return opened(job, prefix_cache=prefix_cache, **options)
+
+    monkeypatch.setattr(local, "open_model", open_model)
+    result = measure(Job(ref="synthetic:tiny", timing=True, nll=False, **SHAPE | {"concurrency": 1}), time.time())
+    assert result.decode_tps is not None
+    assert result.timed is None
+    assert remarks(result)["single requests"] == "not timed: others have taken the memory meanwhile"
 
 
 def test_loss_is_the_mean_over_what_fits(llm: local.MeasuredLLM) -> None:

@@ -85,6 +85,14 @@ def test_devices_take_turns_and_what_fails_is_told() -> None:
     ]
 
 
+def test_what_could_not_be_timed_is_told() -> None:
+    def untimed(job: Job) -> Result:
+        return msgspec.structs.replace(run(job), untimed="no room" if job.timing else None)
+
+    found = measure(msgspec.structs.replace(JOB, timing=True), ["edge:cpu"], untimed, lambda _: None)
+    assert every_table(JOB, found, kept=True).endswith("\nedge:cpu, single requests were not timed: no room")
+
+
 def test_what_auto_does_not_go_by_is_not_said_to_be(tmp_path: Path) -> None:
     found = measure(JOB, ["edge:cpu"], run, lambda _: None)
     assert every_table(JOB, found, kept=True).endswith("* is what auto takes for such work from now on")

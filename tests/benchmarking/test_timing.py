@@ -21,6 +21,7 @@ from edge_runtime.bench.timing import (
     steady,
 )
 from edge_runtime.engine import EngineStats
+from edge_runtime.tracing.trace import Trace
 
 pieces = st.lists(st.tuples(st.floats(0.001, 10), st.integers(1, 4)), min_size=1, max_size=20)
 
@@ -128,19 +129,19 @@ def stats(forward: float, inference: float) -> EngineStats:
 
 
 def test_shares_are_of_the_steady_time() -> None:
-    early = Stream(ticking(0.0, 1.0, 2, 8.0), stats(0.5, 0.4), stats(8.0, 7.0), 0)  # ends at 9
-    late = Stream(ticking(0.0, 5.0, 2, 10.0), stats(5.0, 4.0), stats(13.0, 12.0), 0)  # begins at 5
+    early = Stream(ticking(0.0, 1.0, 2, 8.0), stats(0.5, 0.4), stats(8.0, 7.0), 0, Trace())  # ends at 9
+    late = Stream(ticking(0.0, 5.0, 2, 10.0), stats(5.0, 4.0), stats(13.0, 12.0), 0, Trace())  # begins at 5
     found = shares([[early, late]])
     assert found is not None
     assert found.inference == pytest.approx(3 / 4)
     assert found.device == pytest.approx(0)
     assert found.runtime == pytest.approx(1 / 4)
-    assert shares([[Stream(StreamTimes(0.0, ((1.0, 5),)), stats(1, 1), stats(1, 1), 0)]]) is None
+    assert shares([[Stream(StreamTimes(0.0, ((1.0, 5),)), stats(1, 1), stats(1, 1), 0, Trace())]]) is None
 
 
 def test_shares_of_rounds_are_weighed_by_their_time() -> None:
-    short = Stream(ticking(0.0, 1.0, 2, 1.0), stats(1.0, 1.0), stats(1.0, 1.0), 0)
-    long = Stream(ticking(0.0, 1.0, 2, 3.0), stats(1.0, 1.0), stats(4.0, 3.0), 0)
+    short = Stream(ticking(0.0, 1.0, 2, 1.0), stats(1.0, 1.0), stats(1.0, 1.0), 0, Trace())
+    long = Stream(ticking(0.0, 1.0, 2, 3.0), stats(1.0, 1.0), stats(4.0, 3.0), 0, Trace())
     found = shares([[short], [long]])
     assert found is not None
     assert [found.inference, found.device, found.runtime] == pytest.approx([2 / 4, 1 / 4, 1 / 4])

@@ -71,6 +71,12 @@ def prompt_and_answer(decoder: Decoder, counters: Any) -> None:
         step(1)
 
 
+def head_calls(phase: Phase) -> set[int]:
+    products = [(each.calls, each.product) for each in phase.operators if each.product is not None]
+    heads = [(calls, product) for calls, product in products if product.outputs == ARCH.vocab_size]
+    return {calls for calls, product in heads if product.inner >= ARCH.hidden_size}
+
+
 def rows_by_size(phase: Phase) -> dict[tuple[int, int], set[int]]:
     found: dict[tuple[int, int], set[int]] = {}
     for each in phase.operators:
@@ -96,6 +102,9 @@ def test_products_of_a_network_are_found_with_what_met_them(device: str, weights
             assert any(tokens in rows for rows in met), (inner, outputs, sizes)
         head = [rows for (k, n), rows in sizes.items() if n == ARCH.vocab_size and k >= ARCH.hidden_size]
         assert any(rows & {logits, 2 * logits} for rows in head), sizes  # one graph computes it in two parts
+        # a head without rows reads no weights
+        assert head_calls(phase) == {1 if phase is prompt else 5}
+        assert phase.calls in {each.calls for each in phase.operators if each.product is not None}
         products = [each.product for each in phase.operators if each.product is not None]
         largest = max(products, key=lambda product: product.inner * product.outputs)
         assert largest.integer == (weights == "int4")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import statistics
 from itertools import pairwise
 
 import pytest
 
 from edge_runtime.profiling.critical_path import UNTOLD, chain, critical_path
-from edge_runtime.profiling.parts import part_times
+from edge_runtime.profiling.parts import part_times, step_ms
 from edge_runtime.tracing.trace import PARTS, Part, Trace
 from tests.profiling.profiles import MS, make_trace, two_lanes
 
@@ -119,3 +120,28 @@ def test_a_request_without_a_part_spent_nothing_on_it() -> None:
     found = {each.part: each.ms for each in part_times([without, without, two_lanes()])}
     assert found["prefill"].p50 == 0
     assert found["prefill"].p99 == pytest.approx(9.8)
+
+
+def at_once(*spans: tuple[Part, int, int]) -> Trace:
+    """Milliseconds of one clock for all traces."""
+    trace = Trace()
+    trace.started, trace.ended = 0, 1000 * MS
+    trace.lane("engine")
+    for part, start, end in spans:
+        trace.add(0, part, start * MS, end * MS)
+    return trace
+
+
+def test_a_step_beside_a_prompt_is_no_step_of_decoding() -> None:
+    one = at_once(("prefill", 0, 90), ("decode", 90, 94), ("decode", 94, 184), ("decode", 184, 190))
+    two = at_once(("queue", 0, 94), ("prefill", 94, 184), ("decode", 184, 190))
+    assert step_ms([one, two], "decode") == pytest.approx(statistics.median([5, 6]))
+    assert step_ms([one, two], "prefill") == 90
+    assert step_ms([at_once(("prefill", 94, 184)), at_once(("decode", 94, 184))], "decode") is None
+
+
+def test_chunks_of_a_prompt_count_together() -> None:
+    """As in the calls that were counted; and a request that met a hiccup does not change what is usual."""
+    usual = [at_once(("prefill", at, at + 90), ("prefill", at + 90, at + 120)) for at in (0, 120)]
+    assert step_ms([*usual, at_once(("prefill", 240, 900), ("prefill", 900, 930))], "prefill") == 60
+    assert step_ms(usual, "decode") is None

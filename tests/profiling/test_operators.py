@@ -9,6 +9,7 @@ import pytest
 
 from devices.base import DecoderOptions, DecoderSpec, Step
 from devices.errors import DeviceUnavailable, EngineError
+from devices.host import Memory
 from devices.profiling import Event, OperatorTime, Phase, Product
 from edge_runtime.profiling import limits, operators
 from edge_runtime.profiling.charts import call_chart
@@ -142,7 +143,8 @@ def test_limits_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_SIDE", 64)
     monkeypatch.setattr(limits, "_PRODUCTS_S", 0.01)
     monkeypatch.setattr(limits, "peak_rate", lambda threads, floats: 1e11 if floats else 5e11)
-    found = limits.measure_limits()
+    found = limits.measure_limits(1 << 30)
+    assert found.bytes is not None
     assert found.bytes > 1e8
     assert (found.float_operations, found.integer_operations) == (1e11, 5e11)
 
@@ -150,11 +152,46 @@ def test_limits_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         raise DeviceUnavailable("no kernels")
 
     monkeypatch.setattr(limits, "peak_rate", without)
-    found = limits.measure_limits()
+    found = limits.measure_limits(1 << 30)
     assert found.float_operations > 1e7
     assert found.integer_operations is None
+
+
+@pytest.mark.parametrize(
+    ("free", "most", "read"),
+    [
+        (64 << 30, 64 << 30, limits.READ_BYTES),
+        (1 << 30, 64 << 30, 256 << 20),
+        (64 << 30, 100 << 20, 100 << 20),
+        (250 << 20, 64 << 30, None),
+        (64 << 30, 60 << 20, None),
+    ],
+)
+def test_memory_is_measured_with_what_there_is(
+    free: int, most: int, read: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A box that is short of it would end the process, and all that was measured would be lost."""
+    taken: list[int] = []
+
+    def read_rates(nbytes: int) -> list[float]:
+        taken.append(nbytes)
+        return [1e9, 2e9]
+
+    monkeypatch.setattr(limits, "host_memory", lambda: Memory(64 << 30, free))
+    monkeypatch.setattr(limits, "peak_rate", lambda threads, floats: 1e11)
+    monkeypatch.setattr(limits, "read_rates", read_rates)
+    assert limits.measure_limits(most).bytes == (None if read is None else 2e9)
+    assert taken == ([] if read is None else [read])
+
+
+def test_without_a_bandwidth_there_is_no_share_of_it() -> None:
+    (codes,) = groups(phase(OperatorTime("a", "MatMul", 0.5, 10, CODES, 20)), Work(10, 0, 0), Limits(None, 1e9, 4e9))
+    assert codes.of_bandwidth is None
+    assert codes.of_arithmetic is not None
 
 
 def test_a_limit_is_what_was_reached_at_best() -> None:
     assert limits.higher(Limits(1, 5, None), Limits(2, 4, None)) == Limits(2, 5, None)
     assert limits.higher(Limits(1, 5, 7), Limits(2, 4, 6)) == Limits(2, 5, 7)
+    assert limits.higher(Limits(None, 5, 7), Limits(2, 4, 6)) == Limits(2, 5, 7)
+    assert limits.higher(Limits(None, 5, 7), Limits(None, 4, 6)) == Limits(None, 5, 7)

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from edge_runtime.profiling import charts
+from edge_runtime.profiling.charts import request_chart
 from edge_runtime.profiling.html import report
 from edge_runtime.profiling.memory_plot import memory_plot
-from edge_runtime.profiling.result import Result
+from edge_runtime.profiling.result import Limits, Result
 from edge_runtime.profiling.table import table
 from tests.benchmarking.test_report import Page as Parsed
 from tests.browser import picture, visiting
-from tests.profiling.profiles import make_profile
+from tests.profiling.profiles import make_profile, two_lanes
 
 
 def squeezed(text: str) -> list[str]:
@@ -36,6 +39,10 @@ def test_table() -> None:
         in lines
     )
     assert "decode: 32 calls of 1 token, 4.00 ms each, 97.5% of it in operators" in lines
+    assert (
+        "while s cores others' cores voluntary context switches involuntary context switches minor faults major faults"
+        in lines
+    )
     assert "open 0.500 1.20 0.20 10 2 5,000 0" in lines
     assert "requests 2.00 2.00 0.00 100 - 7 -" in lines
     assert any(
@@ -48,12 +55,24 @@ def test_table() -> None:
     assert any("50.0 GB/s of memory, 250 G float operations/s, 2,000 G integer operations/s" in line for line in lines)
 
 
+@pytest.mark.parametrize(("share", "cell"), [(1.05, "105%"), (1.06, "cached"), (None, "-")])
+def test_what_came_faster_than_memory_gives_was_cached(share: float | None, cell: str) -> None:
+    phase = make_profile().result.phases[1]
+    (group,) = phase.groups
+    result = make_profile(
+        phases=[msgspec.structs.replace(phase, groups=[msgspec.structs.replace(group, of_bandwidth=share)])]
+    )
+    assert f"QuantizedMatMul 576 → 3072 30 2.00 50.0% {cell} 2%" in squeezed(table(result.result))
+    assert f">{cell}</td>" in report(result)
+    assert json.loads(msgspec.json.encode(result.result))["phases"][0]["groups"][0]["of_bandwidth"] == share
+
+
 def test_a_shared_machine_is_told() -> None:
     result = make_profile().result
     assert "shared machine" not in table(result)
-    crowded = msgspec.structs.replace(result, usage=[msgspec.structs.replace(result.usage[-1], other_cpu_s=3.0)])
-    assert "others had 1.5 of 2 cores while requests ran" in table(crowded)
-    assert "others had 1.5 of 2 cores" in report(msgspec.structs.replace(make_profile(), result=crowded))
+    shared = msgspec.structs.replace(result, usage=[msgspec.structs.replace(result.usage[-1], other_cpu_s=3.0)])
+    assert "others had 1.5 of 2 cores while requests ran" in table(shared)
+    assert "others had 1.5 of 2 cores" in report(msgspec.structs.replace(make_profile(), result=shared))
 
 
 def test_what_is_missing_is_said() -> None:
@@ -62,6 +81,13 @@ def test_what_is_missing_is_said() -> None:
     assert "GB/s" not in text
     page = report(make_profile(phases=[], no_operators="npu has <no> counters"))
     assert "npu has &lt;no&gt; counters" in page
+
+
+def test_a_bandwidth_that_could_not_be_measured_is_said() -> None:
+    text = table(make_profile(limits=Limits(None, 250e9, 2000e9)).result)
+    assert "of at most 250 G float operations/s, 2,000 G integer" in text
+    assert "; too little memory was free to measure its bandwidth\n" in text
+    assert "cached" not in text
 
 
 def test_page_needs_nothing_else() -> None:
@@ -79,6 +105,18 @@ def test_page_needs_nothing_else() -> None:
     assert "Some <Attention>" in page.text
     shown, _ = json.JSONDecoder().raw_decode(page.text, page.text.index("{\n"))
     assert msgspec.convert(shown, Result) == profile.result
+
+
+def test_bars_that_are_left_out_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(charts, "MOST_BARS", 5)
+    rows = request_chart(two_lanes(), "the median request").rows
+    assert [row.name for row in rows] == [
+        "request",
+        "critical path, the first 5 of 9",
+        "caller",
+        "engine, the first 5 of 6",
+    ]
+    assert [len(row.bars) for row in rows] == [1, 5, 5, 5]
 
 
 def test_a_plan_and_its_budget_are_drawn() -> None:

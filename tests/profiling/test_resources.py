@@ -14,7 +14,7 @@ from edge_runtime.profiling.resources import Clock, MemoryTimeline, thinned
 SIZE = 64 << 20
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows counts otherwise")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows counts both sorts together")
 def test_page_faults_and_switches_are_counted() -> None:
     before = Clock.read()
     with mmap.mmap(-1, SIZE) as pages:
@@ -35,6 +35,13 @@ def test_page_faults_and_switches_are_counted() -> None:
     assert usage.involuntary_switches >= 0
     assert usage.wall_s >= 0.02
     assert usage.other_cpu_s >= 0
+
+
+def test_what_windows_counts_together_is_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    usage = Clock.read().usage("it", Clock.read())
+    assert (usage.voluntary_switches, usage.involuntary_switches) == (None, None)
+    assert (usage.minor_faults, usage.major_faults) == (None, None)
 
 
 def test_processor_time_is_counted() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edge_runtime.errors import StorageError
 from edge_runtime.measurements import Measurement, Measurements, Shape
 
 HERE = "a processor, 2 cores"
@@ -69,6 +70,26 @@ def test_the_latest_replaces_the_earlier(kept: Measurements) -> None:
     assert kept.order(ALL, "m", "int4", "one")[0] == "edge:cpu"
 
 
+def test_those_of_other_machines_stay(kept: Measurements, tmp_path: Path) -> None:
+    """And of other versions: who goes back to them has them still."""
+    there = Measurements(tmp_path / "cache" / "measurements.json", "another processor")
+    keep(kept, measured("edge:cpu", 2))
+    keep(
+        there,
+        measured("edge:cpu", 1, machine="another processor"),
+        measured("edge:cpu", 3, machine="another processor"),
+    )
+    keep(kept, measured("edge:cpu", 4))
+    assert [each.seconds for each in kept.read()] == [4]
+    assert [each.seconds for each in there.read()] == [3]
+
+
+def test_a_file_that_cannot_be_written_is_an_error(kept: Measurements, tmp_path: Path) -> None:
+    (tmp_path / "cache" / "measurements.new").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"cannot write .*measurements\.json"):
+        keep(kept, measured("edge:cpu", 2))
+
+
 @pytest.mark.parametrize("broken", [b"", b"{", b'[{"model": 1}]', b"\xff\xfe", b"null"])
 def test_a_broken_file_is_nothing_measured(
     kept: Measurements, tmp_path: Path, broken: bytes, caplog: pytest.LogCaptureFixture
@@ -78,10 +99,10 @@ def test_a_broken_file_is_nothing_measured(
     file.write_bytes(broken)
     with caplog.at_level(logging.WARNING):
         assert kept.order(ALL, "m", "int4", "one") == list(ALL)
-    assert "bench again to replace them" in caplog.text
+    assert "bench again to replace it" in caplog.text
     keep(kept, measured("edge:cpu", 2))
     assert len(msgspec.json.decode(file.read_bytes())) == 1
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert file.with_suffix(".broken.json").read_bytes() == broken
 
 
 def test_times_that_are_none(kept: Measurements) -> None:

@@ -21,8 +21,8 @@ from edge_runtime.route import Route
 from edge_runtime.routing.dispatcher import Dispatcher
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.tiers.model import LocalModel, continued
-from edge_runtime.timing.foretold import Foretold, foretell
 from edge_runtime.timing.model import ALONE, TimingModel
+from edge_runtime.timing.ttft import PredictedTTFT, predict_ttft
 from tests.server.served import FakeModel
 
 QUESTION: Sequence[Mapping[str, Any]] = [{"role": "user", "content": "what is it?"}]
@@ -61,8 +61,8 @@ class FakeLocal(LocalModel):
         assert isinstance(prepared.prompt, TokenIds)
         return Fit(len(prepared.prompt.ids), self.max_prompt, 512)
 
-    def foretold(self, prepared: TierRequest) -> Foretold | None:
-        return None if self.timing is None else foretell(self.timing, len(prepared.ids), 0, ALONE)
+    def predicted_ttft(self, prepared: TierRequest) -> PredictedTTFT | None:
+        return None if self.timing is None else predict_ttft(self.timing, len(prepared.ids), 0, ALONE)
 
     def start(self, prepared: TierRequest) -> Generation:
         if self.error is not None:

@@ -13,8 +13,8 @@ from edge_runtime.prompts import Fit
 from edge_runtime.routing.router import Candidate, Estimate, Router
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.tiers.openai_events import Broken, EventParser, Nonsense
-from edge_runtime.timing.foretold import Foretold, foretell
 from edge_runtime.timing.model import ALONE, Beside, TimingModel
+from edge_runtime.timing.ttft import PredictedTTFT, predict_ttft
 from tests.timing.known import CHUNK, observed
 
 PARAMS = SamplingParams(max_tokens=10)
@@ -114,8 +114,8 @@ def test_slow_tiers_come_last_but_stay() -> None:
     assert Router.choose(PARAMS, ANY, [local(ttft_ms=9999), remote()]).order[0] == "local"
 
 
-def foretold(prompt: int, beside: Beside = ALONE) -> Foretold:
-    return foretell(TimingModel(observed(), CHUNK), prompt, 0, beside)
+def predicted_ttft(prompt: int, beside: Beside = ALONE) -> PredictedTTFT:
+    return predict_ttft(TimingModel(observed(), CHUNK), prompt, 0, beside)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def foretold(prompt: int, beside: Beside = ALONE) -> Foretold:
         ({"ttft": 500}, 2000, ALONE, None, ("cloud", "local"), "its first token will take about 1.2"),
         ({"ttft": 500}, 300, Beside(prompts=(1800,)), None, ("cloud", "local"), "after 1800 tokens of others"),
         ({"ttft": 150}, 300, Beside(12, 6000), None, ("cloud", "local"), "beside 12 answers, the class wants 150 ms"),
-        # what is foretold for this prompt counts more than what others took
+        # what is predicted for this prompt counts more than what others took
         ({"ttft": 500}, 300, ALONE, 9000, ("local", "cloud"), "first choice of class quick"),
         ({"ttft": 500}, 2000, ALONE, 20, ("cloud", "local"), "its first token will take about 1.2"),
         ({"total": 500}, 2000, ALONE, None, ("cloud", "local"), "its first token alone will take about 1.2"),
@@ -133,18 +133,18 @@ def foretold(prompt: int, beside: Beside = ALONE) -> Foretold:
         ({}, 2000, ALONE, None, ("local", "cloud"), "first choice of class quick"),
     ],
 )
-def test_what_is_foretold_decides(
+def test_what_is_predicted_decides(
     latency: dict[str, float], prompt: int, beside: Beside, lately: float | None, order: tuple[str, str], reason: str
 ) -> None:
     task = TaskClass(name="quick", privacy="any", latency=msgspec.convert(latency, type=type(ANY.latency)))
-    plan = Router.choose(PARAMS, task, [local(foretold=foretold(prompt, beside), ttft_ms=lately), remote()])
+    plan = Router.choose(PARAMS, task, [local(predicted_ttft=predicted_ttft(prompt, beside), ttft_ms=lately), remote()])
     assert plan.order == order
     assert reason in plan.reasons["local"]
 
 
 def test_where_every_tier_is_slow_the_first_choice_stays() -> None:
     task = TaskClass(name="quick", privacy="any", latency=msgspec.convert({"ttft": 50}, type=type(ANY.latency)))
-    plan = Router.choose(PARAMS, task, [local(foretold=foretold(2000)), remote(ttft_ms=80)])
+    plan = Router.choose(PARAMS, task, [local(predicted_ttft=predicted_ttft(2000)), remote(ttft_ms=80)])
     assert plan.order == ("local", "cloud")
     assert "the class wants 50" in plan.reasons["local"]
     assert "took 80 ms lately" in plan.reasons["cloud"]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import NotMeasured
-from edge_runtime.timing.foretold import foretell
 from edge_runtime.timing.least_squares import left_out, nonnegative, robust_nonnegative
 from edge_runtime.timing.model import Beside, Estimate, TimingModel, short
 from edge_runtime.timing.observations import EachToken, FirstToken
+from edge_runtime.timing.ttft import predict_ttft
 from tests.timing.known import CHUNK, PAIRS, each, first, observed, seconds
 
 UNSEEN = [*(first(prompt) for prompt in (50, 257, 333, 999, 1800)), first(1500, 1100), first(300, beside=5, held=2500)]
@@ -70,8 +70,8 @@ def test_a_time_that_is_far_off_counts_little() -> None:
 
 def test_what_varied_between_rounds_widens_the_bars() -> None:
     calm = observed(0.01)
-    restless = [msgspec.structs.replace(one, slowest=1.5 * one.seconds) for one in calm]
-    wide, narrow = (TimingModel(each, CHUNK).ttft(500) for each in (restless, calm))
+    noisy = [msgspec.structs.replace(one, slowest=1.5 * one.seconds) for one in calm]
+    wide, narrow = (TimingModel(each, CHUNK).ttft(500) for each in (noisy, calm))
     assert width(wide) > 3 * width(narrow)
     assert wide.seconds / wide.low == pytest.approx(narrow.seconds / narrow.low, rel=0.1)  # it is never faster
 
@@ -120,8 +120,8 @@ def test_too_little_is_refused(observations: list[FirstToken | EachToken], messa
 
 def test_a_guess_of_known_tokens_is_cut() -> None:
     model = TimingModel(observed(), CHUNK)
-    assert foretell(model, 100, 100, Beside()).cached == 99
-    told = foretell(model, 600, 512, Beside(3, 900, (200, 50)))
+    assert predict_ttft(model, 100, 100, Beside()).cached == 99
+    told = predict_ttft(model, 600, 512, Beside(3, 900, (200, 50)))
     assert told.ms == pytest.approx(1e3 * model.ttft(600, 512, Beside(3, 900, (200, 50))).seconds)
     assert str(told).endswith(" for 600 tokens, 512 of them known, after 250 tokens of others, beside 3 answers")
 
@@ -175,7 +175,7 @@ def test_robust_weights_are_small_where_the_error_is_large() -> None:
     assert weights[3] < 0.05 < 0.5 < np.median(weights)
 
 
-def test_what_is_left_out_does_not_foretell_itself() -> None:
+def test_what_is_left_out_does_not_predict_itself() -> None:
     """On a line through three points, far from a fourth, which counts for nothing or as much."""
     matrix, values = np.array([[1.0], [2.0], [3.0], [4.0]]), np.array([2.0, 4.0, 6.0, 80.0])
     found = left_out(matrix, values, np.array([1.0, 1.0, 1.0, 0.0]))

@@ -15,7 +15,7 @@ from edge_runtime.machine import fingerprint
 from edge_runtime.package import Package
 from edge_runtime.paths import home
 from edge_runtime.settings import load_settings
-from edge_runtime.tuning.log import TuningLog, digest
+from edge_runtime.tuning.log import TuningLog
 from edge_runtime.tuning.records import Options, Setup
 from tests.tuning.machine import new_run
 
@@ -62,7 +62,7 @@ def keep(package: Package, best: Setup | None = BEST, **changes: object) -> None
     (variant,) = (each for each in package.manifest.variants if each.engine == "onnxruntime")
     values = {
         "machine": fingerprint(),
-        "variants": {DEVICE: digest(variant)},
+        "variants": {DEVICE: variant.digest},
         "default": Setup(DEVICE),
         "best": best,
         "gain": 1.234,
@@ -146,7 +146,7 @@ def test_the_kv_cache_is_left_to_batch_invariance(package: Package) -> None:
     with EdgeLLM("synthetic:tiny", "openvino:cpu") as llm:
         variant = llm.variant
     best = Setup("openvino:cpu", Options(kv_type="int8", threads=1))
-    keep(package, best, variants={"openvino:cpu": digest(variant)}, default=Setup(DEVICE))
+    keep(package, best, variants={"openvino:cpu": variant.digest}, default=Setup(DEVICE))
     with EdgeLLM("synthetic:tiny", "openvino:cpu") as llm:
         assert llm.reason.endswith(f"tuned 2026-11-26: threads 1, KV cache int8: 1.23 times the default ({DEVICE})")
     with EdgeLLM("synthetic:tiny", "openvino:cpu", batch_invariant=True) as llm:

@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edge_runtime.errors import StorageError
 from edge_runtime.package import FileEntry, Variant
-from edge_runtime.tuning import log as log_module
-from edge_runtime.tuning.log import KEPT, TuningLog, digest
+from edge_runtime.tuning.log import KEPT, TuningLog
 from edge_runtime.tuning.records import Figures, Options, Run, Setup, Trial, Verdict
 from tests.tuning.machine import DEFAULT, HERE, new_run
 
@@ -22,7 +22,7 @@ def variant(sha256: str = "aa") -> Variant:
 
 
 def found(**changes: object) -> Run:
-    return new_run(**{"variants": {"edge:cpu": digest(variant())}, "best": BEST, "gain": 1.2, **changes})
+    return new_run(**{"variants": {"edge:cpu": variant().digest}, "best": BEST, "gain": 1.2, **changes})
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_everything_is_kept(log: TuningLog) -> None:
 
 def test_nothing_tried(log: TuningLog, caplog: pytest.LogCaptureFixture) -> None:
     assert best(log) is None
-    assert log.found({"edge:cpu": digest(variant())}, "one") == ()
+    assert log.found({"edge:cpu": variant().digest}, "one") == ()
     assert not caplog.records
 
 
@@ -87,7 +87,7 @@ def test_others_do_not_count(log: TuningLog) -> None:
 def test_another_machine_is_ignored_with_a_note(log: TuningLog, caplog: pytest.LogCaptureFixture) -> None:
     log.keep(found(machine="another processor, onnxruntime 1.31"))
     assert best(log) is None
-    assert log.found({"edge:cpu": digest(variant())}, "one") == ()
+    assert log.found({"edge:cpu": variant().digest}, "one") == ()
     (record,) = caplog.records
     assert "another machine or with other versions (another processor, onnxruntime 1.31); tune again" in record.message
     caplog.clear()
@@ -102,7 +102,7 @@ def test_what_this_machine_does_not_have_is_ignored_with_a_note(
     log.keep(found(best=Setup("edge:cpu", Options(properties={"session.disable_prepacking": "1"}))))
     assert best(log) is None
     assert "edge:cpu takes no session.disable_prepacking=1" in caplog.text
-    assert log.found({"edge:cpu": digest(variant())}, "one") == ()
+    assert log.found({"edge:cpu": variant().digest}, "one") == ()
 
 
 @pytest.mark.parametrize(
@@ -152,18 +152,48 @@ def test_a_value_that_cannot_be(
     assert len(caplog.records) == 1
 
 
-def test_it_does_not_grow_for_ever(log: TuningLog, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_not_grow_for_ever(log: TuningLog, file: Path) -> None:
     for number in range(KEPT + 3):
         log.keep(found(started=f"2026-11-26T10:{number:02}:00+00:00"))
     runs = msgspec.json.decode(file.read_bytes())["runs"]
     assert [run["started"][14:16] for run in runs] == [f"{number:02}" for number in range(3, KEPT + 3)]
-    monkeypatch.setattr(log_module, "LARGEST", 100)
-    assert best(log) is None
+
+
+def test_a_log_that_cannot_be_read_is_not_replaced(log: TuningLog, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.keep(found())
+    kept = file.read_bytes()
+
+    def refuse(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(StorageError, match="Input/output error"):
+            log.keep(found(started="later"))
+    assert file.read_bytes() == kept
+
+
+def test_runs_of_the_same_second_are_two(log: TuningLog, file: Path) -> None:
+    log.keep(found())
+    log.keep(found(best=DEFAULT))
+    assert best(log) == DEFAULT
+    assert len(msgspec.json.decode(file.read_bytes())["runs"]) == 2
+
+
+def test_runs_without_a_name_of_their_own_are_read(log: TuningLog, file: Path) -> None:
+    """As they were kept before there were such."""
+    log.keep(found())
+    content = msgspec.json.decode(file.read_bytes())
+    del content["runs"][0]["id"]
+    file.write_bytes(msgspec.json.encode(content))
+    assert best(log) == BEST
+    log.keep(found(best=DEFAULT))
+    assert len(msgspec.json.decode(file.read_bytes())["runs"]) == 2
 
 
 def test_history_is_the_latest_first_decided_or_not(log: TuningLog) -> None:
     other = Setup("openvino:cpu")
-    variants = {"edge:cpu": digest(variant()), "openvino:cpu": "1"}
+    variants = {"edge:cpu": variant().digest, "openvino:cpu": "1"}
     log.keep(found(started="1"))
     log.keep(found(started="2", variants=variants, best=None, candidate=other))
     log.keep(found(started="3", variants=variants, best=None, candidate=Setup("openvino:cpu", Options(threads=-1))))

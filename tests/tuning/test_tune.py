@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from edge_runtime import EdgeLLM
@@ -204,6 +205,20 @@ def test_auto_learns_of_a_better_device(bench: Callable[..., Bench]) -> None:
     assert again.trials[2].setup == run.best  # what was found comes first
     assert again.best == run.best
     assert again.gain == pytest.approx(2.0)
+
+
+def test_what_was_found_stays_when_single_requests_cannot_be_timed(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = bench(faster_on_openvino)
+    plain = made.measure
+
+    def measure(job: Job, limit_s: float | None = None) -> Any:
+        return msgspec.structs.replace(plain(job, limit_s), timed=None, untimed="no room" if job.timing else None)
+
+    monkeypatch.setattr(made, "measure", measure)
+    assert tune(Job(ref="synthetic:tiny")).best == Setup("openvino:cpu", Options(threads=1))
+    assert "how long single requests take is not known: no room" in caplog.text
 
 
 def test_auto_learns_nothing_where_the_default_stays(bench: Callable[..., Bench]) -> None:

@@ -8,7 +8,7 @@ from edge_runtime.timing.model import Beside, Estimate, TimingModel
 
 
 @dataclass(frozen=True)
-class Foretold:
+class PredictedTTFT:
     """Of a request, with what the estimate rests on."""
 
     first_token: Estimate
@@ -29,7 +29,7 @@ class Foretold:
         return f"about {self.first_token} for {self.prompt} tokens{known}{others}{decoding}"
 
 
-def foretell(model: TimingModel, prompt: int, cached: int, beside: Beside) -> Foretold:
+def predict_ttft(model: TimingModel, prompt: int, cached: int, beside: Beside) -> PredictedTTFT:
     """``cached``: a guess, cut to what a prompt can have known of it."""
     known = max(min(cached, prompt - 1), 0)
-    return Foretold(model.ttft(prompt, known, beside), prompt, known, beside)
+    return PredictedTTFT(model.ttft(prompt, known, beside), prompt, known, beside)

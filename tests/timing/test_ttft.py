@@ -58,7 +58,7 @@ def request(first: int, length: int) -> TierRequest:
 
 
 def test_an_idle_engine(box: Box) -> None:
-    told = box.model.foretold(request(0, 300))
+    told = box.model.predicted_ttft(request(0, 300))
     assert told is not None
     assert (told.prompt, told.cached, told.beside) == (300, 0, ALONE)
     assert told.first_token == TimingModel(observed(), CHUNK).ttft(300)
@@ -66,8 +66,8 @@ def test_an_idle_engine(box: Box) -> None:
 
 def test_a_known_prefix(box: Box) -> None:
     collect(box.model.start(request(0, 100)))
-    told = box.model.foretold(request(0, 300))
-    unknown = box.model.foretold(request(7, 300))
+    told = box.model.predicted_ttft(request(0, 300))
+    unknown = box.model.predicted_ttft(request(7, 300))
     assert told is not None
     assert unknown is not None
     assert 64 <= told.cached <= 112
@@ -80,7 +80,7 @@ def test_what_runs_and_what_waits(box: Box) -> None:
     running = box.model.start(request(0, 200))
     assert box.reached.wait(60)
     waiting = box.model.start(request(7, 150))
-    told = box.model.foretold(request(13, 100))
+    told = box.model.predicted_ttft(request(13, 100))
     assert told is not None
     assert told.beside == Beside(2, 0, (200, 150))
     idle = TimingModel(observed(), CHUNK)
@@ -94,14 +94,14 @@ def test_nobody_knows_when_a_place_is_free(box: Box) -> None:
     box.stop()
     started = [box.model.start(request(7 * number, 20)) for number in range(PLACES)]
     assert box.reached.wait(60)
-    assert box.model.foretold(request(50, 20)) is None
+    assert box.model.predicted_ttft(request(50, 20)) is None
     box.gate.set()
     for each in started:
         collect(each)
 
 
-def test_nothing_is_foretold_of_what_does_not_fit_or_was_not_measured(box: Box) -> None:
-    assert box.model.foretold(request(0, 600)) is None
+def test_nothing_is_predicted_of_what_does_not_fit_or_was_not_measured(box: Box) -> None:
+    assert box.model.predicted_ttft(request(0, 600)) is None
     unmeasured = Box(None)
-    assert unmeasured.model.foretold(request(0, 100)) is None
+    assert unmeasured.model.predicted_ttft(request(0, 100)) is None
     unmeasured.failover.close()
