@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +172,47 @@ def test_find_and_remove(store: Store) -> None:
     assert not store.stamp(package.folder).exists()
     with pytest.raises(ModelNotFound):
         store.remove("synthetic:tiny")
+
+
+def _called(folder: Path, name: str) -> None:
+    """The package calls itself so."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "name": name}))
+
+
+def test_a_name_does_not_stand_for_another_model(store: Store) -> None:
+    """Packages of others name themselves."""
+    package, _ = store.ensure("synthetic:tiny", "onnxruntime")
+    evil = store.home.models / "hf-evil-x-123456"
+    shutil.copytree(package.folder, evil)
+    assert [each.name for each in store.list()] == [evil.name, "synthetic:tiny"]
+    assert store.find("synthetic:tiny").folder == package.folder
+    assert store.find(evil.name).folder == evil
+    assert store.remove("synthetic:tiny") == package.folder
+    assert [each.name for each in store.list()] == [evil.name]
+    for look in (store.find, store.remove):
+        with pytest.raises(ModelNotFound, match=f"name its folder, {evil.name}"):
+            look("synthetic:tiny")
+    _called(evil, "nice")
+    assert [each.name for each in store.list()] == ["nice"]
+    assert store.remove("nice") == evil
+
+
+def test_of_two_models_of_one_name_none_is_meant(store: Store, tmp_path: Path) -> None:
+    folders = []
+    for place in ("a", "b"):
+        source = tiny_folder(tmp_path / place / "model")
+        folders.append(store.ensure(str(source), "onnxruntime", "fp32")[0].folder)
+    first, second = sorted(folders)
+    with pytest.raises(ModelNotFound, match=f"{first.name} or {second.name}"):
+        store.remove("model")
+    assert [each.name for each in store.list()] == [first.name, second.name]
+    assert store.find(str(tmp_path / "a" / "model")).folder == folders[0]
+    _called(first, second.name)  # a name that is another's folder
+    assert store.find(second.name).folder == second
+    assert [each.name for each in store.list()] == [first.name, "model"]
+    store.remove(first.name)
+    assert store.remove("model") == second
 
 
 def test_a_damaged_model_is_listed_and_can_be_removed(store: Store) -> None:
