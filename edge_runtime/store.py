@@ -12,18 +12,8 @@ from pathlib import Path
 
 from devices.base import Engine
 from edge_runtime.errors import EdgeError, ModelNotFound, UnknownReference
-from edge_runtime.exporting import (
-    DOWNLOAD,
-    ENCODER_ENGINES,
-    Outline,
-    Progress,
-    export_fetched,
-    export_package,
-    fetch,
-    outline_fetched,
-    variant_name,
-    write_baseline,
-)
+from edge_runtime.exporting import ENCODER_ENGINES, Outline, Progress, export_fetched, fetch, outline_fetched
+from edge_runtime.exporting import export_package as export_package  # some of the tests still look for it here
 from edge_runtime.leftovers import remove_leftovers
 from edge_runtime.locks import file_lock
 from edge_runtime.package import Package, Variant, Weights, is_package, storage_errors
@@ -40,18 +30,6 @@ from edge_runtime.references import (
     parse_reference,
     slug,
 )
-
-__all__ = [
-    "DOWNLOAD",
-    "Outline",
-    "Progress",
-    "Store",
-    "StoredModel",
-    "export_package",
-    "pick_variant",
-    "variant_name",
-    "write_baseline",
-]
 
 _WEIGHT_PREFERENCE: tuple[Weights, ...] = ("int4", "int8", "fp16", "fp32")
 

@@ -20,11 +20,11 @@ from edge_runtime.bench.timing import StreamTimes, steady
 from edge_runtime.bench.workload import bundled_text, copy_tasks, random_tokens
 from edge_runtime.engine import EngineStats
 from edge_runtime.errors import ConfigError
+from edge_runtime.exporting import Progress
 from edge_runtime.generation import Generation
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.measurements import Shape
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.store import Progress
 
 COPY_TOKENS = 160
 """Longest answer that copies."""

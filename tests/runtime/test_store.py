@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from edge_runtime.errors import CorruptModel, FetchError, ModelNotFound, StorageError, UnknownReference
-from edge_runtime.exporting import fetch
+from edge_runtime.exporting import export_package, fetch
 from edge_runtime.fetch import Fetched
 from edge_runtime.locks import file_lock
 from edge_runtime.package import MANIFEST
 from edge_runtime.paths import Home
-from edge_runtime.store import Store, export_package
+from edge_runtime.store import Store
 from tests.runtime.sources import tiny_folder, tiny_wheel
 
 ROOT = Path(__file__).parents[2]

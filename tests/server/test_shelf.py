@@ -24,13 +24,13 @@ import pytest
 from edge_runtime import store
 from edge_runtime.cli.opening import offers
 from edge_runtime.errors import BudgetError, ConfigError, EngineStopped, InvalidRequest
+from edge_runtime.exporting import export_package
 from edge_runtime.package import Package
 from edge_runtime.paths import home
 from edge_runtime.server.app import create_app
 from edge_runtime.server.shelf import FOREVER, Offer, Shelf
 from edge_runtime.server.wire.ollama import seconds_of
 from edge_runtime.settings import Settings
-from edge_runtime.store import export_package
 from tests.exporters.encoder_folder import write_folder
 from tests.server.served import CHAT, FakeModel, error_of, running, wait_until
 
