@@ -24,13 +24,14 @@ from edge_runtime.errors import (
     InvalidRequest,
     PromptTooLong,
 )
+from edge_runtime.exporting import Progress
 from edge_runtime.heap import return_free_heap
 from edge_runtime.memory import format_bytes, parse_budget
 from edge_runtime.model_facts import ModelFacts, facts_of
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.paths import home
 from edge_runtime.step_watch import STEP_TIMEOUT_S
-from edge_runtime.store import Progress, Store
+from edge_runtime.store import Store
 from edge_runtime.tokenizer import Tokenizer
 
 BATCH = 32

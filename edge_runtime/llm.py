@@ -21,6 +21,7 @@ from edge_runtime.condition import Condition
 from edge_runtime.constraints import Grammars
 from edge_runtime.engine_stats import EngineStats
 from edge_runtime.errors import ConfigError, InvalidRequest
+from edge_runtime.exporting import Progress
 from edge_runtime.failover import Failover
 from edge_runtime.generation import Generation
 from edge_runtime.heap import return_free_heap
@@ -39,7 +40,7 @@ from edge_runtime.prefix_store import DEFAULT_SIZE
 from edge_runtime.prompts import NOTHING, About, Messages, Text, TierRequest, TokenIds
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.step_watch import STEP_TIMEOUT_S
-from edge_runtime.store import Progress, Store
+from edge_runtime.store import Store
 from edge_runtime.switching import Switching
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.model import LocalModel

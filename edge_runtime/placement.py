@@ -13,11 +13,12 @@ from devices.errors import DeviceUnavailable
 from devices.names import parse_device
 from devices.registry import Choice, choose
 from edge_runtime.errors import ModelNotFound
+from edge_runtime.exporting import Progress
 from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import Measurements, Workload
 from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.references import PackageReference, parse_reference
-from edge_runtime.store import Progress, Store
+from edge_runtime.store import Store
 
 _WORKLOADS: dict[Workload, str] = {"one": "one stream", "many": "many streams", "long": "long prompts"}
 

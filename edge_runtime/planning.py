@@ -15,6 +15,7 @@ from devices.names import KNOWN, OPTIONAL, parse_device
 from edge_runtime.budgets import Budget, resolve
 from edge_runtime.drafting.opening import draft_bytes
 from edge_runtime.errors import BudgetError, ConfigError, ModelNotFound, NotMeasured
+from edge_runtime.exporting import variant_name
 from edge_runtime.footprint import (
     KV_TYPES,
     Footprint,
@@ -30,7 +31,7 @@ from edge_runtime.measurements import Measurements, Workload
 from edge_runtime.memory import BudgetSize, format_bytes
 from edge_runtime.package import Package, Weights, WeightsWish
 from edge_runtime.placement import Wish, place
-from edge_runtime.store import Store, variant_name
+from edge_runtime.store import Store
 from edge_runtime.timing.fitted import timing_model
 from edge_runtime.timing.model import TimingModel
 from edge_runtime.tuning.apply import tuned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import uuid
@@ -41,7 +42,10 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _remove_dead(parent: Path, prefix: str) -> None:
-    for name in sorted({path.name.removesuffix(_LOCK) for path in parent.glob(f"{prefix}*")}):
+    names = {path.name.removesuffix(_LOCK) for path in parent.glob(f"{prefix}*")}
+    for name in sorted(names):
+        if not re.fullmatch(re.escape(prefix) + "[0-9a-f]{32}", name):
+            continue  # somebody else's, whose name begins alike
         lock = HeldLock(_lock_of(parent / name))
         with suppress(StorageError):  # another user's
             if lock.try_acquire():

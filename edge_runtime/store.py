@@ -5,24 +5,15 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from devices.base import Engine
-from edge_runtime.errors import EdgeError, ModelNotFound
-from edge_runtime.exporting import (
-    DOWNLOAD,
-    ENCODER_ENGINES,
-    Outline,
-    Progress,
-    export_fetched,
-    export_package,
-    fetch,
-    outline_fetched,
-    variant_name,
-    write_baseline,
-)
+from edge_runtime.errors import EdgeError, ModelNotFound, UnknownReference
+from edge_runtime.exporting import ENCODER_ENGINES, Outline, Progress, export_fetched, fetch, outline_fetched
+from edge_runtime.exporting import export_package as export_package  # some of the tests still look for it here
 from edge_runtime.leftovers import remove_leftovers
 from edge_runtime.locks import file_lock
 from edge_runtime.package import Package, Variant, Weights, is_package, storage_errors
@@ -40,18 +31,6 @@ from edge_runtime.references import (
     slug,
 )
 
-__all__ = [
-    "DOWNLOAD",
-    "Outline",
-    "Progress",
-    "Store",
-    "StoredModel",
-    "export_package",
-    "pick_variant",
-    "variant_name",
-    "write_baseline",
-]
-
 _WEIGHT_PREFERENCE: tuple[Weights, ...] = ("int4", "int8", "fp16", "fp32")
 
 
@@ -61,12 +40,10 @@ class StoredModel:
 
     folder: Path
     package: Package | None
+    name: str
+    """What finds it here, and nothing else: its own name, or its folder's where that is not its alone."""
     problem: str | None = None
     """Why it cannot be opened."""
-
-    @property
-    def name(self) -> str:
-        return self.folder.name if self.package is None else self.package.name
 
 
 @dataclass(frozen=True)
@@ -104,7 +81,8 @@ class Store:
         return package, variant
 
     def find(self, reference: str) -> Package:
-        """A model that is here. ModelNotFound, CorruptModel; UnknownReference if it is no reference either."""
+        """A model that is here, by its folder's name, its reference or its own name. ModelNotFound, also of a name that
+        several have; CorruptModel; UnknownReference if it is no reference either."""
         return Package.open(self._folder_of(reference))
 
     def present(self, reference: str) -> Package | None:
@@ -127,7 +105,9 @@ class Store:
             return []
         with storage_errors(f"cannot read {self.home.models}"):
             folders = [path for path in sorted(self.home.models.iterdir()) if is_package(path) and path.name[0] != "."]
-        return [_open_entry(folder) for folder in folders]
+        opened = [_open_entry(folder) for folder in folders]
+        names = Counter(name for entry in opened for name in {entry.folder.name, entry.name})
+        return [entry if _is_its_own(entry, names) else replace(entry, name=entry.folder.name) for entry in opened]
 
     def remove(self, reference: str) -> Path:
         """Delete a model of the store; returns its folder. ModelNotFound; StorageError. Only the store's own."""
@@ -163,16 +143,33 @@ class Store:
         return Package.open(folder) if is_package(folder) else None
 
     def _folder_of(self, reference: str) -> Path:
+        """Names come last: packages give them to themselves."""
         entries = self.list()
         for entry in entries:
-            if reference in (entry.name, entry.folder.name):
+            if reference == entry.folder.name:
                 return entry.folder
-        parsed = parse_reference(reference)
-        folder = parsed.path if isinstance(parsed, PackageReference) else self.home.models / slug(parsed)
-        if not is_package(folder):
-            here = ", ".join(entry.name for entry in entries) or "none"
-            raise ModelNotFound(f"{reference} is not on this machine (here: {here}); get it with edge-glm pull")
-        return folder
+        unknown: UnknownReference | None = None
+        try:
+            parsed = parse_reference(reference)
+        except UnknownReference as error:
+            unknown = error
+        else:
+            folder = parsed.path if isinstance(parsed, PackageReference) else self.home.models / slug(parsed)
+            if is_package(folder):
+                return folder
+        for entry in entries:
+            if reference == entry.name:
+                return entry.folder
+        alike = [entry.folder.name for entry in entries if entry.package and entry.package.name == reference]
+        if alike:
+            raise ModelNotFound(
+                f"{reference} is not on this machine by that reference, but what calls itself so: name its folder, "
+                f"{' or '.join(alike)}"
+            )
+        if unknown is not None:
+            raise unknown
+        here = ", ".join(entry.name for entry in entries) or "none"
+        raise ModelNotFound(f"{reference} is not on this machine (here: {here}); get it with edge-glm pull")
 
     def _pull(
         self, reference: Reference, engine: Engine, weights: Weights | None, progress: Progress | None
@@ -234,10 +231,24 @@ def _missing(package: Package, engine: Engine, weights: Weights | None) -> Model
 
 
 def _open_entry(folder: Path) -> StoredModel:
+    """By its own name."""
     try:
-        return StoredModel(folder, Package.open(folder))
+        package = Package.open(folder)
     except EdgeError as error:
-        return StoredModel(folder, None, str(error))
+        return StoredModel(folder, None, folder.name, str(error))
+    return StoredModel(folder, package, package.name)
+
+
+def _is_its_own(entry: StoredModel, names: Counter[str]) -> bool:
+    """Whether its name is its reference; of another name, whether it is no other's by all ``names`` of models and
+    folders."""
+    try:
+        parsed = parse_reference(entry.name)
+    except UnknownReference:
+        parsed = None
+    if parsed is None or isinstance(parsed, PathReference | PackageReference):
+        return names[entry.name] == 1
+    return slug(parsed) == entry.folder.name
 
 
 def _key(folder: Path) -> str:

@@ -18,8 +18,8 @@ from onnx import TensorProto, helper
 from openvino import opset13 as ops
 
 from edge_runtime.errors import EdgeError, ModelNotFound, UnsupportedModel
+from edge_runtime.exporting import export_package
 from edge_runtime.package import Package
-from edge_runtime.store import export_package
 from tests.runtime.sources import tiny_folder
 
 ROOT = Path(__file__).parents[1]

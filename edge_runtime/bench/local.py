@@ -21,10 +21,10 @@ from edge_runtime.bench.timing import StreamTimes, steady
 from edge_runtime.bench.workload import bundled_text, copy_tasks, random_tokens
 from edge_runtime.engine import EngineStats
 from edge_runtime.errors import ConfigError
+from edge_runtime.exporting import Progress
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.measurements import Shape
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.store import Progress
 from edge_runtime.tracing.trace import Trace
 
 COPY_TOKENS = 160

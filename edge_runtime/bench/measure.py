@@ -15,8 +15,8 @@ from edge_runtime.bench.machine import peak_rss_bytes, this_machine
 from edge_runtime.bench.requests import observe
 from edge_runtime.bench.result import Result, Samples
 from edge_runtime.errors import ConfigError, EdgeError
+from edge_runtime.exporting import Progress
 from edge_runtime.machine import fingerprint
-from edge_runtime.store import Progress
 from edge_runtime.timing.observations import Subject, TimedRun
 
 TIMING_S = 20.0

@@ -15,13 +15,14 @@ from edge_runtime.cli.recipes import compression_lines, parse_prune
 from edge_runtime.columns import columns
 from edge_runtime.errors import ConfigError
 from edge_runtime.evaluation.pruning_report import report
+from edge_runtime.exporting import export_package
 from edge_runtime.memory import format_bytes
 from edge_runtime.package import Package, storage_errors
 from edge_runtime.paths import home
 from edge_runtime.placement import Wish, place
 from edge_runtime.recipe import Recipe
 from edge_runtime.settings import load_settings
-from edge_runtime.store import Store, StoredModel, export_package
+from edge_runtime.store import Store, StoredModel
 from edge_runtime.terminal import harmless
 
 _ENGINES: dict[str, tuple[Engine, ...]] = {

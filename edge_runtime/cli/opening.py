@@ -91,24 +91,29 @@ def _open_encoder(ref: str, settings: Settings) -> EdgeEmbedder:
 
 
 def offers(
-    settings: Settings, but: Collection[str]
+    settings: Settings, opened: Collection[EdgeLLM | EdgeEmbedder]
 ) -> tuple[dict[str, Offer[ServedModel]], dict[str, Offer[ServedEmbedder]]]:
-    """All models of this machine ``but`` those, to be opened on demand. Of a budget each gets half of what is left, so
-    that a second one has room too; where there is none, one goes that nobody uses."""
+    """All models of this machine but those ``opened``, to be opened on demand; one that calls itself as another does,
+    by its folder's name.
+
+    Of a budget each gets half of what is left, so that a second one has room too; where there is none, one goes that
+    nobody uses."""
     from edge_runtime.server.shelf import Offer
 
+    folders, names = {each.package.folder.resolve() for each in opened}, {each.model_id for each in opened}
     texts: dict[str, Offer[ServedModel]] = {}
     encoders: dict[str, Offer[ServedEmbedder]] = {}
     for stored in Store(home()).list():
         package = stored.package
-        if package is None or stored.name in but:
+        if package is None or package.folder.resolve() in folders:
             continue
+        name = stored.folder.name if stored.name in names else stored.name
         facts = facts_of(package, package.manifest.variants[0])
         created, ref = int(package.folder.stat().st_mtime), str(package.folder)
         if package.manifest.encoder is not None:
-            encoders[stored.name] = Offer(partial(_open_encoder, ref, settings), facts, created)
+            encoders[name] = Offer(partial(_open_encoder, ref, settings), facts, created)
         else:
-            texts[stored.name] = Offer(partial(_open_text, ref, settings), facts, created)
+            texts[name] = Offer(partial(_open_text, ref, settings, name), facts, created)
     return texts, encoders
 
 
@@ -129,7 +134,7 @@ def offers_elsewhere(models: Mapping[str, EdgeLLM], settings: Settings) -> dict[
     return found
 
 
-def _open_text(ref: str, settings: Settings, name: str | None = None) -> EdgeLLM:
+def _open_text(ref: str, settings: Settings, name: str) -> EdgeLLM:
     if settings.memory_budget is None:
         return open_model(ref, settings, "many", name)
     try:

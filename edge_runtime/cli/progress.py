@@ -6,7 +6,7 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from edge_runtime.store import DOWNLOAD
+from edge_runtime.exporting import DOWNLOAD
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -64,7 +64,7 @@ class Bar:
 
 
 class Bars:
-    """A :data:`edge_runtime.store.Progress`: one bar at a time, gone when the next one starts."""
+    """A :data:`edge_runtime.exporting.Progress`: one bar at a time, gone when the next one starts."""
 
     def __init__(self) -> None:
         self._what: str | None = None

@@ -7,8 +7,10 @@ from contextlib import ExitStack, suppress
 
 from devices.host import host_memory
 from edge_runtime.cli.opening import offers, offers_elsewhere, open_served
+from edge_runtime.embedder import EdgeEmbedder
 from edge_runtime.errors import ConfigError
 from edge_runtime.keys import KeyRing
+from edge_runtime.llm import EdgeLLM
 from edge_runtime.memory import parse_budget, parse_bytes
 from edge_runtime.paths import home
 from edge_runtime.server.signals import Terminated, termination_interrupts
@@ -48,7 +50,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         from edge_runtime.server.run import serve as serve_app
         from edge_runtime.server.shelf import KEEP_ALIVE, Shelf
 
-        opened = {each.model_id for each in models.values()} | {each.model_id for each in embedders.values()}
+        opened: list[EdgeLLM | EdgeEmbedder] = [*models.values(), *embedders.values()]
         texts, encoders = offers(settings, opened) if settings.on_demand or not refs else ({}, {})
         texts |= offers_elsewhere(models, settings)
         shelf = Shelf(

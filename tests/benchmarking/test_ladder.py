@@ -19,8 +19,8 @@ from edge_runtime.bench.ladder.prompts import prompts
 from edge_runtime.bench.ladder.report import ladder_page, ladder_table
 from edge_runtime.bench.ladder.worker import Answer, Order
 from edge_runtime.errors import ConfigError, EdgeError
+from edge_runtime.exporting import export_package
 from edge_runtime.package import ArchitectureSummary
-from edge_runtime.store import export_package
 from edge_runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -22,9 +22,9 @@ from edge_runtime.errors import (
     PromptTooLong,
     UnsupportedModel,
 )
+from edge_runtime.exporting import export_package
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.package import Package
-from edge_runtime.store import export_package
 from tests.exporters.encoder_folder import HIDDEN, POSITIONS, WORDS, embedded, write_folder
 
 TEXTS = ["the cat sat on a mat", "dog", "the dog ran", "a cat"]

@@ -17,10 +17,10 @@ import pytest
 
 from devices import DecoderOptions, Step, open_decoder
 from edge_runtime.errors import CorruptModel, EdgeError, ModelNotFound, UnsupportedModel
+from edge_runtime.exporting import export_package
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.recipe import Recipe
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.store import export_package
 from tests.runtime.hub import Hub, serve_hub
 
 ROOT = Path(__file__).parents[2]

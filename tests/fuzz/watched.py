@@ -194,14 +194,14 @@ def _serve(kind: type[Surface], folder: Path, seed: int, pipe: Connection, log: 
     gc.collect()
     mapped = psutil.Process().memory_info().vms + MORE_ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (mapped, mapped))
-    pipe.send(_peak())
+    pipe.send(peak())
     while (cases := pipe.recv()) is not None:
         for place, verdict in surface.run_all(cases):
-            pipe.send((place, verdict, _peak()))
+            pipe.send((place, verdict, peak()))
     surface.close()
 
 
-def _peak() -> int:
+def peak() -> int:
     """Bytes of resident memory that this process has had at most. (``ru_maxrss`` would begin at its parent's.)"""
     found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
     assert found is not None

@@ -28,20 +28,21 @@ def tiny_wheel(
     *,
     method: int = zipfile.ZIP_DEFLATED,
     licence: str = "Apache-2.0",
+    version: str = "1.2",
 ) -> Path:
-    """A wheel of the distribution ``tiny-model`` 1.2; by default it holds :func:`tiny_folder`."""
+    """A wheel of the distribution ``tiny-model``; by default it holds :func:`tiny_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     if members is None:
         source = tiny_folder(folder / "source")
         members = {f"{name}/data/{path.name}": path.read_bytes() for path in source.iterdir()}
         shutil.rmtree(source)
-    info = f"{name}-1.2.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.2\nLicense: {licence}\n"
+    info = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\nLicense: {licence}\n"
     wheel_file = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     # importing it would be noticed
     code = b"raise SystemExit('the wheel was imported')"
     files = {f"{name}/__init__.py": code, **members, f"{info}/METADATA": metadata, f"{info}/WHEEL": wheel_file}
-    path = folder / f"{name}-1.2-py3-none-any.whl"
+    path = folder / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", method) as archive:
         for member, data in files.items():
             archive.writestr(member, data)

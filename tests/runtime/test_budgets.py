@@ -10,12 +10,13 @@ from devices.discovery import Device, Facts
 from devices.host import Memory
 from edge_runtime.budgets import DEFAULT_SHARE, put_aside, share_out
 from edge_runtime.errors import BudgetError, ConfigError
+from edge_runtime.exporting import export_package
 from edge_runtime.footprint import Model, Use, footprint, least_budget
 from edge_runtime.memory import BudgetSize, format_bytes
 from edge_runtime.package import Package, Variant
 from edge_runtime.paths import Home
 from edge_runtime.placement import Wish, place
-from edge_runtime.store import Store, export_package
+from edge_runtime.store import Store
 
 CPU = Device("openvino:cpu", "openvino", "a processor")
 CONTEXT, STREAMS = 1024, 16

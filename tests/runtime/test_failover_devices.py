@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from devices.base import DecoderOptions, DecoderSpec, Step
 from devices.errors import DeviceUnavailable, EngineError
 from devices.onnxruntime_gqa import OnnxRuntimeDecoder
+from edge_runtime.exporting import export_package
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.paths import Home
 from edge_runtime.placement import Wish, place
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.store import Store, export_package
+from edge_runtime.store import Store
 from tests.runtime.helpers import GREEDY
 from tests.runtime.machine import Failing
 

@@ -12,7 +12,7 @@ import pytest
 
 from edge_runtime import EdgeLLM, SamplingParams
 from edge_runtime.errors import ConfigError, PromptTooLong
-from edge_runtime.store import export_package
+from edge_runtime.exporting import export_package
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 

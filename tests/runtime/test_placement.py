@@ -8,12 +8,13 @@ import pytest
 
 from devices.errors import DeviceUnavailable, UnknownDevice
 from edge_runtime.errors import ModelNotFound
+from edge_runtime.exporting import export_package
 from edge_runtime.fetch import Fetched
 from edge_runtime.machine import fingerprint
 from edge_runtime.measurements import Measurement, Measurements, Shape, Workload
 from edge_runtime.paths import Home
 from edge_runtime.placement import Wish, place
-from edge_runtime.store import Store, export_package
+from edge_runtime.store import Store
 
 
 @pytest.fixture

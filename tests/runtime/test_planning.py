@@ -12,6 +12,7 @@ from devices.base import DecoderOptions
 from edge_runtime.budgets import Budget
 from edge_runtime.cli.main import main
 from edge_runtime.errors import BudgetError, ConfigError, ModelNotFound, UnknownDevice, UnknownReference
+from edge_runtime.exporting import export_package
 from edge_runtime.footprint import Model, kv_bytes_per_token
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.machine import fingerprint
@@ -20,7 +21,7 @@ from edge_runtime.package import Package
 from edge_runtime.paths import Home
 from edge_runtime.placement import Wish
 from edge_runtime.planning import Need, Plan, plan, refuse_early
-from edge_runtime.store import Store, export_package
+from edge_runtime.store import Store
 from edge_runtime.timing.observations import FirstToken, Observations, Subject, TimedRun
 from tests.timing.known import CHUNK, observed, seconds
 

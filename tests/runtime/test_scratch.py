@@ -32,6 +32,17 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(tmp_path: P
     assert list(tmp_path.iterdir()) == [other]
 
 
+def test_only_what_this_makes_is_taken_for_a_dead_one(tmp_path: Path) -> None:
+    names = ["work-of-my-house", "work-", f"work-{'0' * 31}", f"work-{'0' * 33}", f"work-{'G' * 32}"]
+    ours = f"work-{'0123456789abcdef' * 2}"
+    for name in (*names, ours):
+        (tmp_path / name).mkdir()
+    (tmp_path / "work-of-my-house.lock").touch()
+    with scratch_folder("work-", tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "work-of-my-house.lock"])
+
+
 def test_where_none_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file"), scratch_folder("work-", tmp_path / "file"):

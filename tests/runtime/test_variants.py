@@ -14,6 +14,7 @@ from devices.discovery import Device
 from edge_runtime.budgets import Budget
 from edge_runtime.engine import Engine, Successor
 from edge_runtime.errors import DeviceUnavailable, EngineError, EngineStopped, ModelNotFound, PromptTooLong
+from edge_runtime.exporting import export_package
 from edge_runtime.failover import Failover
 from edge_runtime.footprint import Model, Use, footprint, least_budget
 from edge_runtime.generation import Generation
@@ -24,7 +25,6 @@ from edge_runtime.package import Package, Variant, Weights
 from edge_runtime.placement import Placement
 from edge_runtime.prompts import TierRequest, TokenIds
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.store import export_package
 from edge_runtime.switching import BACK_S, Switching
 from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.local import LocalTier

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,16 +15,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from edge_runtime import store
+from edge_runtime.cli.opening import offers
 from edge_runtime.errors import BudgetError, ConfigError, EngineStopped, InvalidRequest
+from edge_runtime.exporting import export_package
+from edge_runtime.package import Package
+from edge_runtime.paths import home
 from edge_runtime.server.app import create_app
 from edge_runtime.server.shelf import FOREVER, Offer, Shelf
 from edge_runtime.server.wire.ollama import seconds_of
-from edge_runtime.store import export_package
+from edge_runtime.settings import Settings
 from tests.exporters.encoder_folder import write_folder
 from tests.server.served import CHAT, FakeModel, error_of, running, wait_until
 
@@ -337,3 +344,17 @@ def test_the_same_model_on_several_devices(tmp_path: Path) -> None:
         )
         assert done.returncode == 1
         assert told in done.stderr
+
+
+def test_models_that_call_themselves_alike_are_offered_under_their_folders_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_GLM_HOME", str(tmp_path))
+    package, _ = store.Store(home()).ensure("synthetic:tiny", "onnxruntime")
+    other = package.folder.with_name("hf-other-1")
+    shutil.copytree(package.folder, other)
+    texts, _ = offers(Settings(), [])
+    assert texts.keys() == {"synthetic:tiny", "hf-other-1"}
+    opened: Any = SimpleNamespace(package=Package.open(other), model_id="synthetic:tiny")
+    texts, _ = offers(Settings(), [opened])
+    assert texts.keys() == {package.folder.name}

@@ -20,11 +20,12 @@ from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.evaluation.evaluate import evaluate
 from edge_runtime.evaluation.subject import Subject
 from edge_runtime.evaluation.texts import evaluation_texts
+from edge_runtime.exporting import write_baseline
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.paths import home
 from edge_runtime.placement import Wish, place
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.store import Store, write_baseline
+from edge_runtime.store import Store
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tuning.records import Options
 

@@ -14,6 +14,7 @@ from tests.fuzz.surfaces.settings import SettingsFiles
 from tests.fuzz.surfaces.template import Templates
 from tests.fuzz.surfaces.tokenizer import Tokenizers
 from tests.fuzz.surfaces.upstream import Upstreams
+from tests.fuzz.surfaces.wheel import Wheels
 
 SURFACES: dict[str, type[Surface]] = {
     surface.name: surface
@@ -22,6 +23,7 @@ SURFACES: dict[str, type[Surface]] = {
         Upstreams,
         GgufFiles,
         SafetensorsFolders,
+        Wheels,
         Manifests,
         ForeignFolders,
         Policies,

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.exporting import export_package
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.store import export_package
 from tests.fuzz.mutation import as_json, damage, disturb
 from tests.fuzz.surface import Case, Surface, command, sometimes
 
