@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
@@ -13,14 +14,17 @@ from typing import Any
 import pytest
 
 from edge_runtime.errors import CorruptModel
+from edge_runtime.server import context, protocol
 from tests.fuzz.__main__ import shares
 from tests.fuzz.campaign import run, smaller
 from tests.fuzz.mutation import as_json, damage, disturb, unquoted
 from tests.fuzz.surface import Case, Surface, judged
 from tests.fuzz.surfaces import SURFACES
 from tests.fuzz.surfaces.gguf import put_together, take_apart
+from tests.fuzz.surfaces.requests import KEYS, Requests, request
 from tests.fuzz.toml import as_toml
 from tests.fuzz.watched import Watched
+from tests.server.served import CHAT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are the system's")
 SHARE = {"requests": 100, "manifest": 80, "foreign": 50, "upstream": 100, "safetensors": 100, "gguf": 100}
@@ -103,6 +107,24 @@ def test_a_failing_input_is_made_small_and_kept(watched: Watched, tmp_path: Path
     assert finding.file.read_bytes() == b"raise"
     assert result.accepted + result.refused + finding.times == result.inputs == 30
     assert result.failures == finding.times > 1
+
+
+def test_a_server_that_answers_no_more_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((protocol, "HEAD_SECONDS"), (context, "BODY_SECONDS")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # which the surface sets
+    surface = Requests(tmp_path, 0)
+    body = json.dumps(CHAT).encode()
+    cases = [Case(name, request("/v1/chat/completions", body, key=key)) for name, key in KEYS.items()]
+    surface.prepare()
+    surface.open()
+    try:
+        assert [verdict.kind for _, verdict in surface.run_all(cases)] == ["accepted", "accepted"]
+        surface.models["keyed"].engine.close()
+        (alone,) = surface.run_all(cases[:1])
+        assert alone[1].detail.startswith("a good request to the keyed server afterwards is refused: HTTP 503")
+        assert {verdict.kind for _, verdict in surface.run_all(cases * 2)} == {"failed"}
+    finally:
+        surface.close()
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
