@@ -38,6 +38,7 @@ def test_nothing_fails(name: str, tmp_path: Path) -> None:
     assert [finding.detail for finding in result.findings.values()] == []
     assert result.inputs == result.accepted + result.refused == SHARE.get(name, 200)
     assert result.refused > result.inputs / 10, "the inputs are hardly malformed"
+    assert result.accepted > 0, "nothing gets past what reads it"
 
 
 # --- what finds must find ---------------------------------------------------------------------------------------------
@@ -107,6 +108,30 @@ def test_a_failing_input_is_made_small_and_kept(watched: Watched, tmp_path: Path
     assert finding.file.read_bytes() == b"raise"
     assert result.accepted + result.refused + finding.times == result.inputs == 30
     assert result.failures == finding.times > 1
+
+
+class Sulking(Faulty):
+    """Refuses all after the first malformed input."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        super().__init__(folder, seed)
+        self._hurt = False
+
+    def make(self, rng: random.Random) -> Case:
+        return Case("x", b"refuse")
+
+    def run(self, case: Case) -> None:
+        self._hurt |= b"refuse" in case.data
+        super().run(Case("x", b"refuse") if self._hurt else case)
+
+
+@linux
+def test_a_surface_that_takes_nothing_any_more_is_found(tmp_path: Path) -> None:
+    result = run(Sulking, 5, seed=0, keep=tmp_path)
+    (finding,) = result.findings.values()
+    assert finding.detail == "a valid input at the end is refused: it is refused"
+    assert finding.file.read_bytes() == b"fine"
+    assert (result.refused, result.failures) == (5, 1)
 
 
 def test_a_server_that_answers_no_more_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
