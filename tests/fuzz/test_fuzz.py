@@ -17,7 +17,7 @@ from edge_runtime.errors import CorruptModel
 from edge_runtime.server import context, protocol
 from tests.fuzz.__main__ import shares
 from tests.fuzz.campaign import run, smaller
-from tests.fuzz.mutation import as_json, damage, disturb, unquoted
+from tests.fuzz.mutation import as_json, damage, disturb, unquoted, vary
 from tests.fuzz.surface import Case, Surface, judged
 from tests.fuzz.surfaces import SURFACES
 from tests.fuzz.surfaces.gguf import put_together, take_apart
@@ -38,7 +38,8 @@ def test_nothing_fails(name: str, tmp_path: Path) -> None:
     assert [finding.detail for finding in result.findings.values()] == []
     assert result.inputs == result.accepted + result.refused == SHARE.get(name, 200)
     assert result.refused > result.inputs / 10, "the inputs are hardly malformed"
-    assert result.accepted > 0, "nothing gets past what reads it"
+    least = result.inputs / 5 if name in ("policy", "template", "tokenizer") else 1
+    assert result.accepted >= least, "hardly anything gets past what reads it"
 
 
 # --- what finds must find ---------------------------------------------------------------------------------------------
@@ -189,6 +190,21 @@ def test_something_is_changed() -> None:
     data, value = bytes(range(200)), {"a": [1, "x", None], "b": {"c": True}}
     assert sum(damage(rng, data) != data for _ in range(100)) > 90
     assert sum(disturb(rng, value, lambda: 3) != value for _ in range(100)) > 80
+
+
+def test_what_is_varied_keeps_its_types() -> None:
+    rng = random.Random(0)
+    value = {"type": "x", "way": "up", "list": [1, 2], "inner": {"a": 1.5, "b": True}, "none": None}
+    words = {"type": (), "way": ("up", "down")}
+    made = [vary(rng, value, [{"inner": {"a": 7.0, "b": False}}], words) for _ in range(200)]
+    for each in made:
+        assert {key: type(inner) for key, inner in each.items()} == {key: type(inner) for key, inner in value.items()}
+        assert [type(inner) for inner in each["inner"].values()] == [float, bool]
+        assert each["type"] == "x"
+        assert {type(item) for item in each["list"]} <= {int}
+    assert {each["way"] for each in made} == {"up", "down"}
+    assert {"a": 7.0, "b": False} in [each["inner"] for each in made]
+    assert sum(each != value for each in made) > 100
 
 
 def test_a_gguf_file_taken_apart_and_put_together_is_the_same(tmp_path: Path) -> None:
