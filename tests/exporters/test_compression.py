@@ -24,7 +24,7 @@ from exporters.compression.numpy_network import Array, NumpyNetwork, logits
 from exporters.compression.rounding import DAMPING, Inputs, compensated, error_of, nearest
 from exporters.compression.scaling import ScaledCheckpoint, best_scale, find_scales
 from exporters.compression.sensitivity import sensitivities
-from exporters.compression.shrink import Shrinking, shrink
+from exporters.compression.shrink import Shrinking, Shrunk, shrink
 from exporters.compression.tensor_folder import ReplacedCheckpoint, TensorFolder
 from exporters.network import build, tensor_names
 from exporters.quantize import quantize
@@ -335,6 +335,15 @@ def test_the_size_is_kept_where_a_source_has_the_head_in_more_bits_than_the_embe
     assert 6 < compression.bits <= 6.5
     with pytest.raises(ConfigError, match=r"more than the 5\.5 wanted"):
         compress(source, Recipe(method=method, group=32, embedding_bits=8, bits=5.5), TEXT, tmp_path)
+
+
+def test_what_was_rounded_for_one_engine_leaves_the_disk_for_the_next(tmp_path: Path) -> None:
+    recipe = Recipe(method="nearest", group=32, embedding_bits=4, bits=8.0)
+    shrunk = Shrunk(Spoken(replace(SHORT, vocab_size=512)), Shrinking(recipe, TEXT), "int4", tmp_path)
+    for levels in ((4, 8), (4, 8, 16)):
+        made, compression = shrunk.rounded(levels)
+        assert mean_bits(made) == pytest.approx(compression.bits)
+        assert len(list(tmp_path.iterdir())) == 1
 
 
 FRAGILE = "layers.1.gate"
