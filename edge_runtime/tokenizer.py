@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import CorruptModel, InvalidRequest
-from edge_runtime.tokenizer_bounds import check_bounds
-from edge_runtime.tokenizer_json import is_panic, library_errors, open_tokenizer
+from edge_runtime.tokenizer_bounds import state
+from edge_runtime.tokenizer_json import library_errors, open_tokenizer
 
 _FAILS = "this model's tokenizer fails on this text"
 """Such as where a pattern of the file takes too many steps; another text may pass."""
@@ -33,8 +33,6 @@ class Tokenizer:
         """``tokenizer_json`` is the file's text. CorruptModel if the tokenizers library does not accept it, or if it
         could make texts endlessly long (:mod:`edge_runtime.tokenizer_bounds`)."""
         self._inner = open_tokenizer(tokenizer_json)
-        before, decoder = [self._inner.normalizer, self._inner.pre_tokenizer], _state(self._inner.decoder)
-        check_bounds([_state(each) for each in before], [decoder])
         # A saved truncation or padding would silently change prompts.
         self._inner.no_truncation()
         self._inner.no_padding()
@@ -48,7 +46,7 @@ class Tokenizer:
         self.special_texts = tuple(added[index].content for index in sorted(self.special_ids))
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
-        self._to_bytes = _byte_reader(decoder)
+        self._to_bytes = _byte_reader(state(self._inner.decoder))
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -104,14 +102,11 @@ class Tokenizer:
         """The text of ``ids``. Ids without a text add nothing; bytes that are not UTF-8 become U+FFFD.
 
         InvalidRequest if an id is negative or over 32 bits."""
-        try:
-            text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        except OverflowError as error:
-            raise InvalidRequest("token ids must be from 0 to 4294967295") from error
-        except BaseException as error:
-            if not is_panic(error):
-                raise
-            raise InvalidRequest(f"{_FAILS}: {error}") from error
+        with library_errors(InvalidRequest, _FAILS):
+            try:
+                text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            except OverflowError as error:
+                raise InvalidRequest("token ids must be from 0 to 4294967295") from error
         return text
 
     @property
@@ -143,11 +138,6 @@ class Tokenizer:
 
 
 # --- bytes of a token -------------------------------------------------------------------------------------------------
-
-
-def _state(part: Any) -> Any:
-    """A part of the tokenizer as it would stand in ``tokenizer.json``."""
-    return None if part is None else json.loads(part.__getstate__())
 
 
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import CorruptModel, EdgeError
+from edge_runtime.tokenizer_bounds import check_bounds
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,22 +25,32 @@ if TYPE_CHECKING:
 
 MAX_ID = 999_999
 """Of a token; the largest vocabularies have a quarter of that."""
+MAX_TOKEN = 1024
+"""Characters of a token. The longest in use are runs of some hundred spaces; merges are found in time that grows with
+the square of it."""
 _LARGE_NUMBER = re.compile(r":\s*\d{7}")
-"""What an id over :data:`MAX_ID` looks like: a look at all ids is for those who may have one."""
+"""What an id over :data:`MAX_ID` looks like: a look at the whole vocabulary is for those who may have one."""
 
 
 def open_tokenizer(text: str) -> Tokenizer:
-    """``text`` is the file's. CorruptModel if the library does not accept it, or would not survive it."""
+    """``text`` is the file's. CorruptModel if the library does not accept it or would not survive it, and if it could
+    make texts endlessly long (:mod:`edge_runtime.tokenizer_bounds`)."""
     import tokenizers  # late: `import edge_runtime` stays light
 
     if "Precompiled" in text or "\\u00" in text:  # letters may be spelled as escapes
         text = _with_sound_tables(text)
     with library_errors(CorruptModel, "the tokenizer is not valid"):
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    if _LARGE_NUMBER.search(text):
-        highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    check_bounds(tokenizer)
+    if _LARGE_NUMBER.search(text) or _longest_string(text) > MAX_TOKEN:
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        highest, longest = max(vocabulary.values(), default=0), max(map(len, vocabulary), default=0)
         if highest > MAX_ID:
             raise CorruptModel(f"the tokenizer is not valid: it has the token id {highest}; {MAX_ID} is possible")
+        if longest > MAX_TOKEN:
+            raise CorruptModel(
+                f"the tokenizer is not valid: a token has {longest} characters; {MAX_TOKEN} are possible"
+            )
     return tokenizer
 
 
@@ -62,6 +73,11 @@ def library_errors(kind: type[EdgeError], what: str) -> Iterator[None]:
         if not is_panic(error):
             raise
         raise kind(f"{what}: {error}") from error
+
+
+def _longest_string(text: str) -> int:
+    """Characters of the longest string in ``text``, which is JSON, as it is written there; or more, never fewer."""
+    return max(map(len, text.replace('\\"', "  ").split('"')))
 
 
 def _with_sound_tables(text: str) -> str:

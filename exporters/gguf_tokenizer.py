@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from edge_runtime.errors import CorruptModel, UnsupportedModel
+from edge_runtime.tokenizer_json import MAX_TOKEN
 from exporters.checkpoint import TextFiles
 from exporters.gguf_metadata import shortest
 from exporters.gguf_pretokenizers import PreTokenizer, pre_tokenizer
@@ -58,9 +59,6 @@ SAMPLING = {
 }
 _TEMPLATE = "tokenizer.chat_template"
 _NAMED = ("bos", "eos", "unk", "pad")
-MAX_TOKEN = 1024
-"""Characters of a token. The longest in use are runs of some hundred spaces; merges are found in time that grows with
-the square of it."""
 
 T = TypeVar("T", bool, str)
 

@@ -94,6 +94,28 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
         export_package(str(folder), tmp_path / "p", ["onnxruntime"], "fp32")
 
 
+def run_onnx(folder: Path, location: str, offset: int = 0, length: int = 16, *, folded: bool = True) -> Any:
+    """What is at ``offset`` of a file, by a graph in ``folder`` that says it has four numbers there. ``folded``: it is
+    read by the optimizer, as constants are, rather than as weights are."""
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        weight.external_data.add(key=key, value=value)
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["w"], ["y"])],
+        "one",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if not folded:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options).run(None, {})[0]
+
+
 @pytest.mark.parametrize("place", ["absolute", "up", "down and up", "link"])
 def test_an_onnx_graph_reads_no_file_outside_its_folder(place: str, tmp_path: Path) -> None:
     """ONNX Runtime holds that; this holds ONNX Runtime to it."""
@@ -110,26 +132,22 @@ def test_an_onnx_graph_reads_no_file_outside_its_folder(place: str, tmp_path: Pa
     if place == "link":
         (package / "link.bin").symlink_to(secret)
 
-    def run(location: str) -> Any:
-        weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", location), ("offset", "0"), ("length", "16")):
-            weight.external_data.add(key=key, value=value)
-        graph = helper.make_graph(
-            [helper.make_node("Identity", ["w"], ["y"])],
-            "one",
-            [],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])],
-            [weight],
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-        onnx.save(model, package / "model.onnx")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        return onnxruntime.InferenceSession(str(package / "model.onnx"), options).run(None, {})[0]
-
-    assert run("weights.bin").tolist() == [0, 1, 2, 3]
+    assert run_onnx(package, "weights.bin").tolist() == [0, 1, 2, 3]
     with pytest.raises(Exception, match=r"[Ee]xternal data path"):
-        run(locations[place])
+        run_onnx(package, locations[place])
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(10**8, 16), (2**64 - 16, 16), (8, 2**64 - 4), (-16, 16), (0, 10**11), (0, 8), (2**63, 2**63), (8, 16)],
+)
+def test_an_onnx_graph_reads_nothing_beyond_its_weights(offset: int, length: int, folded: bool, tmp_path: Path) -> None:
+    """ONNX Runtime holds that; this holds ONNX Runtime to it."""
+    (tmp_path / "weights.bin").write_bytes(np.arange(5, dtype=np.float32).tobytes())
+    assert run_onnx(tmp_path, "weights.bin", 4, folded=folded).tolist() == [1, 2, 3, 4]
+    with pytest.raises(Exception, match="ONNXRuntimeError"):
+        run_onnx(tmp_path, "weights.bin", offset, length, folded=folded)
 
 
 @pytest.mark.parametrize(

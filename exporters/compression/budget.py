@@ -52,18 +52,18 @@ def mean_bits(checkpoint: Checkpoint, float_bits: int = 32) -> float:
 
 
 def choose_levels(
-    recipe: Recipe, sizes: Mapping[str, int], options: Mapping[str, Sequence[Precision]], outer: float
+    recipe: Recipe, sizes: Mapping[str, int], options: Mapping[str, Sequence[Precision]], outer: Mapping[str, float]
 ) -> dict[str, int]:
     """The level of each matrix in ``options`` that does not stay :data:`NARROW`, within ``recipe.bits`` on average.
 
-    ``sizes``: weights of every matrix of the model; those without options have ``outer`` bits. One step after another
+    ``sizes``: weights of every matrix of the model; ``outer``: bits of those without options. One step after another
     is taken, always the one that saves the output most for each bit it costs, of those that fit:
     :func:`exporters.compression.allocation.solve` would be better by hundredths, but keeps a limit within its rounding
     only. ConfigError where even the narrowest pass ``recipe.bits``.
     """
     assert recipe.bits is not None
     now = {name: next(each for each in found if each.level == NARROW) for name, found in options.items()}
-    spent = sum(size * (now[name].bits if name in now else outer) for name, size in sizes.items())
+    spent = sum(size * (now[name].bits if name in now else outer[name]) for name, size in sizes.items())
     total = sum(sizes.values())
     room = recipe.bits * total - spent
     if room < 0:

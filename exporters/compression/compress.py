@@ -118,7 +118,10 @@ class Rounding:
         arch, recipe = self._source.architecture, self._recipe
         sizes = {name: math.prod(shape) for name in tensor_names(arch) if len(shape := tensor_shape(arch, name)) == 2}
         options = {name: [each for each in found if each.level in levels] for name, found in self._options.items()}
-        outer = stored_bits(_plain(self._source.tensor("embed"), recipe.embedding_bits, recipe))
+        outer = {  # by name: a source that comes rounded may have other blocks in each
+            name: stored_bits(_plain(self._source.tensor(name), recipe.embedding_bits, recipe))
+            for name in sizes.keys() - options.keys()
+        }
         return choose_levels(recipe, sizes, options, outer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,17 +78,22 @@ class Shrunk:
         if self._recipe.prune is not None:
             self._cut, self._pruned, self._calibration = _pruned(source, shrinking, self._judged, folder, self._report)
         self._rounding: Rounding | None = None
+        self._last: Path | None = None
         if self._recipe.rounds:
             self._rounding = Rounding(self._cut, self._recipe, shrinking.calibration, self._report)
 
     def rounded(self, levels: Levels = LEVELS) -> tuple[Checkpoint, Compression]:
-        """With what became of it; ``levels``: that the graph's engine takes. ConfigError for a size that cannot be."""
+        """With what became of it; ``levels``: that the graph's engine takes. It can be read until the next is made,
+        which takes its place on the disk. ConfigError for a size that cannot be."""
         made, weights = self._cut, self._weights
         if self._rounding is None:
             bits = mean_bits(QuantizedCheckpoint(made, weights), 16 if weights == "fp16" else 32)
             compression = Compression(recipe=self._recipe, calibration=self._calibration, bits=bits)
         else:
-            made, compression = self._rounding(Path(tempfile.mkdtemp(prefix="rounded-", dir=self._folder)), levels)
+            if self._last is not None:
+                shutil.rmtree(self._last, ignore_errors=True)
+            self._last = Path(tempfile.mkdtemp(prefix="rounded-", dir=self._folder))
+            made, compression = self._rounding(self._last, levels)
         quality, tokens = self._judged(QuantizedCheckpoint(made, weights), made, self._report)
         return made, msgspec.structs.replace(compression, pruned=self._pruned, quality=quality, evaluated=tokens)
 

@@ -187,8 +187,6 @@ def _pooling(folder: Path) -> tuple[Pooling, bool]:
     if unknown:
         raise UnsupportedModel(f"{modules}: {', '.join(unknown)} is not supported")
     place = paths.get("Pooling", "")
-    if place and not is_inside(place):
-        raise CorruptModel(f"{modules}: path {place!r} leads out of the folder")
     config = _optional(folder / place / "config.json") if "Pooling" in paths else {}
     chosen = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
     names: dict[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}  # nosec B105  # none

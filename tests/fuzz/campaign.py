@@ -53,14 +53,14 @@ class Result:
 
 
 def run(kind: type[Surface], count: int, seed: int, keep: Path, until: float | None = None) -> Result:
-    """``count`` cases, the same for the same ``seed``. ``keep``: a folder for failing inputs. ``until``: of
-    ``time.monotonic``, when no more are begun."""
+    """``count`` cases, the same for the same ``seed``, then the valid ones again. ``keep``: a folder for failing
+    inputs. ``until``: of ``time.monotonic``, when no more are begun."""
     result, start = Result(kind.name), time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"edge-glm-fuzz-{kind.name}-", dir=_place()) as folder:
         ours = Path(folder) / "ours"
         ours.mkdir()
         surface = kind(ours, seed)
-        surface.prepare()
+        valid = surface.prepare()
         theirs = Path(folder) / "theirs"
         theirs.mkdir()
         with Watched(kind, theirs, seed) as watched:
@@ -69,6 +69,9 @@ def run(kind: type[Surface], count: int, seed: int, keep: Path, until: float | N
                     break
                 for case, verdict in zip(cases, watched.run(cases), strict=True):
                     _count(result, case, verdict, watched, keep)
+            for case, verdict in zip(valid, watched.run(valid), strict=True):
+                if verdict.kind != "accepted":
+                    _fail(result, case, f"a valid input at the end is {verdict.kind}: {verdict.detail}", keep)
         result.growth = watched.growth
     result.seconds = time.monotonic() - start
     return result
@@ -99,11 +102,14 @@ def _count(result: Result, case: Case, verdict: Verdict, watched: Watched, keep:
     elif (key := _alike(verdict.detail)) in result.findings:
         result.findings[key].times += 1
     else:
-        small = smaller(case, verdict, watched)
-        file = keep / result.surface / f"{len(result.findings)}-{case.name}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(small.data)
-        result.findings[key] = Finding(verdict.detail, file)
+        _fail(result, smaller(case, verdict, watched), verdict.detail, keep)
+
+
+def _fail(result: Result, case: Case, detail: str, keep: Path) -> None:
+    file = keep / result.surface / f"{len(result.findings)}-{case.name}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(case.data)
+    result.findings[_alike(detail)] = Finding(detail, file)
 
 
 def _alike(detail: str) -> str:

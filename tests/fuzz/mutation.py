@@ -2,7 +2,8 @@
 
 The ways are those of the field (AFL's deterministic and havoc stages; libFuzzer's dictionaries): flipped bits, cut and
 doubled pieces, numbers at the edges of their types, pieces of other inputs, and for structures fields that are gone, of
-another type, too large or nested too deep.
+another type, too large or nested too deep. :func:`vary` leaves types and shapes as they are, so that what stands behind
+the readers sees something, too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -198,6 +199,52 @@ def _edge(rng: random.Random, holder: Any, key: Any, root: Any, made: Made) -> N
 
 
 _STRUCTURE_WAYS = (_replace, _replace, _invent, _drop, _retype, _retype, _rename, _add, _move, _edge)
+
+
+def vary(rng: random.Random, value: Any, others: Sequence[Any], words: Mapping[str, Sequence[Any]]) -> Any:
+    """A copy of a sound structure, changed in one to four places, where types and shapes stay. ``others``: sound ones
+    that pieces may come from. ``words``: under a key, what else may stand there; nothing: it stays."""
+    copy = deepcopy(value)
+    for _ in range(rng.randint(1, 4)):
+        places = list(_places(copy))
+        depth = rng.choice([len(path) for path, _ in places])
+        path, holder = rng.choice([place for place in places if len(place[0]) == depth])
+        key, name = path[-1], next((each for each in reversed(path) if isinstance(each, str)), "")
+        if name in words:
+            if words[name] and not isinstance(holder[key], dict | list):
+                holder[key] = deepcopy(rng.choice(words[name]))
+            continue
+        alike = [
+            inner[way[-1]]
+            for other in (copy, *others)
+            for way, inner in _places(other)
+            if _shape(inner[way[-1]]) == _shape(holder[key]) and (way[-1] == key or isinstance(key, int))
+        ]
+        holder[key] = deepcopy(rng.choice(alike)) if alike and rng.random() < 0.5 else _near(rng, holder[key])
+    return copy
+
+
+def _shape(value: Any) -> object:
+    return frozenset(value) if isinstance(value, dict) else type(value)
+
+
+def _near(rng: random.Random, value: Any) -> Any:
+    """Of the same type and shape."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return rng.choice((0, 1, 2, 1000, value + 1, max(value - 1, 0), value * 2))
+    if isinstance(value, float):
+        return value * rng.choice((0.0, 0.001, 0.5, 2.0, 1000.0))
+    if isinstance(value, str):
+        return rng.choice(
+            (value * 2, value[:-1] or "a", value[::-1], value.upper(), f" {value}", f"{value}é\u3042", "a")
+        )
+    if isinstance(value, list) and value:
+        place = rng.randrange(len(value))
+        ways = (value[:place] + value[place + 1 :], [*value, value[place]], value[::-1], value * 2)
+        return deepcopy(rng.choice(ways))
+    return value
 
 
 def as_json(rng: random.Random, value: Any) -> bytes:

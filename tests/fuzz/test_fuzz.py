@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
@@ -13,14 +14,17 @@ from typing import Any
 import pytest
 
 from edge_runtime.errors import CorruptModel
+from edge_runtime.server import context, protocol
 from tests.fuzz.__main__ import shares
 from tests.fuzz.campaign import run, smaller
-from tests.fuzz.mutation import as_json, damage, disturb, unquoted
+from tests.fuzz.mutation import as_json, damage, disturb, unquoted, vary
 from tests.fuzz.surface import Case, Surface, judged
 from tests.fuzz.surfaces import SURFACES
 from tests.fuzz.surfaces.gguf import put_together, take_apart
+from tests.fuzz.surfaces.requests import KEYS, Requests, request
 from tests.fuzz.toml import as_toml
 from tests.fuzz.watched import Watched
+from tests.server.served import CHAT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are the system's")
 SHARE = {"requests": 100, "manifest": 80, "foreign": 50, "upstream": 100, "safetensors": 100, "gguf": 100}
@@ -34,6 +38,8 @@ def test_nothing_fails(name: str, tmp_path: Path) -> None:
     assert [finding.detail for finding in result.findings.values()] == []
     assert result.inputs == result.accepted + result.refused == SHARE.get(name, 200)
     assert result.refused > result.inputs / 10, "the inputs are hardly malformed"
+    least = result.inputs / 5 if name in ("policy", "template", "tokenizer") else 1
+    assert result.accepted >= least, "hardly anything gets past what reads it"
 
 
 # --- what finds must find ---------------------------------------------------------------------------------------------
@@ -105,6 +111,48 @@ def test_a_failing_input_is_made_small_and_kept(watched: Watched, tmp_path: Path
     assert result.failures == finding.times > 1
 
 
+class Sulking(Faulty):
+    """Refuses all after the first malformed input."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        super().__init__(folder, seed)
+        self._hurt = False
+
+    def make(self, rng: random.Random) -> Case:
+        return Case("x", b"refuse")
+
+    def run(self, case: Case) -> None:
+        self._hurt |= b"refuse" in case.data
+        super().run(Case("x", b"refuse") if self._hurt else case)
+
+
+@linux
+def test_a_surface_that_takes_nothing_any_more_is_found(tmp_path: Path) -> None:
+    result = run(Sulking, 5, seed=0, keep=tmp_path)
+    (finding,) = result.findings.values()
+    assert finding.detail == "a valid input at the end is refused: it is refused"
+    assert finding.file.read_bytes() == b"fine"
+    assert (result.refused, result.failures) == (5, 1)
+
+
+def test_a_server_that_answers_no_more_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((protocol, "HEAD_SECONDS"), (context, "BODY_SECONDS")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # which the surface sets
+    surface = Requests(tmp_path, 0)
+    body = json.dumps(CHAT).encode()
+    cases = [Case(name, request("/v1/chat/completions", body, key=key)) for name, key in KEYS.items()]
+    surface.prepare()
+    surface.open()
+    try:
+        assert [verdict.kind for _, verdict in surface.run_all(cases)] == ["accepted", "accepted"]
+        surface.models["keyed"].engine.close()
+        (alone,) = surface.run_all(cases[:1])
+        assert alone[1].detail.startswith("a good request to the keyed server afterwards is refused: HTTP 503")
+        assert {verdict.kind for _, verdict in surface.run_all(cases * 2)} == {"failed"}
+    finally:
+        surface.close()
+
+
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +190,21 @@ def test_something_is_changed() -> None:
     data, value = bytes(range(200)), {"a": [1, "x", None], "b": {"c": True}}
     assert sum(damage(rng, data) != data for _ in range(100)) > 90
     assert sum(disturb(rng, value, lambda: 3) != value for _ in range(100)) > 80
+
+
+def test_what_is_varied_keeps_its_types() -> None:
+    rng = random.Random(0)
+    value = {"type": "x", "way": "up", "list": [1, 2], "inner": {"a": 1.5, "b": True}, "none": None}
+    words = {"type": (), "way": ("up", "down")}
+    made = [vary(rng, value, [{"inner": {"a": 7.0, "b": False}}], words) for _ in range(200)]
+    for each in made:
+        assert {key: type(inner) for key, inner in each.items()} == {key: type(inner) for key, inner in value.items()}
+        assert [type(inner) for inner in each["inner"].values()] == [float, bool]
+        assert each["type"] == "x"
+        assert {type(item) for item in each["list"]} <= {int}
+    assert {each["way"] for each in made} == {"up", "down"}
+    assert {"a": 7.0, "b": False} in [each["inner"] for each in made]
+    assert sum(each != value for each in made) > 100
 
 
 def test_a_gguf_file_taken_apart_and_put_together_is_the_same(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 from tokenizers.models import BPE
 
-from edge_runtime.errors import CorruptModel
+from edge_runtime.errors import CorruptModel, InvalidRequest
 from edge_runtime.tokenizer import Tokenizer
 
 LETTERS = {chr(32 + index): index for index in range(95)}
@@ -31,28 +31,70 @@ def sequence(*steps: Mapping[str, Any], key: str = "normalizers") -> dict[str, A
 
 DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-TABLE = base64.b64encode((4).to_bytes(4, "little") + bytes(4) + b"x" * 100 + b"\0").decode()
+CHINESE = {
+    "type": "BertNormalizer",
+    "clean_text": True,
+    "handle_chinese_chars": True,
+    "strip_accents": None,
+    "lowercase": True,
+}
+EACH = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+ONE_FOR_MANY: dict[str, Any] = {**DOUBLE, "pattern": {"String": "ل"}, "content": "ﷺ"}
+A = {"Sequence": {"id": "A", "type_id": 0}}
+B = {"Sequence": {"id": "B", "type_id": 0}}
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"normalizer": sequence(*[DOUBLE] * 30)},
-        {"normalizer": sequence(sequence(*[DOUBLE] * 4), sequence(*[DOUBLE] * 4))},
-        {"normalizer": {**DOUBLE, "content": "a" * 1000}},
-        {"normalizer": {**DOUBLE, "pattern": {"Regex": "x*"}, "content": "a" * 1000}},
-        {"normalizer": {**DOUBLE, "pattern": {"String": ""}, "content": "a" * 1000}},
-        {"normalizer": {"type": "Prepend", "prepend": "a" * 1000}},
-        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": TABLE}},
-        {"pre_tokenizer": sequence(*[BYTES] * 12, key="pretokenizers")},
-        {"normalizer": sequence(*[DOUBLE] * 4), "pre_tokenizer": sequence(*[BYTES] * 3, key="pretokenizers")},
-        {"decoder": sequence(*[DOUBLE] * 30, key="decoders")},
-    ],
-    ids=range(10),
-)
-def test_texts_do_not_explode(parts: dict[str, Any]) -> None:
-    with pytest.raises(CorruptModel, match=r"times as long|in the place of a character"):
-        Tokenizer(tokenizer_json(**parts))
+def table(piece: bytes) -> dict[str, Any]:
+    data = (1024).to_bytes(4, "little") + bytes(1024) + piece + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+
+
+def metaspace(replacement: str = "▁", scheme: str = "always") -> dict[str, Any]:
+    return {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": True}
+
+
+def template(*pieces: Mapping[str, Any], ids: int = 1) -> dict[str, Any]:
+    special = {"[SEP]": {"id": "[SEP]", "ids": [3] * ids, "tokens": ["#"] * ids}}
+    return {"type": "TemplateProcessing", "single": list(pieces), "pair": [A, B], "special_tokens": special}
+
+
+SEP = {"SpecialToken": {"id": "[SEP]", "type_id": 0}}
+MADE_LONGER: dict[str, dict[str, Any]] = {
+    "doubled thirty times": {"normalizer": sequence(*[DOUBLE] * 30)},
+    "sequences in a sequence": {"normalizer": sequence(sequence(*[DOUBLE] * 4), sequence(*[DOUBLE] * 4))},
+    "a long replacement": {"normalizer": {**DOUBLE, "content": "a" * 1000}},
+    "of what may be nothing": {"normalizer": {**DOUBLE, "pattern": {"Regex": "x*"}, "content": "a" * 64}},
+    "of nothing": {"normalizer": {**DOUBLE, "pattern": {"String": ""}, "content": "a" * 64}},
+    "put before": {"normalizer": {"type": "Prepend", "prepend": "a" * 1000}},
+    "a table with a long piece": {"normalizer": table(b"x" * 100)},
+    "a table with a shorter piece": {"normalizer": sequence(table(b"x" * 43), *[DOUBLE] * 2)},
+    "spaces around Chinese": {"normalizer": sequence(*[CHINESE] * 500)},
+    "a letter that is three words": {"normalizer": sequence(*[ONE_FOR_MANY, {"type": "NFKD"}] * 3)},
+    "bytes of bytes": {"pre_tokenizer": sequence(*[BYTES] * 12, key="pretokenizers")},
+    "split and put before": {
+        "pre_tokenizer": sequence(*[EACH, metaspace(), EACH, metaspace("@", "first")] * 6, key="pretokenizers")
+    },
+    "both": {"normalizer": sequence(*[DOUBLE] * 4), "pre_tokenizer": sequence(*[BYTES] * 3, key="pretokenizers")},
+    "the text 2000 times": {"post_processor": template(*[A] * 2000)},
+    "the text again and again": {"post_processor": sequence(*[template(A, A)] * 8, key="processors")},
+    "much around the text": {"post_processor": template(A, *[SEP] * 100, ids=100)},
+    "a replacement in the answer": {"decoder": sequence(*[DOUBLE] * 30, key="decoders")},
+    "spaces in the answer": {"decoder": sequence(*[{"type": "BPEDecoder", "suffix": ""}] * 20, key="decoders")},
+    "more spaces in the answer": {
+        "decoder": sequence(
+            *[{"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": True}] * 20, key="decoders"
+        )
+    },
+    "a long token": {"model": {"type": "WordLevel", "vocab": {"a" * 1025: 0, "b": 1}, "unk_token": "b"}},
+    "a long token of quotes": {"model": {"type": "WordLevel", "vocab": {'"' * 1025: 0, "b": 1}, "unk_token": "b"}},
+}
+
+
+@pytest.mark.parametrize("what", MADE_LONGER)
+def test_texts_do_not_explode(what: str) -> None:
+    found = r"times as long|in the place of a character|around a text|a token has 1025 characters"
+    with pytest.raises(CorruptModel, match=found):
+        Tokenizer(tokenizer_json(**MADE_LONGER[what]))
 
 
 @pytest.mark.parametrize(
@@ -62,8 +104,17 @@ def test_texts_do_not_explode(parts: dict[str, Any]) -> None:
         {"normalizer": sequence({"type": "Prepend", "prepend": "▁"}, {**DOUBLE, "content": "▁"})},  # Llama 2
         {"normalizer": sequence({"type": "NFC"}), "pre_tokenizer": BYTES, "decoder": BYTES},  # Qwen
         {"normalizer": sequence({"type": "NFKD"}, {**DOUBLE, "pattern": {"Regex": " {2,}"}, "content": " "})},
+        {  # XLM-RoBERTa
+            "normalizer": sequence(table("ﷺ".encode()), {**DOUBLE, "pattern": {"Regex": " {2,}"}, "content": " "}),
+            "pre_tokenizer": sequence({"type": "WhitespaceSplit"}, metaspace(), key="pretokenizers"),
+            "post_processor": template(SEP, A, SEP, SEP),
+        },
+        {"normalizer": CHINESE, "pre_tokenizer": {"type": "BertPreTokenizer"}, "post_processor": template(SEP, A, SEP)},
+        {"pre_tokenizer": {**BYTES, "add_prefix_space": True}, "post_processor": template(A, A)},
+        {"pre_tokenizer": sequence(*[metaspace(scheme="never")] * 9, key="pretokenizers"), "decoder": metaspace()},
+        {"model": {"type": "WordLevel", "vocab": {"a" * 1024: 0, "aaa": 1}, "unk_token": "aaa"}},
     ],
-    ids=range(4),
+    ids=range(9),
 )
 def test_what_is_usual_passes(parts: dict[str, Any]) -> None:
     tokenizer = Tokenizer(tokenizer_json(**parts))
@@ -122,3 +173,16 @@ def test_an_interrupt_is_no_panic() -> None:
     tokenizer._inner = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         tokenizer.encode("a")
+
+
+def test_what_a_library_raises_while_it_decodes_is_an_error_of_the_request() -> None:
+    tokenizer = Tokenizer(tokenizer_json())
+
+    class Failing:
+        def decode(self, *given: object, **named: object) -> None:
+            raise Exception("no such thing")
+
+    assert tokenizer.decode([65]) == "a"
+    tokenizer._inner = Failing()
+    with pytest.raises(InvalidRequest, match="fails on this text: no such thing"):
+        tokenizer.decode([65])

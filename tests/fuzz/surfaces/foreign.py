@@ -15,7 +15,6 @@ from tests.fuzz.mutation import as_json, damage, disturb
 from tests.fuzz.surface import Case, Surface, command, sometimes
 
 FOREIGN = Path(__file__).parents[2] / "fixtures" / "foreign"
-_GRAPHS = ("openvino_model.xml", "model.onnx")
 _WEIGHTS = ("openvino_model.bin", "model.onnx.data")
 
 

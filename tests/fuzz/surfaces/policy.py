@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tomllib
+from copy import deepcopy
 from typing import Any, NoReturn
 
 from edge_runtime.errors import ModelNotFound, PolicyError
@@ -13,7 +14,7 @@ from edge_runtime.policy.rules import LocalTierSpec, read_policy
 from edge_runtime.prompts import Messages, TierRequest
 from edge_runtime.routing.dispatcher import Dispatcher
 from edge_runtime.sampling import SamplingParams
-from tests.fuzz.mutation import damage, disturb
+from tests.fuzz.mutation import damage, disturb, vary
 from tests.fuzz.surface import Case, Surface, command, sometimes
 from tests.fuzz.toml import as_toml
 from tests.tiers.house import QUESTION, FakeLocal
@@ -72,6 +73,23 @@ privacy = "any"
 prefer = "remote"
 hedge_ms = 50.0
 """
+_MORE = {
+    "tier": {"max_output": 64, "completions": True, "extra_sampling": True, "max_tokens_field": "max_tokens",
+             "price": {"input": 1.0, "output": 2.0}, "timeouts": {"first_token": 3.0, "total": 9.0},
+             "retry": {"attempts": 3, "longest": 1.0}, "breaker": {"cooldown": 1.0, "longest": 60.0}},
+    "class": {"prefer": "remote", "mode": "interactive", "privacy": "redact", "escalate": False, "consistency": True,
+              "hedge_ms": 0.0, "broken_stream": "continue", "latency": {"total": 500.0}, "cost_cap": {"month": 3.0},
+              "hold": {"tokens": 2}, "match": {"languages": ["en"], "schema": True, "regex": "what|it",
+              "keywords": ["it"], "tokens": {"min": 0, "max": 50}}, "tiers": ["cloud", "local"]},
+}  # fmt: skip
+"""What the seed leaves out."""
+_WORDS: dict[str, tuple[object, ...]] = {
+    "kind": (), "name": (), "stages": (), "max_tokens_field": ("max_tokens", "max_completion_tokens"),
+    "base_url": ("http://localhost:9/v1", "https://[::1]:9/v1"), "phone_region": ("DE", "US", "GB"),
+    "prefer": ("local", "remote", "order"), "mode": ("interactive", "deferred"),
+    "privacy": ("local-only", "redact", "any"), "broken_stream": ("error", "continue"),
+    "regex": ("[0-9]+", "what", "(?i)IT", "^$", "a|b*"), "languages": ("en", "de", "fr"),
+}  # fmt: skip
 
 
 class Policies(Surface):
@@ -83,10 +101,23 @@ class Policies(Surface):
         return [Case("policy.toml", SEED.encode()), Case("policy.toml", as_toml(random.Random(0), self._value, True))]
 
     def make(self, rng: random.Random) -> Case:
+        if rng.random() < 0.5:
+            return Case("policy.toml", as_toml(rng, self._sound(rng), rng.random() < 0.5))
         if rng.random() < 0.25:
             return Case("policy.toml", damage(rng, SEED.encode()))
         data = as_toml(rng, disturb(rng, self._value, self.made(rng)), rng.random() < 0.5)
         return Case("policy.toml", damage(rng, data, most=1) if rng.random() < 0.1 else data)
+
+    def _sound(self, rng: random.Random) -> dict[str, Any]:
+        """Of the right types: other values, other keys."""
+        value = deepcopy(self._value)
+        for kind, holders in (("tier", value["tiers"][1:]), ("class", value["classes"])):
+            for _ in range(rng.randint(0, 3)):
+                key, more = rng.choice(list(_MORE[kind].items()))
+                rng.choice(holders)[key] = deepcopy(more)
+        if rng.random() < 0.3:
+            del value[rng.choice(("stages", "caps", "privacy", "deferred", "routing"))]
+        return dict(vary(rng, value, [_MORE], _WORDS)) if rng.random() < 0.8 else value
 
     def open(self) -> None:
         self._local = FakeLocal()

@@ -24,6 +24,8 @@ from tests.fuzz.surface import Case, Failure, Json, Surface, Verdict, judged
 from tests.server.served import CHAT, TEXT, FakeModel, running, schema_format
 
 KEY = "secret"
+KEYS = {"open": None, "keyed": KEY}
+"""Of each server."""
 _TOOL = {
     "type": "function",
     "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
@@ -105,6 +107,9 @@ _TARGETS = (
 )  # fmt: skip
 
 
+NO_ROOM = "HTTP 503"
+
+
 class Requests(Surface):
     """A case is what goes over the wire, to the server that it names."""
 
@@ -137,13 +142,15 @@ class Requests(Surface):
         protocol.HEAD_SECONDS = 0.5
         context.BODY_SECONDS = 0.5
         self._stack = ExitStack()
-        models = [self._stack.enter_context(closing(FakeModel(max_context=1024))) for _ in range(2)]
-        _takes_tools(models[1])
+        self.models = {name: self._stack.enter_context(closing(FakeModel(max_context=1024))) for name in KEYS}
+        _takes_tools(self.models["keyed"])
         write_folder(self.folder / "encoder")
         encoder = self._stack.enter_context(EdgeEmbedder(str(self.folder / "encoder")))
         apps = {
-            "open": create_app(models[0], embedders=[encoder], max_body=100_000),
-            "keyed": create_app(models[1], api_key=KEY, max_body=100_000, per_minute=100_000, origins=["http://a"]),
+            "open": create_app(self.models["open"], embedders=[encoder], max_body=100_000),
+            "keyed": create_app(
+                self.models["keyed"], api_key=KEY, max_body=100_000, per_minute=100_000, origins=["http://a"]
+            ),
         }
         self._addresses: dict[str, tuple[str, int]] = {}
         for name, app in apps.items():
@@ -164,28 +171,38 @@ class Requests(Surface):
                 raise Failure("the server hung up without an answer")
             raise Refused("it hung up on a head without an end")
         if not check(path, *answer, head=method == b"HEAD"):
-            raise Refused(f"HTTP {answer[0]}")
+            raise Refused(NO_ROOM if answer[0] == 503 else f"HTTP {answer[0]}")
 
     def run_all(self, cases: Sequence[Case]) -> Iterator[tuple[int, Verdict]]:
         for start in range(0, len(cases), self.batch):
             some = range(start, min(start + self.batch, len(cases)))
             asked = {self._threads.submit(judged, self, cases[place]): place for place in some}
             verdicts = {asked[each]: each.result() for each in as_completed(asked)}
+            for place, verdict in verdicts.items():
+                if verdict.detail == NO_ROOM:  # which may be while others are asked
+                    verdicts[place] = self._alone(cases[place])
             wrong = self._wrong_afterwards()
             if wrong is not None and len(some) > 1:  # whose fault it is shows when they come one by one
                 for place in some:
-                    verdict = judged(self, cases[place])
+                    verdict = self._alone(cases[place])
                     after = self._wrong_afterwards()
                     verdicts[place] = verdict if after is None else Verdict("failed", after, verdict.seconds)
             elif wrong is not None:
                 verdicts[start] = Verdict("failed", wrong)
             yield from verdicts.items()
 
+    def _alone(self, case: Case) -> Verdict:
+        verdict = judged(self, case)
+        if verdict.detail == NO_ROOM:
+            return Verdict("failed", f"{NO_ROOM}, though nothing else was asked", verdict.seconds)
+        return verdict
+
     def _wrong_afterwards(self) -> str | None:
-        """Whether the server still does what it should."""
-        good = judged(self, Case("open", request("/v1/chat/completions", json.dumps(CHAT).encode())))
-        if good.kind != "accepted":
-            return f"a good request afterwards is {good.kind}: {good.detail}"
+        """Whether the servers still do what they should."""
+        for name, key in KEYS.items():
+            good = judged(self, Case(name, request("/v1/chat/completions", json.dumps(CHAT).encode(), key=key)))
+            if good.kind != "accepted":
+                return f"a good request to the {name} server afterwards is {good.kind}: {good.detail}"
         return self._log.take()
 
 

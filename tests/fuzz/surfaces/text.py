@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from edge_runtime.constraints import Grammars
 from edge_runtime.detokenizer import StreamDecoder
 from edge_runtime.grammar import Grammar
@@ -51,8 +49,3 @@ def use_template(source: str | None, special_tokens: dict[str, str], tokenizer: 
     if tokenizer is not None:
         tokenizer.encode(rendered[:10_000], parse_special=True)
     template.render(MESSAGES[1:2], tools=TOOLS, enable_thinking=False)
-
-
-def eos(ids: Sequence[int] | int | None) -> list[int]:
-    """As generation_config.json has them."""
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

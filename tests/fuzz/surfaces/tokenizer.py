@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer as Inner
 
 from edge_runtime.tokenizer import Tokenizer
 from exporters.hf_text import read_text_files
-from tests.fuzz.mutation import as_json, damage, disturb
+from tests.fuzz.mutation import as_json, damage, disturb, vary
 from tests.fuzz.surface import Case, Json, Surface, sometimes
 from tests.fuzz.surfaces.text import use_grammar, use_tokenizer
 
@@ -37,6 +38,51 @@ _PARTS: tuple[tuple[str, Json], ...] = (
      "pair": [], "special_tokens": {}}),
 )  # fmt: skip
 """Parts that mean harm, or that the seeds lack."""
+_DIGIT = {"Regex": r"\d|[^a-z]+"}
+_REPLACE: Json = {"type": "Replace", "pattern": _DIGIT, "content": " "}
+_BYTES: Json = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+_SPACES: Json = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}
+_STEPS: dict[str, tuple[Json, ...]] = {
+    "normalizers": (
+        {"type": "NFC"}, {"type": "NFD"}, {"type": "NFKC"}, {"type": "NFKD"}, {"type": "Lowercase"}, {"type": "Nmt"},
+        {"type": "StripAccents"}, {"type": "Strip", "strip_left": True, "strip_right": False}, {"type": "ByteLevel"},
+        {"type": "Prepend", "prepend": "▁"}, _REPLACE, _REPLACE | {"pattern": {"String": " "}, "content": "▁"},
+        {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
+         "lowercase": True},
+    ),
+    "pretokenizers": (
+        _BYTES, _SPACES, {"type": "Whitespace"}, {"type": "WhitespaceSplit"}, {"type": "BertPreTokenizer"},
+        {"type": "Split", "pattern": _DIGIT, "behavior": "Isolated", "invert": False}, {"type": "UnicodeScripts"},
+        {"type": "Digits", "individual_digits": True}, {"type": "Punctuation", "behavior": "Isolated"},
+        {"type": "CharDelimiterSplit", "delimiter": "#"}, {"type": "FixedLength", "length": 3},
+    ),
+    "decoders": (
+        _BYTES, _SPACES, _REPLACE, {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "BPEDecoder", "suffix": "</w>"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True},
+    ),
+    "processors": (
+        _BYTES, {"type": "BertProcessing", "sep": ["b", 3], "cls": ["a", 2]},
+        {"type": "RobertaProcessing", "sep": ["b", 3], "cls": ["a", 2], "trim_offsets": True, "add_prefix_space": True},
+        {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A",
+         "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+         "special_tokens": {"a": {"id": "a", "ids": [2], "tokens": ["a"]}}},
+    ),
+}  # fmt: skip
+"""What the library knows, by the key under which a sequence has it."""
+_SECTIONS = {
+    "normalizers": "normalizer",
+    "pretokenizers": "pre_tokenizer",
+    "decoders": "decoder",
+    "processors": "post_processor",
+}
+_BEHAVIORS = ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")
+_WORDS: dict[str, tuple[object, ...]] = {
+    "type": (), "version": (), "truncation": (), "padding": (), "behavior": _BEHAVIORS,
+    "prepend_scheme": ("first", "never", "always"), "replacement": ("▁", "a", " "), "delimiter": ("#", "a"),
+    "Regex": (r"\w+", r"\s*", "a|b", "(?i:hi)", r"\p{L}+|\p{N}", "(?=a)"), "Sequence": (), "SpecialToken": (),
+}  # fmt: skip
 
 
 class Tokenizers(Surface):
@@ -53,6 +99,8 @@ class Tokenizers(Surface):
 
     def make(self, rng: random.Random) -> Case:
         seed = rng.choice(self._seeds)
+        if rng.random() < 0.5:
+            return Case(seed.name, json.dumps(self._sound(rng, json.loads(seed.data)), ensure_ascii=False).encode())
         if rng.random() < 0.2:
             return Case(seed.name, damage(rng, seed.data, [each.data for each in self._seeds]))
         value = json.loads(seed.data)
@@ -64,6 +112,19 @@ class Tokenizers(Surface):
             part, harm = rng.choice(_PARTS)
             value[part] = harm
         return Case(seed.name, as_json(rng, disturb(rng, value, self.made(rng))))
+
+    def _sound(self, rng: random.Random, value: Json) -> Json:
+        """Of the right types and shapes: other steps, other values."""
+        for many, one in _SECTIONS.items():
+            if rng.random() < 0.3:
+                steps = [deepcopy(rng.choice(_STEPS[many])) for _ in range(rng.randint(1, 3))]
+                value[one] = steps[0] if len(steps) == 1 else {"type": "Sequence", many: steps}
+        if rng.random() < 0.3:
+            return value
+        part = rng.choice([*_SECTIONS.values(), "model", "added_tokens"])
+        if value[part]:
+            value[part] = vary(rng, {part: value[part]}, list(_STEPS.values()), _WORDS)[part]
+        return value
 
     def run(self, case: Case) -> None:
         (self.folder / case.name).write_bytes(case.data)
