@@ -46,6 +46,8 @@ class SqliteFile:
                 yield self._opened()
             except (sqlite3.Error, OSError) as error:
                 raise self._failure(f"{self._path} cannot be used: {why(error)}") from error
+            except UnicodeDecodeError as error:  # the library quotes what it cannot read
+                raise self._failure(f"{self._path} cannot be used: it is damaged") from error
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
