@@ -86,3 +86,13 @@ def test_no_known_hole_in_what_is_needed(tmp_path: Path) -> None:
     unknown = sorted(names - {each["name"] for each in answers if "skip_reason" not in each})
     if unknown:
         pytest.skip(f"the vulnerability service does not know {', '.join(unknown)}; it knows nothing bad of the others")
+
+
+def test_one_that_is_unknown_does_not_count_as_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [each.partition("==")[0] for each in installed()]
+    answers: list[dict[str, object]] = [{"name": name, "vulns": []} for name in names[1:]]
+    answers.append({"name": names[0], "skip_reason": "it is not on PyPI"})
+    done = subprocess.CompletedProcess[str]([], 0, json.dumps({"dependencies": answers}), "")
+    monkeypatch.setattr(subprocess, "run", lambda *given, **options: done)
+    with pytest.raises(pytest.skip.Exception, match=f"does not know {names[0]};"):
+        test_no_known_hole_in_what_is_needed(tmp_path)
