@@ -110,7 +110,9 @@ class Store:
         return [entry if _is_its_own(entry, names) else replace(entry, name=entry.folder.name) for entry in opened]
 
     def remove(self, reference: str) -> Path:
-        """Delete a model of the store; returns its folder. ModelNotFound; StorageError. Only the store's own."""
+        """Delete a model of the store; returns its folder. ModelNotFound; StorageError. Only the store's own. What is
+        left of one whose removal was killed goes too, though it is not found any more."""
+        remove_leftovers(self.home.models)
         folder = self._folder_of(reference)
         if folder.parent != self.home.models:
             raise ModelNotFound(f"{folder} is not in the store ({self.home.models}); delete it yourself")

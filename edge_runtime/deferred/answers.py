@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -16,14 +15,16 @@ from edge_runtime.errors import (
     LedgerError,
     Overloaded,
     PromptTooLong,
+    StorageError,
     TierError,
     TierRefused,
 )
-from edge_runtime.grammar import Grammar
 from edge_runtime.prompts import About, Messages, TierRequest
 from edge_runtime.request import Chunk, Usage
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.tools.pieces import add_call
+
+T = TypeVar("T")
 
 
 class Choice(msgspec.Struct):
@@ -52,12 +53,12 @@ class Failed(msgspec.Struct, frozen=True):
     """It will not be answered. ``status``: HTTP's."""
 
     error: str
-    status: int
+    status: Annotated[int, msgspec.Meta(ge=400, le=599)]
 
 
 class _Kept(msgspec.Struct, frozen=True):
     messages: list[dict[str, Any]]
-    params: dict[str, Any]
+    params: SamplingParams
     headers: dict[str, str]
     metadata: dict[str, str]
     fields: dict[str, str]
@@ -69,20 +70,24 @@ def pack(request: TierRequest) -> bytes:
     if not isinstance(request.prompt, Messages):
         raise InvalidRequest("only chats can be deferred", "service_tier")
     about = request.about
-    params = {**asdict(request.params), "logit_bias": {str(k): v for k, v in request.params.logit_bias.items()}}
     messages = [dict(message) for message in request.prompt.messages]
     parts = (dict(each) for each in (about.headers, about.metadata, about.fields, about.extras))
-    return msgspec.json.encode(_Kept(messages, params, *parts))
+    return msgspec.json.encode(_Kept(messages, request.params, *parts))
 
 
 def unpack(body: bytes) -> TierRequest:
-    kept = msgspec.json.decode(body, type=_Kept)
-    given = kept.params
-    if given.get("grammar") is not None:
-        given["grammar"] = Grammar(**given["grammar"])
-    given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
+    """StorageError for what :func:`pack` has not written, InvalidRequest for values that no request may have."""
+    kept = read(body, _Kept)
     about = About(kept.headers, kept.metadata, kept.fields, kept.extras)
-    return TierRequest(Messages(kept.messages), SamplingParams(**given), about)
+    return TierRequest(Messages(kept.messages), kept.params, about)
+
+
+def read(data: bytes, kind: type[T]) -> T:
+    """What the queue has kept. StorageError: it is damaged."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise StorageError(f"what the queue has kept of it is damaged: {error}") from error
 
 
 def joined(chunks: Iterable[Chunk], n: int) -> list[Choice]:

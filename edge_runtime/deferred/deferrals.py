@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
-from edge_runtime.deferred.answers import Done, Failed, pack
+from edge_runtime.deferred.answers import Done, Failed, pack, read
 from edge_runtime.deferred.queue import Entry, Queue, State
 from edge_runtime.deferred.worker import Answer, Worker
+from edge_runtime.errors import StorageError
 from edge_runtime.locks import HeldLock
 from edge_runtime.policy.rules import Deferred
 from edge_runtime.prompts import TierRequest
@@ -80,12 +79,14 @@ class Deferrals:
 
 
 def ticket(entry: Entry) -> Ticket:
-    result = entry.result or b""
-    return Ticket(
-        entry.id,
-        entry.created,
-        entry.state,
-        entry.waits_for,
-        msgspec.json.decode(result, type=Done) if entry.state == "done" else None,
-        msgspec.json.decode(result, type=Failed) if entry.state == "failed" else None,
-    )
+    """One whose result is damaged has failed: it hides no other."""
+    state, result = entry.state, entry.result or b""
+    answer = failure = None
+    try:
+        if state == "done":
+            answer = read(result, Done)
+        elif state == "failed":
+            failure = read(result, Failed)
+    except StorageError as error:
+        state, failure = "failed", Failed(str(error), 500)
+    return Ticket(entry.id, entry.created, state, entry.waits_for, answer, failure)

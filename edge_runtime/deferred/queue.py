@@ -6,13 +6,16 @@ puts them back. A request keeps its id, which every attempt sends as its idempot
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from edge_runtime.deferred.uptime import boot_id, uptime
 from edge_runtime.errors import QueueFull, StorageError
@@ -37,16 +40,19 @@ CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY CHECK (id = 1), boot TE
 """
 JUMP_S = 5.0
 """Of the wall clock against the one that cannot be set; less is drift."""
-_SELECT = "SELECT id, created, state, attempts, due, waits_for, body, result FROM requests "
+_FARTHEST_S = 1e10
+"""Further than this, three centuries, no clock is set: the note of it is damaged."""
+_COLUMNS = ("id", "created", "state", "attempts", "due", "waits_for", "body", "result")
+_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM requests "  # nosec B608  # names of columns
 
 
 @dataclass(frozen=True)
 class Entry:
     id: str
-    created: float
+    created: Annotated[float, msgspec.Meta(ge=-60e9, lt=250e9)]  # datetime has the years 1 to 9999
     """Unix seconds."""
     state: State
-    attempts: int
+    attempts: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
     due: float
     """Not to be tried before."""
     waits_for: str | None
@@ -60,8 +66,10 @@ class Queue:
     """Methods may be called from any thread, and from several processes. StorageError where the file fails.
 
     ``clock``: Unix seconds; ``uptime``: seconds since this machine was started, those in which it slept included. Where
-    the clock is set, all times in the file are set with it: nothing becomes too old by that, or waits for longer. So
-    they are where the newest request is in the future, which was put in before a restart that cost the clock its time.
+    the clock is set, all times in the file are set with it: nothing becomes too old by that, or waits for longer. What
+    was put in in the future, before a restart that cost the clock its time, was put in now.
+
+    A row that is damaged has failed, and hides no other.
     """
 
     def __init__(
@@ -116,15 +124,17 @@ class Queue:
         with self._file.writing() as connection:
             now = self._now(connection)
             self._forget(connection, now, bounds)
-            found = connection.execute(
-                _SELECT + "WHERE state = 'queued' AND due <= ? ORDER BY created LIMIT 1", (now,)
-            ).fetchone()
-            if found is None:
-                return None
-            connection.execute(
-                "UPDATE requests SET state = 'running', attempts = attempts + 1 WHERE id = ?", (found[0],)
-            )
-            return Entry(*found)
+            due = connection.execute(
+                "SELECT rowid FROM requests WHERE state = 'queued' AND due <= ? ORDER BY created, rowid", (now,)
+            ).fetchall()
+            for row in due:
+                entry = _entry(connection.execute(_SELECT + "WHERE rowid = ?", row).fetchone())
+                if entry.state == "queued":
+                    connection.execute(
+                        "UPDATE requests SET state = 'running', attempts = attempts + 1 WHERE rowid = ?", row
+                    )
+                    return entry
+        return None
 
     def wait(self, name: str, why: str, seconds: float) -> None:
         """Not now: try again after so long."""
@@ -144,13 +154,13 @@ class Queue:
     def get(self, name: str) -> Entry | None:
         with self._file.reading() as connection:
             found = connection.execute(_SELECT + "WHERE id = ?", (name,)).fetchone()
-        return None if found is None else Entry(*found)
+        return None if found is None else _entry(found)
 
     def entries(self) -> list[Entry]:
         """Oldest first."""
         with self._file.reading() as connection:
-            found = connection.execute(_SELECT + "ORDER BY created").fetchall()
-        return [Entry(*row) for row in found]
+            found = connection.execute(_SELECT + "ORDER BY created, rowid").fetchall()
+        return [_entry(row) for row in found]
 
     def remove(self, name: str) -> bool:
         """Whether it was there."""
@@ -166,17 +176,17 @@ class Queue:
         """By the clock, after whose jumps all that is in the file is set. In a transaction."""
         now = self._clock()
         offset = now - self._uptime()
-        known = connection.execute("SELECT boot, offset FROM clock").fetchone()
-        if known is not None and known[0] == self._boot:
-            jump = offset - known[1]
-        else:
-            newest = connection.execute("SELECT MAX(created) FROM requests").fetchone()[0]
-            jump = 0.0 if newest is None else min(now - newest, 0.0)
-            known = None
+        boot, known = connection.execute("SELECT boot, offset FROM clock").fetchone() or (None, None)
+        jump = offset - known if boot == self._boot and isinstance(known, float) else math.inf
+        if JUMP_S <= abs(jump) < _FARTHEST_S:
+            connection.execute("UPDATE OR IGNORE requests SET created = created + ?, due = due + ?", (jump, jump))
         if abs(jump) >= JUMP_S:
-            connection.execute("UPDATE requests SET created = created + ?, due = due + ?", (jump, jump))
-        if known is None or abs(jump) >= JUMP_S:
             connection.execute("INSERT OR REPLACE INTO clock VALUES (1, ?, ?)", (self._boot, offset))
+        connection.execute(  # text is greater than any number
+            "UPDATE OR IGNORE requests SET created = ?1, due = CASE typeof(created) WHEN 'real' "
+            "THEN due - (created - ?1) ELSE ?1 END WHERE created > ?1 + ?2",
+            (now, JUMP_S),
+        )
         return now
 
     def _forget(self, connection: sqlite3.Connection, now: float, bounds: Deferred) -> None:
@@ -187,6 +197,14 @@ class Queue:
             "UPDATE requests SET state = 'failed', result = ? WHERE state = 'queued' AND created < ?",
             (TOO_OLD, now - age),
         )
+
+
+def _entry(row: Sequence[Any]) -> Entry:
+    try:
+        return msgspec.convert(dict(zip(_COLUMNS, row, strict=True)), Entry, builtin_types=(bytes,))
+    except msgspec.ValidationError as error:
+        result = msgspec.json.encode({"error": f"what the queue has kept of it is damaged: {error}", "status": 500})
+        return Entry(str(row[0]), 0.0, "failed", 0, 0.0, None, b"", result)
 
 
 TOO_OLD = b'{"error":"it could not be answered before it was too old","status":504}'

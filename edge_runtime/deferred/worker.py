@@ -13,7 +13,7 @@ import msgspec
 
 from edge_runtime.deferred.answers import Done, Failed, passing, unpack
 from edge_runtime.deferred.queue import Entry, Queue
-from edge_runtime.errors import EdgeError, TierUnavailable
+from edge_runtime.errors import EdgeError, StorageError, TierUnavailable
 from edge_runtime.locks import HeldLock
 from edge_runtime.policy.rules import Deferred
 from edge_runtime.prompts import TierRequest
@@ -88,7 +88,7 @@ class Worker:
             if passing(error):
                 wait = LOOK_S if isinstance(error, TierUnavailable) else _wait(entry.attempts)
                 return partial(self._queue.wait, entry.id, str(error), wait)
-            return self._failure(entry, str(error), 400)
+            return self._failure(entry, str(error), 500 if isinstance(error, StorageError) else 400)
         except Exception as error:
             _log.exception("a deferred request failed")
             return self._failure(entry, f"internal error, {type(error).__name__}: {error}", 500)

@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
+
+import msgspec
 
 from edge_runtime.errors import LedgerError
 from edge_runtime.sqlite_file import SqliteFile
@@ -54,14 +56,37 @@ CREATE TABLE IF NOT EXISTS entries (
 CREATE INDEX IF NOT EXISTS entries_time ON entries (event, time);
 CREATE UNIQUE INDEX IF NOT EXISTS entries_settles ON entries (settles) WHERE settles IS NOT NULL;
 """
-_COLUMNS = (
-    *("seq", "time", "event", "settles", "request", "attempt", "tier", "class", "bytes_out", "bytes_in"),
-    *("prompt_tokens", "completion_tokens", "cost", "outcome", "sha256", "content", "previous", "hash"),
-)
-_INSERT = f"INSERT INTO entries VALUES ({', '.join('?' * len(_COLUMNS))})"  # nosec B608  # only question marks
-_HASHED = tuple(name for name in _COLUMNS if name not in ("content", "hash"))
 FIRST = "0" * 64
 """What stands before the first row."""
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+_Row = TypedDict(
+    "_Row",
+    {
+        "seq": Annotated[int, msgspec.Meta(ge=1, lt=2**62)],
+        "time": Annotated[float, msgspec.Meta(ge=0, lt=250e9)],  # datetime ends after the year 9999, 253e9
+        "event": Literal["sent", "settled"],
+        "settles": int | None,
+        "request": str,
+        "attempt": int,
+        "tier": str,
+        "class": str,
+        "bytes_out": _Count,
+        "bytes_in": _Count,
+        "prompt_tokens": _Count | None,
+        "completion_tokens": _Count | None,
+        "cost": _Count,
+        "outcome": str,
+        "sha256": str,
+        "content": bytes | None,
+        "previous": str,
+        "hash": str,
+    },
+)
+"""What a row is unless it was damaged: SQLite itself holds no column to its type."""
+_COLUMNS = tuple(_Row.__annotations__)
+_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries "  # nosec B608  # names of columns
+_INSERT = f"INSERT INTO entries VALUES ({', '.join('?' * len(_COLUMNS))})"  # nosec B608  # only question marks
+_HASHED = tuple(name for name in _COLUMNS if name not in ("content", "hash"))
 
 
 @dataclass(frozen=True)
@@ -126,10 +151,10 @@ class Ledger:
     def send(self, sending: Sending, caps: Sequence[Cap] = ()) -> int:
         """Write that it is about to leave; returns the row's number. OverCap: it may not."""
         with self._file.writing() as connection:
-            last = _last(connection)
+            last = self._last(connection)
             now = max(self._clock(), last["time"])
             for cap in caps:
-                spent = _spent(connection, cap, now)
+                spent = self._spent(connection, cap, now)
                 if spent + sending.most > cap.limit:
                     raise OverCap(
                         f"{cap} leaves {money(max(cap.limit - spent, 0))}, and this may cost {money(sending.most)}"
@@ -153,61 +178,66 @@ class Ledger:
     def settle(self, seq: int, settlement: Settlement) -> None:
         """Write what became of row ``seq``, once."""
         with self._file.writing() as connection:
-            last = _last(connection)
-            sent = connection.execute(
-                "SELECT request, attempt, tier, class, sha256, cost FROM entries WHERE seq = ? AND event = 'sent'",
-                (seq,),
-            ).fetchone()
-            if sent is None:
+            last = self._last(connection)
+            found = connection.execute(_SELECT + "WHERE seq = ? AND event = 'sent'", (seq,)).fetchone()
+            if found is None:
                 raise LedgerError(f"{self._path}: there is no sending {seq} to settle")
-            request, attempt, tier, task_class, sha256, most = sent
+            sent = self._sound(found)
             _append(
                 connection,
                 last,
                 time=max(self._clock(), last["time"]),
                 event="settled",
                 settles=seq,
-                request=request,
-                attempt=attempt,
-                tier=tier,
-                task_class=task_class,
+                request=sent["request"],
+                attempt=sent["attempt"],
+                tier=sent["tier"],
+                task_class=sent["class"],
                 bytes_in=settlement.bytes_in,
                 prompt_tokens=settlement.prompt_tokens,
                 completion_tokens=settlement.completion_tokens,
-                cost=most if settlement.cost is None else settlement.cost,
+                cost=sent["cost"] if settlement.cost is None else settlement.cost,
                 outcome=settlement.outcome,
-                sha256=sha256,
+                sha256=sent["sha256"],
             )
 
     def spent(self, cap: Cap) -> int:
         """Billionths of ``cap`` that are spent, or may be by what is under way."""
         with self._file.reading() as connection:
-            last = _last(connection)
-            return _spent(connection, cap, max(self._clock(), last["time"]))
+            last = self._last(connection)
+            return self._spent(connection, cap, max(self._clock(), last["time"]))
 
     def rows(self, newest: int | None = None) -> Iterator[dict[str, Any]]:
-        """In order, ``content`` as bytes or None; only the ``newest`` ones."""
-        wanted = "SELECT * FROM (SELECT * FROM entries ORDER BY seq DESC LIMIT ?) ORDER BY seq"
+        """In order, ``content`` as bytes or None; only the ``newest`` ones. LedgerError at one that is damaged."""
+        yield from map(self._sound, self._found(newest))
+
+    def _found(self, newest: int | None = None) -> list[Sequence[Any]]:
+        """As they are, damaged or not."""
         with self._file.reading() as connection:
-            found = connection.execute(wanted, (-1 if newest is None else newest,)).fetchall()
-        yield from (dict(zip(_COLUMNS, row, strict=True)) for row in found)
+            found = connection.execute(
+                _SELECT + "ORDER BY seq DESC LIMIT ?", (-1 if newest is None else newest,)
+            ).fetchall()
+        return found[::-1]
 
     def verify(self, head: str | None = None) -> list[str]:
         """Everything that is wrong with the chain. ``head``: a hash that was its last once, and must be in it."""
         wrong: list[str] = []
         previous, number, met = FIRST, 0, head is None
-        for row in self.rows():
-            number += 1
+        for values in self._found():
+            row, number = dict(zip(_COLUMNS, values, strict=True)), number + 1
             if row["seq"] != number:
                 wrong.append(f"row {number} is missing" if row["seq"] > number else f"row {row['seq']} is out of order")
                 number = row["seq"]
             if row["previous"] != previous:
                 wrong.append(f"row {number} does not follow the row before it")
-            if row["hash"] != _hash(row):
-                wrong.append(f"row {number} was changed")
-            content = row["content"]
-            if content is not None and hashlib.sha256(content).hexdigest() != row["sha256"]:
-                wrong.append(f"row {number}: its content was changed")
+            if damage := _damage(row):
+                wrong.append(f"row {number} was changed: {damage}")
+            else:
+                if row["hash"] != _hash(row):
+                    wrong.append(f"row {number} was changed")
+                content = row["content"]
+                if content is not None and hashlib.sha256(content).hexdigest() != row["sha256"]:
+                    wrong.append(f"row {number}: its content was changed")
             previous = row["hash"]
             met = met or previous == head
         if not met:
@@ -218,10 +248,42 @@ class Ledger:
     def head(self) -> str:
         """The last row's hash."""
         with self._file.reading() as connection:
-            return str(_last(connection)["hash"])
+            return str(self._last(connection)["hash"])
 
     def close(self) -> None:
         self._file.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _sound(self, values: Sequence[Any]) -> dict[str, Any]:
+        """By columns. LedgerError: it is damaged."""
+        row = dict(zip(_COLUMNS, values, strict=True))
+        if damage := _damage(row):
+            raise LedgerError(
+                f"{self._path}: row {row['seq']} is damaged: {damage}; edge-glm ledger verify lists all that is wrong"
+            )
+        return row
+
+    def _last(self, connection: sqlite3.Connection) -> dict[str, Any]:
+        found = connection.execute(_SELECT + "ORDER BY seq DESC LIMIT 1").fetchone()
+        return {"seq": 0, "time": 0.0, "hash": FIRST} if found is None else self._sound(found)
+
+    def _spent(self, connection: sqlite3.Connection, cap: Cap, now: float) -> int:
+        cost = "COALESCE(after.cost, sent.cost)"
+        wanted = (
+            f"SELECT SUM({cost}), MIN({cost}) FROM entries sent LEFT JOIN entries after "  # nosec B608  # a constant
+            "ON after.settles = sent.seq WHERE sent.event = 'sent' AND sent.time >= ?"
+        )
+        values: list[Any] = [_start(cap.period, now)]
+        if cap.task_class is not None:
+            wanted += " AND sent.class = ?"
+            values.append(cap.task_class)
+        total, least = connection.execute(wanted, values).fetchone()
+        if total is None:
+            return 0
+        if not isinstance(total, int) or least < 0:  # the sum of what are not all integers is none
+            raise LedgerError(f"{self._path}: a cost in it is damaged; edge-glm ledger verify says which")
+        return total
 
 
 def most_of(price_input: float, price_output: float, prompt_tokens: int, completion_tokens: int) -> int:
@@ -248,10 +310,13 @@ def _start(period: Period, now: float) -> float:
     return (midnight if period == "day" else midnight.replace(day=1)).timestamp()
 
 
-def _last(connection: sqlite3.Connection) -> dict[str, Any]:
-    found = connection.execute("SELECT seq, time, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
-    seq, when, digest = found or (0, 0.0, FIRST)
-    return {"seq": seq, "time": when, "hash": digest}
+def _damage(row: dict[str, Any]) -> str:
+    """Why it is none that was written here; empty: it may be."""
+    try:
+        msgspec.convert(row, _Row, builtin_types=(bytes,))
+    except msgspec.ValidationError as error:
+        return str(error)
+    return ""
 
 
 def _append(
@@ -262,18 +327,6 @@ def _append(
     row["hash"] = _hash(row)
     connection.execute(_INSERT, [row[name] for name in _COLUMNS])
     return int(last["seq"]) + 1
-
-
-def _spent(connection: sqlite3.Connection, cap: Cap, now: float) -> int:
-    wanted = (
-        "SELECT SUM(COALESCE(after.cost, sent.cost)) FROM entries sent LEFT JOIN entries after "
-        "ON after.settles = sent.seq WHERE sent.event = 'sent' AND sent.time >= ?"
-    )
-    values: list[Any] = [_start(cap.period, now)]
-    if cap.task_class is not None:
-        wanted += " AND sent.class = ?"
-        values.append(cap.task_class)
-    return int(connection.execute(wanted, values).fetchone()[0] or 0)
 
 
 def _hash(row: dict[str, Any]) -> str:

@@ -17,7 +17,6 @@ from edge_runtime.recipe import Recipe
 from exporters.checkpoint import Checkpoint
 from exporters.compression import compress as module
 from exporters.compression.budget import Precision, choose_levels, mean_bits, stored_bits
-from exporters.compression.calibrated import round_along
 from exporters.compression.compress import LEVELS, Text, compress
 from exporters.compression.rounding import nearest
 from exporters.compression.sensitivity import sensitivities
@@ -145,8 +144,6 @@ def test_the_size_is_kept(bits: float, tmp_path: Path) -> None:
         assert (isinstance(tensor, QuantizedTensor) and tensor.bits == 8) == (name in compression.wide)
 
 
-<<<<<<< HEAD
-=======
 @pytest.mark.parametrize("method", ["nearest", "gptq"])
 def test_the_size_is_kept_where_a_source_has_the_head_in_more_bits_than_the_embedding(
     method: str, tmp_path: Path
@@ -177,23 +174,6 @@ def test_what_was_rounded_for_one_engine_leaves_the_disk_for_the_next(tmp_path: 
         assert len(list(tmp_path.iterdir())) == 1
 
 
-FRAGILE = "layers.1.gate"
-
-
-class Fragile(CheckpointView):
-    """The same function as ``base``, with a matrix whose every 16th input counts next to nothing and has weights beside
-    which nothing is left of the others' codes."""
-
-    def tensor(self, name: str) -> Tensor:
-        value = dequantize(self._base.tensor(name)).copy()
-        if name == "layers.1.mlp_norm":
-            value[::16] /= 4096
-        elif name in (FRAGILE, "layers.1.up"):
-            value[:, ::16] *= 4096
-        return value
-
-
->>>>>>> f2
 def test_what_suffers_most_stays_in_float16(tmp_path: Path) -> None:
     source = Fragile(Spoken(replace(SHORT, vocab_size=512)))
     ids = module.encode(source, TEXT)[:100]

@@ -227,6 +227,13 @@ def test_of_two_models_of_one_name_none_is_meant(store: Store, tmp_path: Path) -
     assert store.remove("model") == second
 
 
+def test_what_a_killed_removal_has_left_goes_when_it_is_removed_again(store: Store) -> None:
+    (store.home.models / ".synthetic-tiny.partial-dead" / "model").mkdir(parents=True)
+    with pytest.raises(ModelNotFound):
+        store.remove("synthetic:tiny")
+    assert visible(store) == []
+
+
 def test_a_damaged_model_is_listed_and_can_be_removed(store: Store) -> None:
     package, _ = store.ensure("synthetic:tiny", "onnxruntime")
     (package.folder / MANIFEST).write_text("{}")

@@ -24,6 +24,7 @@ from edge_runtime.package import Package
 from edge_runtime.paths import Home
 from edge_runtime.policy.rules import read_policy
 from edge_runtime.prefix_store import PrefixStore
+from edge_runtime.references import parse_reference, slug
 from edge_runtime.store import Store
 from edge_runtime.tuning.records import Run
 from tests.survive import workers
@@ -92,6 +93,24 @@ def _pulled(box: Box, said: str) -> object:
 
 def _manifest(package: Package) -> object:
     return msgspec.to_builtins(package.manifest)
+
+
+def _another_model(box: Box, fixture: Fixture) -> None:
+    shutil.copytree(fixture.package, home(box).models / "kept")
+
+
+def _two_models(box: Box, fixture: Fixture) -> None:
+    _another_model(box, fixture)
+    shutil.copytree(fixture.package, home(box).models / slug(parse_reference(workers.DOOMED)))
+
+
+def _whole_models_and_the_other(box: Box, fixture: Fixture, said: str) -> None:
+    _whole_models(box, fixture, said)
+    kept = Package.open(home(box).models / "kept")
+    hold(kept.manifest == Package.open(fixture.package).manifest, "another model was changed")
+    hold("removed" not in said or Store(home(box)).present(workers.DOOMED) is None, "a model that was removed is there")
+    adopted = [entry for entry in Store(home(box)).list() if entry.folder.name != "kept"]
+    hold("adopted" not in said or adopted, "a model that was adopted has gone")
 
 
 def _package_with_one_variant(box: Box, fixture: Fixture) -> None:
@@ -287,6 +306,8 @@ ACTIVITIES = {
     each.name: each
     for each in (
         Activity("pull", edge_glm("pull", "pypi:tiny-model", "--engine", "all"), _nothing, _whole_models, _pulled),
+        Activity("adopt", worker("adopt"), _another_model, _whole_models_and_the_other, _pulled),
+        Activity("rm", worker("remove"), _two_models, _whole_models_and_the_other, _pulled),
         Activity(
             "export",
             edge_glm("export", "../../source", "-o", "model", "--engine", "all"),

@@ -6,7 +6,8 @@ streamed, several completions, forms, tools, responses, Ollama's API, embeddings
 the middle. After each round, once it is quiet, nothing may run or wait, sequences and blocks must add up, and memory is
 looked at.
 
-Fails if an answer was wrong or is missing, something has leaked, or memory has grown by 2 % since the warm-up.
+Fails if an answer was wrong or is missing, too few are right or too many refused, something has leaked, or memory has
+grown by 2 % since the warm-up.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,9 @@ traces and prefixes, fills up."""
 LEVEL = 3
 """Rounds whose median is a level: heaps come and go by a MiB."""
 GROWTH = 0.02
+RIGHT, REFUSED = 0.5, 0.05
+"""Shares of the requests: at least so many are answered rightly by the model here, at most so many refused for want of
+room. (Of 20,000 they were 69 % and none.)"""
 POLICY = """
 [[tiers]]
 name = "local"
@@ -222,12 +226,23 @@ def soak(requests: int, seed: int, report: Callable[[str], None]) -> dict[str, A
     lost = requests - sum(counts.values())
     if lost:
         problems.append(f"{lost} requests are not accounted for")
+    problems += uneven(counts, requests)
     counted = [level for asked, level in levels if asked >= WARM_UP * requests]
     growth = statistics.median(counted[-LEVEL:]) / statistics.median(counted[:LEVEL]) - 1
     if growth >= GROWTH:
         problems.append(f"memory has grown by {growth:.1%} since the warm-up")
     return {"requests": requests, "counts": dict(counts), "levels": levels, "growth": growth, "problems": problems,
             "course": memory.course}  # fmt: skip
+
+
+def uneven(counts: Mapping[str, int], requests: int) -> list[str]:
+    """What is wrong where each outcome by itself may be: a server that refuses all answers nothing wrongly."""
+    problems = []
+    if counts.get("right", 0) < RIGHT * requests:
+        problems.append(f"only {counts.get('right', 0)} of {requests} requests were answered rightly")
+    if counts.get("refused", 0) > REFUSED * requests:
+        problems.append(f"{counts['refused']} of {requests} requests were refused")
+    return problems
 
 
 def _clients(url: str, answers: Path, *given: int) -> str:

@@ -14,7 +14,7 @@ import sys
 import threading
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -25,19 +25,23 @@ from edge_runtime.bench.job import Job
 from edge_runtime.deferred.answers import Choice, Done, unpack
 from edge_runtime.deferred.deferrals import Deferrals
 from edge_runtime.egress.ledger import Ledger, Sending, Settlement
-from edge_runtime.errors import EdgeError, PolicyError
+from edge_runtime.errors import EdgeError, ModelNotFound, PolicyError
+from edge_runtime.fetch import Fetched
 from edge_runtime.keys import KeyRing
 from edge_runtime.package import storage_errors
 from edge_runtime.paths import home
 from edge_runtime.policy.rules import Deferred, Policy
 from edge_runtime.prompts import NOTHING, Messages, TierRequest
 from edge_runtime.routing.dispatcher import Dispatcher
+from edge_runtime.store import Store
 from edge_runtime.tuning import run as tuning
 from edge_runtime.tuning import search
 from edge_runtime.tuning.log import TuningLog
 from edge_runtime.tuning.records import Run
 from tests.tiers.house import GREEDY, QUESTION, FakeLocal
 
+DOOMED = "hf:somebody/doomed"
+"""A model that is removed."""
 SENDINGS = 10
 """Of each of two threads."""
 DEFERRED = 10
@@ -51,6 +55,27 @@ _BLOCK = 4096
 
 def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def adopt() -> None:
+    """A package that somebody else has made, as the hub brings it."""
+
+    def fetched(reference: object, workdir: Path, progress: object) -> Fetched:
+        return Fetched(Path("../../package"), {})
+
+    with mock.patch("edge_runtime.store.fetch", fetched):
+        Store(home()).ensure("hf:somebody/tiny", "onnxruntime")
+    say("adopted")
+
+
+def remove() -> None:
+    """One of two models, if it is still there."""
+    with suppress(ModelNotFound):
+        Store(home()).remove(DOOMED)
+    say("removed")
 
 
 # --- tuning -----------------------------------------------------------------------------------------------------------
@@ -228,7 +253,9 @@ def _no_other(tier: object) -> FakeLocal:
 
 # --- all --------------------------------------------------------------------------------------------------------------
 
-WORKERS: dict[str, Callable[[], None]] = {each.__name__: each for each in (tune, ledger, deferred, prefixes, config)}
+WORKERS: dict[str, Callable[[], None]] = {
+    each.__name__: each for each in (adopt, remove, tune, ledger, deferred, prefixes, config)
+}
 
 
 @contextmanager

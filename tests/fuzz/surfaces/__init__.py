@@ -6,8 +6,10 @@ from tests.fuzz.surface import Surface
 from tests.fuzz.surfaces.foreign import ForeignFolders
 from tests.fuzz.surfaces.generation import GenerationDefaults
 from tests.fuzz.surfaces.gguf import GgufFiles
+from tests.fuzz.surfaces.ledger import Ledgers
 from tests.fuzz.surfaces.manifest import Manifests
 from tests.fuzz.surfaces.policy import Policies
+from tests.fuzz.surfaces.queue import Queues
 from tests.fuzz.surfaces.requests import Requests
 from tests.fuzz.surfaces.safetensors import SafetensorsFolders
 from tests.fuzz.surfaces.settings import SettingsFiles
@@ -31,5 +33,7 @@ SURFACES: dict[str, type[Surface]] = {
         Tokenizers,
         Templates,
         GenerationDefaults,
+        Queues,
+        Ledgers,
     )
 }
