@@ -52,14 +52,19 @@ class Tracing:
             with span("send"):
                 await send(message)
 
+        status = 499  # as nginx logs clients that have left before anything was sent
         try:
             await self._app(scope, receive, timed)
+        except BaseException:
+            status = 500  # which is sent by who stands before this
+            raise
         finally:
             lane = current()
             if lane is not None:
                 lane.pause()
             leave(token)
             trace.finish()
+            trace.about.setdefault("status", status)
             # the route's pattern: paths may hold what clients make up
             trace.say(path=getattr(scope.get("route"), "path", None) or "other")
             self._recorder.keep(trace)

@@ -12,14 +12,16 @@ from typing import Any
 import httpx
 import pytest
 
+from edge_runtime.cli.main import main
 from edge_runtime.server.app import create_app
 from edge_runtime.tracing.recorder import Recorder
 from edge_runtime.tracing.trace import PARTS, Trace
 from tests.server.served import CHAT, TEXT, FakeModel, error_of, running, wait_until
+from tests.server.test_leaving import sent
 from tests.server.test_tiers import AWAY
 from tests.server.test_tiers import CHAT as TIERED
 from tests.tiers.house import LOCAL, TieredModel, cloud, house, task
-from tests.tiers.upstream import answers, upstream
+from tests.tiers.upstream import answers, stalls, upstream
 
 STEP_S = 0.004
 """Of a model slow enough that nanoseconds between two marks do not count."""
@@ -148,6 +150,32 @@ def test_no_trace_says_what_was_asked_or_answered(url: str, recorder: Recorder) 
 def test_refusals_are_traced_too(url: str, recorder: Recorder) -> None:
     response, trace = traced(url, recorder, "/v1/chat/completions", CHAT | {"max_tokens": -1})
     assert response.status_code == trace.about["status"] == 400
+
+
+def test_what_got_no_answer_has_a_status_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A client that leaves while its tier is awaited, and a bug, whose 500 is sent outside: both are listed."""
+    recorder = Recorder()
+    with (
+        upstream(stalls()) as server,
+        house(tmp_path, cloud(server.url) + AWAY) as here,
+        running(create_app(TieredModel(here), recorder=recorder)) as url,
+    ):
+        with sent(url, "/v1/chat/completions", TIERED | {"stream": True}):
+            wait_until(lambda: server.asked)
+        assert newest(recorder, 0).about["status"] == 499
+    model = FakeModel()
+    model.start_chat = broken  # type: ignore[method-assign]
+    with running(create_app(model, recorder=recorder)) as url:
+        response, trace = traced(url, recorder, "/v1/chat/completions", CHAT)
+        assert response.status_code == trace.about["status"] == 500
+        assert main(["ps", "--requests", "--url", url]) == 0
+        _, *rows = capsys.readouterr().out.splitlines()
+        assert [row.split()[2] for row in rows] == ["500", "499"]
+    model.close()
+
+
+def broken(*given: Any) -> Any:
+    raise RuntimeError("a bug")
 
 
 def test_watching_is_not(url: str, recorder: Recorder) -> None:
