@@ -93,12 +93,14 @@ class Running:
             self._whole = True
             return
         failures: list[Exception] = []
+        lane = current()
+        if lane is not None:
+            lane.pause()
         async with anyio.create_task_group() as group:
 
             async def pump_one(number: int) -> None:
-                here = current()
-                if here is not None:  # they take turns
-                    enter(here.trace.lane(f"server {number}"))
+                if lane is not None:  # they take turns
+                    enter(lane.trace.lane(f"server {number}"))
                 try:
                     await self._pump_one(number, emit)
                 except Exception as error:
@@ -107,6 +109,8 @@ class Running:
 
             for number in range(len(self._generations)):
                 group.start_soon(pump_one, number)
+        if lane is not None:
+            lane.resume()
         if failures:
             raise failures[0]
         self._whole = True
@@ -134,6 +138,8 @@ class Running:
                 raise EngineStopped("the answer was cut off: the server is shutting down")
             with span("serialize"):
                 await emit(number, chunk)
+            if lane is not None and chunk.usage is None:  # behind the last one nobody is waited for
+                lane.pause()
 
     async def opened(self) -> None:
         """Wait until it stands who answers. Raises what a request fails with of which nothing was passed on."""
@@ -147,7 +153,7 @@ class Running:
             self._failed = True
             raise
         if lane is not None:
-            lane.skip()
+            lane.resume()
 
     @property
     def route(self) -> Route:

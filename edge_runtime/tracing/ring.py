@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from itertools import islice
 
 from edge_runtime.tracing.trace import Trace
 
@@ -19,22 +20,19 @@ class Ring:
         self._most_spans = spans
         self._most_traces = traces
         self._lock = threading.Lock()
-        self._kept: deque[Trace] = deque()
+        self._kept: deque[tuple[Trace, int]] = deque()
+        """With how many of its spans count: some may still come."""
         self._spans = 0
 
     def add(self, trace: Trace) -> None:
         """One that has ended; the oldest give way."""
         with self._lock:
-            self._kept.append(trace)
-            self._spans += len(trace)
+            self._kept.append((trace, len(trace)))
+            self._spans += self._kept[-1][1]
             while len(self._kept) > self._most_traces or (self._spans > self._most_spans and len(self._kept) > 1):
-                self._spans -= len(self._kept.popleft())
+                self._spans -= self._kept.popleft()[1]
 
     def newest(self, count: int) -> list[Trace]:
         """The newest first."""
         with self._lock:
-            return [each for each, _ in zip(reversed(self._kept), range(count), strict=False)]
-
-    def get(self, id: str) -> Trace | None:
-        with self._lock:
-            return next((each for each in reversed(self._kept) if each.id == id), None)
+            return [trace for trace, _ in islice(reversed(self._kept), count)]

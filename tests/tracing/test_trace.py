@@ -117,8 +117,65 @@ def test_the_ring_keeps_the_newest() -> None:
         made.append(trace)
         assert trace in ring.newest(1)  # however large
     assert ring.newest(9) == made[:-5:-1]
-    assert ring.get(made[-1].id) is made[-1]
-    assert ring.get(made[0].id) is None
+
+
+def test_spans_that_come_late_do_not_widen_the_ring() -> None:
+    """Their threads notice the end of a request a little later."""
+    ring = Ring(spans=100, traces=1000)
+    for _ in range(100):
+        trace = Trace()
+        lane = trace.lane("engine", 0)
+        for each in range(10):
+            lane.mark("decode", each)
+        ring.add(trace)
+        for each in range(10):
+            lane.mark("decode", each)
+    assert len(ring.newest(1000)) == 10
+
+
+def test_nothing_is_told_of_what_comes_after_the_end() -> None:
+    trace = Trace()
+    lane = trace.lane("engine", trace.started)
+    lane.mark("prefill", trace.started + 10)
+    trace.ended = trace.started + 30
+    lane.mark("decode", trace.started + 50)  # the step that ran when the client left
+    lane.mark("sample", trace.started + 60)
+    assert trace.parts() == {"prefill": 10, "decode": 20}
+    assert (len(trace), trace.covered) == (2, 1.0)
+
+
+def test_a_paused_lane_counts_nothing_however_it_goes_on() -> None:
+    trace = Trace()
+    for goes_on in (
+        lambda lane: lane.mark("send"),
+        lambda lane: lane.begin("send"),
+        lambda lane: lane.pause(),
+        lambda lane: lane.delivered(),
+        lambda lane: lane.resume(),
+        lambda lane: lane.stepped("decode", time.perf_counter_ns(), time.perf_counter_ns() + 1),
+    ):
+        lane = trace.lane("server")
+        lane.pause()
+        time.sleep(0.02)
+        goes_on(lane)
+        lane.mark("send")
+    assert sum(trace.parts().values()) < 20e6
+    lane.mark("send")
+    time.sleep(0.02)
+    lane.mark("judge")  # it has gone on
+    assert trace.parts()["judge"] >= 20e6
+
+
+def test_threads_open_lanes_at_once() -> None:
+    trace = Trace()
+
+    def opens(number: int) -> None:
+        for _ in range(500):
+            trace.lane(f"{number}", 0).mark("decode", number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(opens, range(8)))
+    assert all(span.lane == f"{span.end}" for span in trace)
 
 
 def test_a_sink_that_fails_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
