@@ -147,9 +147,7 @@ class Trace:
         known, share = self._covered
         if known == len(self):
             return share
-        spans = np.frombuffer(self._spans[:], np.int64).reshape(
-            -1, _FIELDS
-        )  # a copy: one that is looked at cannot grow
+        spans = np.frombuffer(self._spans[:], np.int64).reshape(-1, _FIELDS)  # of a copy: this one must be free to grow
         spans = spans[np.argsort(spans[:, 2], kind="stable")]
         starts, ends = spans[:, 2], spans[:, 3]
         reached = np.maximum.accumulate(np.concatenate(([self.started], ends)))[:-1]
