@@ -28,7 +28,8 @@ _NO_TOKEN = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
 
 
 class Tracing:
-    """Middleware: every POST is traced, from its head to the last byte of its answer."""
+    """Middleware: every POST is traced, from its head to the last byte of its answer. What the door does not let in is
+    not kept, or whoever has no key could drive out the others."""
 
     def __init__(self, app: ASGIApp, recorder: Recorder) -> None:
         self._app = app
@@ -64,10 +65,11 @@ class Tracing:
                 lane.pause()
             leave(token)
             trace.finish()
-            trace.about.setdefault("status", status)
-            # the route's pattern: paths may hold what clients make up
-            trace.say(path=getattr(scope.get("route"), "path", None) or "other")
-            self._recorder.keep(trace)
+            if "caller" in scope["state"]:
+                trace.about.setdefault("status", status)
+                # the route's pattern: paths may hold what clients make up
+                trace.say(path=getattr(scope.get("route"), "path", None) or "other")
+                self._recorder.keep(trace)
 
 
 def _asks(headers: Mapping[str, str]) -> bool:

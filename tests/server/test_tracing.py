@@ -258,6 +258,23 @@ def broken(*given: Any) -> Any:
     raise RuntimeError("a bug")
 
 
+def test_who_is_not_let_in_drives_nobody_out() -> None:
+    recorder, model = Recorder(), FakeModel()
+    path = "/v1/chat/completions"
+    with running(create_app(model, recorder=recorder, api_key="secret", per_minute=1)) as url:
+        _, trace = traced(url, recorder, path, CHAT, authorization="Bearer secret")
+        for key, code in (("", 401), ("wrong", 401), ("secret", 429)):
+            headers = {"authorization": f"Bearer {key}"}
+            assert httpx.post(f"{url}{path}", json=CHAT, headers=headers).status_code == code
+        time.sleep(0.1)
+        assert recorder.ring.newest(9) == [trace]
+    with running(create_app(model, recorder=recorder)) as url:
+        assert httpx.post(f"{url}{path}", json=CHAT, headers={"origin": "http://page.example"}).status_code == 403
+        time.sleep(0.1)
+        assert recorder.ring.newest(9) == [trace]
+    model.close()
+
+
 def test_watching_is_not(url: str, recorder: Recorder) -> None:
     before = len(recorder.ring.newest(1000))
     for path in ("/health", "/metrics", "/traces", "/v1/models"):
