@@ -1,4 +1,4 @@
-"""The newest requests' traces, as long as they are few."""
+"""The newest requests' traces, and the spans of the newest of them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,27 @@ class Ring:
     """Any thread may add and read."""
 
     def __init__(self, spans: int = MOST_SPANS, traces: int = MOST_TRACES) -> None:
-        self._most_spans = spans
-        self._most_traces = traces
+        """Of the newest ``traces`` sums are kept, and single spans of as many of them as have ``spans`` in all."""
+        self._most_spans, self._most_traces = spans, traces
         self._lock = threading.Lock()
-        self._kept: deque[tuple[Trace, int]] = deque()
-        """With how many of its spans count: some may still come."""
+        self._kept: deque[Trace] = deque(maxlen=traces)
+        self._whole: deque[tuple[Trace, int]] = deque()
+        """Those with their spans, and how many count: some may still come."""
         self._spans = 0
 
     def add(self, trace: Trace) -> None:
         """One that has ended; the oldest give way."""
         with self._lock:
-            self._kept.append((trace, len(trace)))
-            self._spans += self._kept[-1][1]
-            while len(self._kept) > self._most_traces or (self._spans > self._most_spans and len(self._kept) > 1):
-                self._spans -= self._kept.popleft()[1]
+            self._kept.append(trace)
+            self._whole.append((trace, len(trace)))
+            self._spans += self._whole[-1][1]
+            whole = self._whole
+            while len(whole) > self._most_traces or (self._spans > self._most_spans and len(whole) > 1):
+                oldest, spans = whole.popleft()
+                oldest.thin()
+                self._spans -= spans
 
     def newest(self, count: int) -> list[Trace]:
         """The newest first."""
         with self._lock:
-            return [trace for trace, _ in islice(reversed(self._kept), count)]
+            return list(islice(reversed(self._kept), count))

@@ -49,6 +49,7 @@ _NUMBER = {part: number for number, part in enumerate(PARTS)}
 MOST_SPANS = 50_000
 """Of one request; of an answer with more only sums are kept from there on."""
 _FIELDS = 4
+_ALL = -1
 
 
 class Span(NamedTuple):
@@ -86,8 +87,8 @@ class Trace:
         """Of lanes: several threads may want one at once."""
         self._spans = array("q")
         """(lane, part, start, end) each, extended whole: one call of C, so that threads need no lock."""
-        self._covered = (-1, 0.0)
-        """By how many spans, and what it was then."""
+        self._covered = (0, 0.0)
+        """By how many spans, and what it was then; once they are gone by :data:`_ALL`."""
 
     def lane(self, name: str, start: int | None = None) -> Lane:
         """A new one; ``start``: when what it marks first has begun, if not now."""
@@ -114,6 +115,11 @@ class Trace:
         """Idempotent."""
         if self.ended is None:
             self.ended = time.perf_counter_ns()
+
+    def thin(self) -> None:
+        """Of one that has ended: let the spans go, and keep their sums."""
+        self._covered = _ALL, self.covered
+        self._spans = array("q")
 
     # --- read ---------------------------------------------------------------------------------------------------------
 
@@ -145,7 +151,7 @@ class Trace:
     def covered(self) -> float:
         """The share of :attr:`wall` in which at least one lane said what it did, 0..1."""
         known, share = self._covered
-        if known == len(self):
+        if known in (len(self), _ALL):
             return share
         spans = np.frombuffer(self._spans[:], np.int64).reshape(-1, _FIELDS)  # of a copy: this one must be free to grow
         spans = spans[np.argsort(spans[:, 2], kind="stable")]

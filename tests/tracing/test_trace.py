@@ -106,17 +106,24 @@ def test_a_very_long_answer_keeps_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_ring_keeps_the_newest() -> None:
+    """And of the newest of them their spans."""
     ring = Ring(spans=25, traces=4)
-    made = []
+    made: list[Trace] = []
     for count in (10, 10, 10, 100, 1, 1, 1, 1, 1):
         trace = Trace()
         lane = trace.lane("engine", 0)
         for each in range(count):
             lane.mark("decode", each)
+        trace.ended = trace.started + 1000
+        told = trace.parts(), trace.covered
         ring.add(trace)
         made.append(trace)
-        assert trace in ring.newest(1)  # however large
-    assert ring.newest(9) == made[:-5:-1]
+        assert ring.newest(9) == made[:-5:-1]
+        assert len(trace) == count  # however large
+        assert sum(map(len, ring.newest(9))) <= max(25, count)
+        assert (trace.parts(), trace.covered) == told
+    assert [len(each) for each in made] == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert made[3].parts() == {"decode": 99}
 
 
 def test_spans_that_come_late_do_not_widen_the_ring() -> None:
@@ -130,7 +137,7 @@ def test_spans_that_come_late_do_not_widen_the_ring() -> None:
         ring.add(trace)
         for each in range(10):
             lane.mark("decode", each)
-    assert len(ring.newest(1000)) == 10
+    assert [len(trace) for trace in ring.newest(1000)] == [20] * 10 + [0] * 90
 
 
 def test_nothing_is_told_of_what_comes_after_the_end() -> None:
