@@ -69,12 +69,14 @@ class Span(NamedTuple):
 class Trace:
     """One request, from its first byte to its last. Spans may come from any thread.
 
-    ``id``: 32 hexadecimal digits, as W3C's Trace Context has them; ``parent``: 16, of the caller's span.
+    ``id``: 32 hexadecimal digits, as W3C's Trace Context has them; ``parent``: 16, of the caller's span; ``sampled``:
+    the caller wants it sent where such traces are gathered.
     """
 
-    def __init__(self, id: str | None = None, parent: str | None = None) -> None:
+    def __init__(self, id: str | None = None, parent: str | None = None, sampled: bool = True) -> None:
         self.id = id or secrets.token_hex(16)
         self.parent = parent
+        self.sampled = sampled
         self.about: dict[str, str | int | float] = {}
         """Of the request: model, path, status, tier, tokens. No content."""
         self.unix_ns = time.time_ns()

@@ -230,12 +230,14 @@ def test_chrome_trace() -> None:
     ],
 )
 def test_malformed_parents_are_passed_over(header: str | None) -> None:
-    assert trace_parent(header) == (None, None)
+    assert trace_parent(header) == (None, None, True)
 
 
 def test_parents() -> None:
-    assert trace_parent(f"00-{'a' * 32}-{'b' * 16}-01") == ("a" * 32, "b" * 16)
-    assert trace_parent(f"01-{'a' * 32}-{'b' * 16}-01-later") == ("a" * 32, "b" * 16)  # of a version to come
+    assert trace_parent(f"00-{'a' * 32}-{'b' * 16}-01") == ("a" * 32, "b" * 16, True)
+    assert trace_parent(f"00-{'a' * 32}-{'b' * 16}-00") == ("a" * 32, "b" * 16, False)
+    assert trace_parent(f"00-{'a' * 32}-{'b' * 16}-02") == ("a" * 32, "b" * 16, False)
+    assert trace_parent(f"01-{'a' * 32}-{'b' * 16}-01-later") == ("a" * 32, "b" * 16, True)  # of a version to come
 
 
 def test_lanes_belong_to_who_starts_them() -> None:
