@@ -130,6 +130,24 @@ def test_traces(url: str, recorder: Recorder) -> None:
     assert {event["ph"] for event in chrome["traceEvents"]} == {"M", "X"}
 
 
+def test_telling_stops_nobody(url: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done off the event loop, and does not look at all spans each time."""
+    threads = {threading.current_thread().name}
+
+    def tell(kept: list[Trace]) -> dict[str, Any]:
+        threads.add(threading.current_thread().name)
+        return {}
+
+    monkeypatch.setattr("edge_runtime.server.tracing.chrome_trace", tell)
+    assert httpx.get(f"{url}/traces?format=chrome").json() == {}
+    assert any("AnyIO worker" in each for each in threads)
+    _, trace = traced(url, recorder, "/v1/chat/completions", CHAT)
+    before = httpx.get(f"{url}/traces?limit=1").json()
+    monkeypatch.setattr(trace, "_spans", None)
+    monkeypatch.setattr(Trace, "__len__", lambda trace: trace._covered[0])
+    assert httpx.get(f"{url}/traces?limit=1").json() == before
+
+
 @pytest.mark.parametrize("query", ["limit=x", "limit=-1", "limit=²", "format=xml"])
 def test_what_traces_cannot_be_asked(query: str, url: str) -> None:
     response = httpx.get(f"{url}/traces?{query}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from itertools import pairwise
@@ -15,7 +16,7 @@ from edge_runtime.tracing.chrome import chrome_trace
 from edge_runtime.tracing.context import trace_parent
 from edge_runtime.tracing.recorder import Recorder
 from edge_runtime.tracing.ring import Ring
-from edge_runtime.tracing.trace import Trace, current, enter, leave, span
+from edge_runtime.tracing.trace import Lane, Trace, current, enter, leave, span
 
 
 def test_a_lane_leaves_no_gaps_and_counts_nothing_twice() -> None:
@@ -153,14 +154,15 @@ def test_nothing_is_told_of_what_comes_after_the_end() -> None:
 
 def test_a_paused_lane_counts_nothing_however_it_goes_on() -> None:
     trace = Trace()
-    for goes_on in (
+    ways: list[Callable[[Lane], object]] = [
         lambda lane: lane.mark("send"),
         lambda lane: lane.begin("send"),
         lambda lane: lane.pause(),
         lambda lane: lane.delivered(),
         lambda lane: lane.resume(),
         lambda lane: lane.stepped("decode", time.perf_counter_ns(), time.perf_counter_ns() + 1),
-    ):
+    ]
+    for goes_on in ways:
         lane = trace.lane("server")
         lane.pause()
         time.sleep(0.02)
