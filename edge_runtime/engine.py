@@ -352,6 +352,8 @@ class Engine:
     def _let_go(self, requests: Sequence[Request]) -> None:
         """Free what they hold."""
         for request in requests:
+            if request.lane is not None and request.sequence is None and not request.finished:
+                request.lane.mark("queue")  # until whoever waited has left
             request.finish("cancelled")  # unless it has finished otherwise
         for request in self._live.drop_finished():
             self._scheduler.release(request, keep=isinstance(request, Completion))

@@ -136,8 +136,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     ps = add("ps", "list the models that a server has open")
     ps.add_argument("--requests", action="store_true", help="list its newest requests, and where their time went")
-    ps.add_argument("--limit", type=int, metavar="N", default=20, help="of them (default: 20)")
-    ps.add_argument("--chrome", metavar="FILE", help="write their spans to a file for ui.perfetto.dev")
+    ps.add_argument("--limit", type=int, metavar="N", help="of them (default: 20; for --chrome all that are kept)")
+    ps.add_argument("--chrome", metavar="FILE", help="write their spans, as JSON, to a file for ui.perfetto.dev")
     ps.add_argument("--json", action="store_true", help="print JSON")
     stop = add("stop", "have a server close a model that it opened on demand")
     stop.add_argument("model", metavar="NAME", help="as `edge-glm ps` calls it")

@@ -18,7 +18,7 @@ from edge_runtime.settings import load_settings
 
 
 def ps(arguments: argparse.Namespace) -> int:
-    if arguments.limit < 1:
+    if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit is at least 1, not {arguments.limit}")
     if arguments.chrome is not None:
         return _chrome(arguments)
@@ -41,7 +41,7 @@ def ps(arguments: argparse.Namespace) -> int:
 
 def _requests(arguments: argparse.Namespace) -> int:
     """Each with its longest parts."""
-    traces = _ask(arguments, "GET", f"/traces?limit={arguments.limit}")["data"]
+    traces = _ask(arguments, "GET", f"/traces?limit={arguments.limit or 20}")["data"]
     if arguments.json:
         print(json.dumps(traces, indent=2))
         return 0
@@ -58,8 +58,11 @@ def _requests(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_ALL = 10**9
+
+
 def _chrome(arguments: argparse.Namespace) -> int:
-    spans = _ask(arguments, "GET", f"/traces?format=chrome&limit={arguments.limit}")
+    spans = _ask(arguments, "GET", f"/traces?format=chrome&limit={arguments.limit or _ALL}")
     path = Path(arguments.chrome)
     try:
         path.write_text(json.dumps(spans), encoding="utf-8")

@@ -45,6 +45,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     given = settings.memory_budget
     budget = None if given is None else parse_budget(given).within(lambda: host_memory().total)
     with ExitStack() as stack:
+        sinks: list[Sink] = []
+        if settings.otel:  # before models are fetched and opened: it may not be installed
+            sink = OtelSink()
+            stack.callback(sink.close)
+            sinks.append(sink)
         models, embedders = open_served(refs, settings, stack)
         from edge_runtime.server.app import create_app
         from edge_runtime.server.run import serve as serve_app
@@ -61,11 +66,6 @@ def _serve(arguments: argparse.Namespace) -> None:
             KEEP_ALIVE if keep_alive is None else keep_alive,
         )
         stack.callback(shelf.close)
-        sinks: list[Sink] = []
-        if settings.otel:
-            sink = OtelSink()
-            stack.callback(sink.close)
-            sinks.append(sink)
         app = create_app(
             shelf,
             api_key=settings.api_key,

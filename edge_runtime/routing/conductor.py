@@ -30,7 +30,7 @@ from edge_runtime.routing.router import Plan
 from edge_runtime.routing.sources import LocalSource, Source, Speeds
 from edge_runtime.tiers.model import LocalModel
 from edge_runtime.tiers.remote import RemoteRequest, RemoteTier
-from edge_runtime.tracing.trace import TIER, Lane, current, enter, leave, span
+from edge_runtime.tracing.trace import TIER, Lane, enter, leave, span
 
 _log = logging.getLogger("edge_glm.tiers")
 PASSED_ON = (TierError, LedgerError, DeviceError, EngineStopped, Overloaded, PromptTooLong)
@@ -237,8 +237,6 @@ class Conductor:
         until = job.started + hold.ms / 1e3
         await source.hold(hold.tokens, until)
         self._measured(job, source.tier)
-        if (lane := current()) is not None:
-            lane.skip()
         with span("judge"):
             verdict = await job.judgement.verdict(source, until)
         route.signals = {**route.signals, **verdict.signals}

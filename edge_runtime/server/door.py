@@ -96,16 +96,15 @@ class Door:
         elif scope["method"] == "POST" and headers.get("origin") not in (None, _own_origin(scope), *self._origins):
             text = "requests from web pages (Origin header) need an API key: start the server with one"
             return Failure(403, text, "invalid_request_error", "forbidden")
+        if scope["method"] == "POST":
+            client = scope.get("client") or ("", 0)
+            seconds = self._guard.wait(f"address {client[0]}" if key is None else f"key {key.name}", key)
+            if seconds > 0:
+                wait = math.ceil(seconds)
+                text = f"too many requests: try again in {wait} s"
+                return Failure(429, text, "rate_limit_error", "rate_limit_exceeded", retry_after=wait)
         scope.setdefault("state", {})["caller"] = "" if key is None else key.name
-        if scope["method"] != "POST":
-            return None
-        client = scope.get("client") or ("", 0)
-        seconds = self._guard.wait(f"address {client[0]}" if key is None else f"key {key.name}", key)
-        if seconds == 0:
-            return None
-        wait = math.ceil(seconds)
-        text = f"too many requests: try again in {wait} s"
-        return Failure(429, text, "rate_limit_error", "rate_limit_exceeded", retry_after=wait)
+        return None
 
     def _is_ours(self, host: str) -> bool:
         """Also a name of a page that may ask: a proxy in front may pass it on. Without one (HTTP/1.0) it is no

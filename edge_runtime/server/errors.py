@@ -74,6 +74,11 @@ _TABLE: tuple[tuple[type[EdgeError], int, str | None], ...] = (
 )
 
 
+def status_of(error: Exception) -> int:
+    """What the client is told; under 500 it is the request's own fault."""
+    return next((status for kind, status, _ in _TABLE if isinstance(error, kind)), 500)
+
+
 def failure_of(error: Exception) -> Failure:
     """The client's view of ``error``. What is not in the tree is a bug: it is logged, and the client learns no more."""
     row = next((row for row in _TABLE if isinstance(error, row[0])), None)

@@ -14,6 +14,7 @@ from edge_runtime.errors import EdgeError, EngineStopped
 from edge_runtime.generation import Generation
 from edge_runtime.request import Chunk, Usage
 from edge_runtime.route import Route
+from edge_runtime.server.errors import status_of
 from edge_runtime.server.metrics import Watched
 from edge_runtime.tracing.trace import current, enter, span
 
@@ -32,7 +33,8 @@ class Running:
         self._whole = False
         """All has been read to the end."""
         self._release: Callable[[], None] | None = None
-        self._failed = False
+        self._outcome = "left"
+        """Of what was not read to the end."""
         self._generations: list[Generation] = []
 
     def release_with(self, release: Callable[[], None]) -> None:
@@ -68,7 +70,7 @@ class Running:
                 prompt_tokens=usage.prompt_tokens,
                 cached_tokens=usage.cached_tokens,
                 completion_tokens=usage.completion_tokens,
-                outcome="whole" if self._whole else "failed" if self._failed else "left",
+                outcome="whole" if self._whole else self._outcome,
             )
             first = self._watched.first_at
             latency = {
@@ -93,12 +95,14 @@ class Running:
             self._whole = True
             return
         failures: list[Exception] = []
+        lane = current()
+        if lane is not None:
+            lane.pause()
         async with anyio.create_task_group() as group:
 
             async def pump_one(number: int) -> None:
-                here = current()
-                if here is not None:  # they take turns
-                    enter(here.trace.lane(f"server {number}"))
+                if lane is not None:  # they take turns
+                    enter(lane.trace.lane(f"server {number}"))
                 try:
                     await self._pump_one(number, emit)
                 except Exception as error:
@@ -107,6 +111,8 @@ class Running:
 
             for number in range(len(self._generations)):
                 group.start_soon(pump_one, number)
+        if lane is not None:
+            lane.resume()
         if failures:
             raise failures[0]
         self._whole = True
@@ -128,12 +134,20 @@ class Running:
             if lane is not None:
                 lane.delivered()
             self._watched.chunk(number, chunk)
-            self._failed |= chunk.error is not None
-            chunk.checked()
-            if chunk.finish_reason == "cancelled":
-                raise EngineStopped("the answer was cut off: the server is shutting down")
+            try:
+                chunk.checked()
+                if chunk.finish_reason == "cancelled":
+                    raise EngineStopped("the answer was cut off: the server is shutting down")
+            except EdgeError as error:
+                self._fails(error)
+                raise
             with span("serialize"):
                 await emit(number, chunk)
+            if lane is not None and chunk.usage is None:  # behind the last one nobody is waited for
+                lane.pause()
+
+    def _fails(self, error: EdgeError) -> None:
+        self._outcome = "failed" if status_of(error) >= 500 else "refused"
 
     async def opened(self) -> None:
         """Wait until it stands who answers. Raises what a request fails with of which nothing was passed on."""
@@ -143,11 +157,11 @@ class Running:
         try:
             for generation in self._generations:
                 await generation.opened()
-        except EdgeError:
-            self._failed = True
+        except EdgeError as error:
+            self._fails(error)
             raise
         if lane is not None:
-            lane.skip()
+            lane.resume()
 
     @property
     def route(self) -> Route:

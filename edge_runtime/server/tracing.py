@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import anyio.to_thread
 import msgspec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -28,7 +29,8 @@ _NO_TOKEN = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
 
 
 class Tracing:
-    """Middleware: every POST is traced, from its head to the last byte of its answer."""
+    """Middleware: every POST is traced, from its head to the last byte of its answer. What the door does not let in is
+    not kept, or whoever has no key could drive out the others."""
 
     def __init__(self, app: ASGIApp, recorder: Recorder) -> None:
         self._app = app
@@ -52,17 +54,23 @@ class Tracing:
             with span("send"):
                 await send(message)
 
+        status = 499  # as nginx logs clients that have left before anything was sent
         try:
             await self._app(scope, receive, timed)
+        except BaseException:
+            status = 500  # which is sent by who stands before this
+            raise
         finally:
             lane = current()
             if lane is not None:
                 lane.pause()
             leave(token)
             trace.finish()
-            # the route's pattern: paths may hold what clients make up
-            trace.say(path=getattr(scope.get("route"), "path", None) or "other")
-            self._recorder.keep(trace)
+            if "caller" in scope["state"]:
+                trace.about.setdefault("status", status)
+                # the route's pattern: paths may hold what clients make up
+                trace.say(path=getattr(scope.get("route"), "path", None) or "other")
+                self._recorder.keep(trace)
 
 
 def _asks(headers: Mapping[str, str]) -> bool:
@@ -93,16 +101,21 @@ def told(trace: Trace) -> dict[str, Any]:
     }
 
 
+_FORMS: Mapping[str, Callable[[list[Trace]], Response]] = {
+    "json": lambda kept: json_response({"object": "list", "data": [told(each) for each in kept]}),
+    "chrome": lambda kept: json_response(chrome_trace(kept)),
+}
+
+
 async def traces(request: Request) -> Response:
-    """The newest requests that have ended, newest first; with ``?format=chrome`` all their spans, for Perfetto."""
+    """The newest requests that have ended, newest first; with ``?format=chrome`` the spans that are kept, for
+    Perfetto."""
     recorder = ServerContext.of(request).recorder
     count = request.query_params.get("limit", str(MOST_TOLD))
     if not (count.isascii() and count.isdigit()):
         raise HTTPException(400, f"limit is a number of requests, not {count[:40]!r}")
     kept = recorder.ring.newest(int(count[:9]))
     form = request.query_params.get("format", "json")
-    if form == "chrome":
-        return json_response(chrome_trace(kept))
-    if form != "json":
+    if form not in _FORMS:
         raise HTTPException(400, f"format is json or chrome, not {form[:40]!r}")
-    return json_response({"object": "list", "data": [told(each) for each in kept]})
+    return await anyio.to_thread.run_sync(_FORMS[form], kept)  # of all that is kept it takes a while

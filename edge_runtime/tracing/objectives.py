@@ -60,8 +60,8 @@ class _Class:
 class Objectives:
     """A sink of :class:`~edge_runtime.tracing.recorder.Recorder`. Any thread may read.
 
-    Goes by what a trace says of itself: ``task``, ``tier``, ``outcome`` (``whole``, ``failed``, ``left``), ``ttft_ms``,
-    ``wanted_ttft_ms``, ``wanted_total_ms``, ``degraded``.
+    Goes by what a trace says of itself: ``task``, ``tier``, ``outcome`` (``whole``, ``failed``, ``refused``, ``left``),
+    ``ttft_ms``, ``wanted_ttft_ms``, ``wanted_total_ms``, ``degraded``.
     """
 
     def __init__(self, count: Callable[[str, str], None] = lambda task, outcome: None) -> None:

@@ -8,6 +8,7 @@ each token there is one span, with how often and how long.
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 NEEDED = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
+CLOSE_S = 2.0
+"""A collector that does not answer is tried again for longer."""
 _CONVENTIONS = {
     "path": "http.route",
     "status": "http.response.status_code",
@@ -52,6 +55,7 @@ class OtelSink:
 
         resource = Resource.create({SERVICE_NAME: "edge-glm", SERVICE_VERSION: version()})
         self._ids = OurIds()
+        self._naming = threading.Lock()
         self._provider = TracerProvider(resource=resource, id_generator=self._ids, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("edge_glm", version())
@@ -70,14 +74,17 @@ class OtelSink:
 
         above = Context()
         if trace.parent is not None:
-            flags = TraceFlags(TraceFlags.SAMPLED)
+            flags = TraceFlags(TraceFlags.SAMPLED if trace.sampled else TraceFlags.DEFAULT)
             caller = SpanContext(int(trace.id, 16), int(trace.parent, 16), is_remote=True, trace_flags=flags)
             above = set_span_in_context(NonRecordingSpan(caller), above)
         offset = trace.unix_ns - trace.started
         about = {_CONVENTIONS.get(key, f"edge_glm.{key}"): value for key, value in trace.about.items()}
-        self._ids.trace_id = int(trace.id, 16)
         name = str(trace.about.get("path", "request"))
-        root = self._tracer.start_span(name, above, SpanKind.SERVER, about, start_time=trace.unix_ns)
+        with self._naming:
+            self._ids.trace_id = int(trace.id, 16)
+            root = self._tracer.start_span(name, above, SpanKind.SERVER, about, start_time=trace.unix_ns)
+        if not root.is_recording():  # as the caller wants it, or OTEL_TRACES_SAMPLER
+            return
         inside = set_span_in_context(root, Context())
         for (lane, part), spans in _grouped(trace).items():
             busy = sum(span.end - span.start for span in spans)
@@ -95,8 +102,10 @@ class OtelSink:
         root.end(trace.unix_ns + trace.wall)
 
     def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left, if that takes no longer than :data:`CLOSE_S`."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
 
 
 def _grouped(trace: Trace) -> dict[tuple[str, str], list[Span]]:

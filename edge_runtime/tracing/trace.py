@@ -2,7 +2,7 @@
 
 A request is worked on by several threads at a time: while the engine decodes a token, the event loop serialises the one
 before. Each of them has a :class:`Lane`, in which time is never counted twice: :meth:`Lane.mark` says what the lane has
-done since its last mark, so that its spans follow each other without gaps. A lane that waits for another marks nothing.
+done since its last mark, so that its spans follow each other without gaps. A lane that waits for another is paused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar, Token
+from threading import Lock
 from typing import Literal, NamedTuple, get_args
+
+import numpy as np
 
 Part = Literal[
     "other",  # parsing, changes of threads, whatever has no name of its own
@@ -46,6 +49,7 @@ _NUMBER = {part: number for number, part in enumerate(PARTS)}
 MOST_SPANS = 50_000
 """Of one request; of an answer with more only sums are kept from there on."""
 _FIELDS = 4
+_ALL = -1
 
 
 class Span(NamedTuple):
@@ -59,18 +63,20 @@ class Span(NamedTuple):
     @property
     def name(self) -> str:
         """The part; of a tier elsewhere, which one: ``upstream NAME``."""
-        return f"upstream {self.lane.removeprefix(TIER)}" if self.part == "upstream" else self.part
+        return _name(self.part, self.lane)
 
 
 class Trace:
     """One request, from its first byte to its last. Spans may come from any thread.
 
-    ``id``: 32 hexadecimal digits, as W3C's Trace Context has them; ``parent``: 16, of the caller's span.
+    ``id``: 32 hexadecimal digits, as W3C's Trace Context has them; ``parent``: 16, of the caller's span; ``sampled``:
+    the caller wants it sent where such traces are gathered.
     """
 
-    def __init__(self, id: str | None = None, parent: str | None = None) -> None:
+    def __init__(self, id: str | None = None, parent: str | None = None, sampled: bool = True) -> None:
         self.id = id or secrets.token_hex(16)
         self.parent = parent
+        self.sampled = sampled
         self.about: dict[str, str | int | float] = {}
         """Of the request: model, path, status, tier, tokens. No content."""
         self.unix_ns = time.time_ns()
@@ -78,21 +84,30 @@ class Trace:
         self.ended: int | None = None
         self.put_at: int | None = None
         """When the newest chunk was passed on to the reader."""
-        self._lanes: list[str] = []
+        self._lanes: list[_Told] = []
+        self._opening = Lock()
+        """Of lanes: several threads may want one at once."""
         self._spans = array("q")
         """(lane, part, start, end) each, extended whole: one call of C, so that threads need no lock."""
-        self._sums: defaultdict[Part, int] = defaultdict(int)
+        self._covered = (0, 0.0)
+        """By how many spans, and what it was then; once they are gone by :data:`_ALL`."""
 
     def lane(self, name: str, start: int | None = None) -> Lane:
         """A new one; ``start``: when what it marks first has begun, if not now."""
-        self._lanes.append(name)
-        return Lane(self, len(self._lanes) - 1, time.perf_counter_ns() if start is None else start)
+        with self._opening:
+            self._lanes.append(_Told(name, defaultdict(int)))
+            number = len(self._lanes) - 1
+        return Lane(self, number, time.perf_counter_ns() if start is None else start)
 
     def add(self, lane: int, part: Part, start: int, end: int) -> None:
+        """Of what a thread was still doing when the trace ended, what came before that counts."""
+        if self.ended is not None:
+            if start >= self.ended:
+                return
+            end = min(end, self.ended)
+        self._lanes[lane].sums[part] += end - start
         if len(self._spans) < _FIELDS * MOST_SPANS:
             self._spans.extend((lane, _NUMBER[part], start, end))
-        else:
-            self._sums[part] += end - start
 
     def say(self, **about: str | int | float) -> None:
         """See :attr:`about`."""
@@ -103,6 +118,11 @@ class Trace:
         if self.ended is None:
             self.ended = time.perf_counter_ns()
 
+    def thin(self) -> None:
+        """Of one that has ended: let the spans go, and keep their sums."""
+        self._covered = _ALL, self.covered
+        self._spans = array("q")
+
     # --- read ---------------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -112,7 +132,7 @@ class Trace:
     def __iter__(self) -> Iterator[Span]:
         fields = iter(self._spans[: _FIELDS * len(self)])
         for lane, part, start, end in zip(fields, fields, fields, fields, strict=True):
-            yield Span(PARTS[part], self._lanes[lane], start, end)
+            yield Span(PARTS[part], self._lanes[lane].name, start, end)
 
     @property
     def wall(self) -> int:
@@ -122,43 +142,65 @@ class Trace:
     def parts(self) -> Mapping[str, int]:
         """Nanoseconds of each, in the order of :data:`PARTS`; of tiers elsewhere one by one, as ``upstream NAME``.
         Lanes overlap, so that they may add up to more than :attr:`wall`."""
-        sums: dict[tuple[Part, str], int] = {(part, part): sum for part, sum in self._sums.items()}
-        for span in self:
-            sums[span.part, span.name] = sums.get((span.part, span.name), 0) + span.end - span.start
+        sums: dict[tuple[Part, str], int] = {}
+        for lane in list(self._lanes):
+            for part, took in list(lane.sums.items()):
+                key = part, _name(part, lane.name)
+                sums[key] = sums.get(key, 0) + took
         return {name: sums[part, name] for part, name in sorted(sums, key=lambda each: _NUMBER[each[0]])}
 
     @property
     def covered(self) -> float:
         """The share of :attr:`wall` in which at least one lane said what it did, 0..1."""
-        total, reached = sum(self._sums.values()), self.started
-        for span in sorted(self, key=lambda span: span.start):
-            total += max(span.end - max(span.start, reached), 0)
-            reached = max(reached, span.end)
-        return min(total / max(self.wall, 1), 1.0)
+        known, share = self._covered
+        if known in (len(self), _ALL):
+            return share
+        spans = np.frombuffer(self._spans[:], np.int64).reshape(-1, _FIELDS)  # of a copy: this one must be free to grow
+        spans = spans[np.argsort(spans[:, 2], kind="stable")]
+        starts, ends = spans[:, 2], spans[:, 3]
+        reached = np.maximum.accumulate(np.concatenate(([self.started], ends)))[:-1]
+        union = int(np.maximum(ends - np.maximum(starts, reached), 0).sum())
+        full = len(spans) >= MOST_SPANS
+        not_kept = sum(self.parts().values()) - int((ends - starts).sum()) if full else 0
+        share = min((union + not_kept) / max(self.wall, 1), 1.0)
+        if self.ended is not None:
+            self._covered = len(spans), share
+        return share
+
+
+class _Told(NamedTuple):
+    """What a lane has said."""
+
+    name: str
+    sums: defaultdict[Part, int]
+    """Nanoseconds, of spans that are not kept, too. A lane is one thread's at a time, so that none is lost."""
+
+
+def _name(part: Part, lane: str) -> str:
+    return f"upstream {lane.removeprefix(TIER)}" if part == "upstream" else part
 
 
 class Lane:
     """What one thread, or one coroutine, does for a request. Of one thread at a time."""
 
-    __slots__ = ("_last", "_number", "_part", "_stepped", "trace")
+    __slots__ = ("_last", "_number", "_part", "_paused", "_stepped", "trace")
 
     def __init__(self, trace: Trace, number: int, start: int) -> None:
         self.trace = trace
         self._number = number
         self._last = start
         self._part: Part = "other"
+        self._paused = False
         self._stepped = False
 
     def mark(self, part: Part, now: int | None = None) -> None:
-        """Since the last mark it was ``part``."""
+        """Since the last mark it was ``part``; or else paused, and goes on."""
         if now is None:
             now = time.perf_counter_ns()
-        self.trace.add(self._number, part, self._last, now)
+        if not self._paused:
+            self.trace.add(self._number, part, self._last, now)
+        self._paused = False
         self._last = now
-
-    def skip(self) -> None:
-        """Since the last mark it has waited for another lane."""
-        self._last = time.perf_counter_ns()
 
     def begin(self, part: Part) -> Part:
         """What is done from now on is ``part``; returns what it was until now, for :meth:`end`."""
@@ -171,14 +213,22 @@ class Lane:
         self._part = before
 
     def pause(self) -> None:
-        """What follows is another lane's, until :meth:`skip`."""
-        self.mark(self._part)
+        """What follows is another lane's, until :meth:`resume`, or else until this one says something again."""
+        if not self._paused:
+            self.mark(self._part)
+            self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+        self._last = time.perf_counter_ns()
 
     def delivered(self) -> None:
-        """The reader has got the newest chunk: from when it was passed on until now it was on its way."""
+        """The reader has got a chunk: from when it was passed on, or else was looked for, until now it was on its
+        way."""
         now, put_at = time.perf_counter_ns(), self.trace.put_at
-        if put_at is not None and put_at > self._last:
-            self.trace.add(self._number, "deliver", put_at, now)
+        if put_at is not None:
+            self.trace.add(self._number, "deliver", max(put_at, self._last), now)
+        self._paused = False
         self._last = now
 
     # --- of a step of the engine --------------------------------------------------------------------------------------

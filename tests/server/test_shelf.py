@@ -300,6 +300,13 @@ def test_the_command(tmp_path: Path) -> None:
                 "embed",
                 "decode",
             }
+            for _ in range(20):
+                httpx.post(f"{url}/v1/completions", json=body | {"model": "one"}, timeout=60)
+            assert len(tell("ps", "--requests", "--url", url).splitlines()) == 1 + 20
+            for limit, told_of in (((), 23), (("--limit", "2"), 2)):  # all, if it is not said
+                tell("ps", "--chrome", str(spans), *limit, "--url", url)
+                events = json.loads(spans.read_text())["traceEvents"]
+                assert sum(event["name"] == "request" for event in events) == told_of
             assert tell("stop", "two", "--url", url) == "two is closed once nobody uses it\n"
             assert [line.split()[0] for line in tell("ps", "--url", url).splitlines()] == ["one", "three"]
             assert tell("stop", "two", "--url", url) == "two was not open\n"

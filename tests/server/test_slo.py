@@ -6,14 +6,17 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from edge_runtime.cli.main import main
+from edge_runtime.generation import Generation
 from edge_runtime.server.app import create_app
+from edge_runtime.tracing.recorder import Recorder
 from tests.server.served import CHAT as PLAIN
-from tests.server.served import running, wait_until
+from tests.server.served import FakeModel, running, wait_until
 from tests.server.test_tiers import CHAT
 from tests.tiers.house import LOCAL, TieredModel, cloud, house, task
 from tests.tiers.upstream import Connection, answers, status, upstream
@@ -95,6 +98,41 @@ def test_where_nobody_answers(tmp_path: Path) -> None:
         wait_until(lambda: bool(httpx.get(f"{url}/slo").json()["classes"]))
         (told,) = httpx.get(f"{url}/slo").json()["classes"]
         assert (told["share"], told["missed"]) == (0.0, {"failed": 1})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_was_the_requests_own_fault_does_not_count(stream: bool, tmp_path: Path) -> None:
+    recorder = Recorder()
+    policy = task(prefer="remote", latency=ALWAYS, tiers=["cloud"])
+    with (
+        upstream(status(422)) as server,
+        house(tmp_path, LOCAL + cloud(server.url) + policy) as here,
+        running(create_app(TieredModel(here), recorder=recorder)) as url,
+    ):
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT | {"stream": stream}).status_code == 400
+        wait_until(lambda: recorder.ring.newest(1))
+        assert recorder.ring.newest(1)[0].about["outcome"] == "refused"
+        assert httpx.get(f"{url}/slo").json() == {"classes": [], "misses": []}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_shutting_down_cuts_off_has_failed(stream: bool) -> None:
+    recorder = Recorder()
+    model = FakeModel()
+    start = model.start_chat
+
+    def cut_off(*given: Any) -> Generation:
+        generation = start(*given)
+        generation.cancel()
+        return generation
+
+    model.start_chat = cut_off  # type: ignore[method-assign]
+    body = PLAIN | {"stream": stream, "max_tokens": 400, "ignore_eos": True}
+    with running(create_app(model, recorder=recorder)) as url:
+        assert "cut off" in httpx.post(f"{url}/v1/chat/completions", json=body).text
+        wait_until(lambda: recorder.ring.newest(1))
+        assert recorder.ring.newest(1)[0].about["outcome"] == "failed"
+    model.close()
 
 
 def test_without_targets_nothing_is_counted(tmp_path: Path) -> None:

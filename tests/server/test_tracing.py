@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,14 +13,16 @@ from typing import Any
 import httpx
 import pytest
 
+from edge_runtime.cli.main import main
 from edge_runtime.server.app import create_app
 from edge_runtime.tracing.recorder import Recorder
 from edge_runtime.tracing.trace import PARTS, Trace
 from tests.server.served import CHAT, TEXT, FakeModel, error_of, running, wait_until
+from tests.server.test_leaving import sent
 from tests.server.test_tiers import AWAY
 from tests.server.test_tiers import CHAT as TIERED
 from tests.tiers.house import LOCAL, TieredModel, cloud, house, task
-from tests.tiers.upstream import answers, upstream
+from tests.tiers.upstream import Connection, Script, answers, stalls, status, upstream
 
 STEP_S = 0.004
 """Of a model slow enough that nanoseconds between two marks do not count."""
@@ -127,6 +130,24 @@ def test_traces(url: str, recorder: Recorder) -> None:
     assert {event["ph"] for event in chrome["traceEvents"]} == {"M", "X"}
 
 
+def test_telling_stops_nobody(url: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done off the event loop, and does not look at all spans each time."""
+    threads = {threading.current_thread().name}
+
+    def tell(kept: list[Trace]) -> dict[str, Any]:
+        threads.add(threading.current_thread().name)
+        return {}
+
+    monkeypatch.setattr("edge_runtime.server.tracing.chrome_trace", tell)
+    assert httpx.get(f"{url}/traces?format=chrome").json() == {}
+    assert any("AnyIO worker" in each for each in threads)
+    _, trace = traced(url, recorder, "/v1/chat/completions", CHAT)
+    before = httpx.get(f"{url}/traces?limit=1").json()
+    monkeypatch.setattr(trace, "_spans", None)
+    monkeypatch.setattr(Trace, "__len__", lambda trace: trace._covered[0])
+    assert httpx.get(f"{url}/traces?limit=1").json() == before
+
+
 @pytest.mark.parametrize("query", ["limit=x", "limit=-1", "limit=²", "format=xml"])
 def test_what_traces_cannot_be_asked(query: str, url: str) -> None:
     response = httpx.get(f"{url}/traces?{query}")
@@ -148,6 +169,128 @@ def test_no_trace_says_what_was_asked_or_answered(url: str, recorder: Recorder) 
 def test_refusals_are_traced_too(url: str, recorder: Recorder) -> None:
     response, trace = traced(url, recorder, "/v1/chat/completions", CHAT | {"max_tokens": -1})
     assert response.status_code == trace.about["status"] == 400
+
+
+def told_of(trace: Trace) -> dict[str, float]:
+    """Shares of the wall time, ``other`` among them. Their spans reach from one end to the other."""
+    wait_until(lambda: trace.covered >= 0.99)  # threads that come late tell of what they did until the end
+    shares = {part: took / trace.wall for part, took in trace.parts().items()}
+    assert shares.get("other", 0) < 0.2, shares
+    assert sum(shares.values()) >= 0.99
+    return shares
+
+
+WAIT_S = 0.4
+
+
+def late(script: Script) -> Script:
+    def waits(client: Connection) -> None:
+        time.sleep(WAIT_S)
+        script(client)
+
+    return waits
+
+
+def test_waiting_for_several_prompts_is_not_said_twice() -> None:
+    recorder, model = Recorder(), FakeModel(before_forward=lambda batch: time.sleep(0.03))
+    with running(create_app(model, recorder=recorder)) as url:
+        for stream in (True, False):
+            body = TEXT | {"prompt": ["Hi", "there", "x"], "max_tokens": 9, "ignore_eos": True, "stream": stream}
+            _, trace = traced(url, recorder, "/v1/completions", body)
+            assert told_of(trace)["decode"] > 0.5
+    model.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("first", "policy", "longest"),
+    [
+        (status(503), task(prefer="remote"), "upstream cloud"),  # and then here
+        (answers("from ", "afar"), task(prefer="remote", hedge_ms=50), "upstream cloud"),
+        (status(422), task(prefer="remote", tiers=["cloud"]), "upstream cloud"),
+    ],
+    ids=["refused", "raced", "failed"],
+)
+def test_waiting_for_a_tier_is_not_said_twice(
+    first: Script, policy: str, longest: str, stream: bool, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    with (
+        upstream(late(first)) as server,
+        house(tmp_path, cloud(server.url) + LOCAL + policy) as here,
+        running(create_app(TieredModel(here), recorder=recorder)) as url,
+    ):
+        if "hedge" in policy:
+            here.local.gate.clear()  # it loses
+        _, trace = traced(url, recorder, "/v1/chat/completions", TIERED | {"stream": stream})
+        assert told_of(trace)[longest] > 0.7
+
+
+def test_waiting_until_the_client_left_is_not_said_twice(tmp_path: Path) -> None:
+    recorder, gate = Recorder(), threading.Event()
+    model = FakeModel(before_forward=lambda batch: bool(gate.wait(30)) and None)
+    with running(create_app(model, recorder=recorder)) as url:
+        with sent(url, "/v1/chat/completions", CHAT):
+            wait_until(lambda: model.engine.stats.running)
+            with sent(url, "/v1/chat/completions", CHAT):
+                wait_until(lambda: model.engine.stats.waiting)
+                time.sleep(WAIT_S)
+            trace = newest(recorder, 0)
+        gate.set()
+        assert told_of(trace)["queue"] > 0.8
+    model.close()
+    with (
+        upstream(stalls()) as server,
+        house(tmp_path, cloud(server.url) + AWAY) as here,
+        running(create_app(TieredModel(here), recorder=recorder)) as url,
+    ):
+        before = len(recorder.ring.newest(1000))
+        with sent(url, "/v1/chat/completions", TIERED | {"stream": True}):
+            time.sleep(WAIT_S)
+        assert told_of(newest(recorder, before))["upstream cloud"] > 0.8
+
+
+def test_what_got_no_answer_has_a_status_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A client that leaves while its tier is awaited, and a bug, whose 500 is sent outside: both are listed."""
+    recorder = Recorder()
+    with (
+        upstream(stalls()) as server,
+        house(tmp_path, cloud(server.url) + AWAY) as here,
+        running(create_app(TieredModel(here), recorder=recorder)) as url,
+    ):
+        with sent(url, "/v1/chat/completions", TIERED | {"stream": True}):
+            wait_until(lambda: server.asked)
+        assert newest(recorder, 0).about["status"] == 499
+    model = FakeModel()
+    model.start_chat = broken  # type: ignore[method-assign]
+    with running(create_app(model, recorder=recorder)) as url:
+        response, trace = traced(url, recorder, "/v1/chat/completions", CHAT)
+        assert response.status_code == trace.about["status"] == 500
+        assert main(["ps", "--requests", "--url", url]) == 0
+        _, *rows = capsys.readouterr().out.splitlines()
+        assert [row.split()[2] for row in rows] == ["500", "499"]
+    model.close()
+
+
+def broken(*given: Any) -> Any:
+    raise RuntimeError("a bug")
+
+
+def test_who_is_not_let_in_drives_nobody_out() -> None:
+    recorder, model = Recorder(), FakeModel()
+    path = "/v1/chat/completions"
+    with running(create_app(model, recorder=recorder, api_key="secret", per_minute=1)) as url:
+        _, trace = traced(url, recorder, path, CHAT, authorization="Bearer secret")
+        wrong, right = {"authorization": "Bearer wrong"}, {"authorization": "Bearer secret"}
+        for headers, code in (({}, 401), (wrong, 401), (right, 429)):
+            assert httpx.post(f"{url}{path}", json=CHAT, headers=headers).status_code == code
+        time.sleep(0.1)
+        assert recorder.ring.newest(9) == [trace]
+    with running(create_app(model, recorder=recorder)) as url:
+        assert httpx.post(f"{url}{path}", json=CHAT, headers={"origin": "http://page.example"}).status_code == 403
+        time.sleep(0.1)
+        assert recorder.ring.newest(9) == [trace]
+    model.close()
 
 
 def test_watching_is_not(url: str, recorder: Recorder) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -15,10 +17,13 @@ pytest.importorskip("opentelemetry.sdk")
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.trace import Span
 
+from edge_runtime.cli import serve as serving
+from edge_runtime.cli.main import main
 from edge_runtime.errors import ConfigError
 from edge_runtime.tracing import otel
-from edge_runtime.tracing.otel import OtelSink
+from edge_runtime.tracing.otel import CLOSE_S, OtelSink
 from edge_runtime.tracing.trace import Trace
 
 
@@ -31,8 +36,8 @@ class Kept(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
-def ended(parent: str | None = None, status: int = 200) -> Trace:
-    trace = Trace("a" * 32, parent)
+def ended(parent: str | None = None, status: int = 200, id: str = "a" * 32, sampled: bool = True) -> Trace:
+    trace = Trace(id, parent, sampled)
     trace.say(path="/v1/chat/completions", status=status, model="m", prompt_tokens=7, completion_tokens=3, tier="local")
     lane = trace.lane("engine", trace.started)
     for number in range(1, 7):
@@ -78,6 +83,46 @@ def test_under_the_callers_span_and_with_its_failure() -> None:
     assert not root.status.is_ok
 
 
+def test_what_the_caller_does_not_record_is_not_sent() -> None:
+    kept = Kept()
+    sink = OtelSink(kept)
+    sink(ended("b" * 16, sampled=False))
+    sink.close()
+    assert kept.spans == []
+
+
+def test_threads_send_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each under its own id."""
+    kept = Kept()
+    sink = OtelSink(kept)
+    start_span = sink._tracer.start_span
+
+    def late(*given: Any, **named: Any) -> Span:
+        time.sleep(0.002)
+        return start_span(*given, **named)
+
+    monkeypatch.setattr(sink._tracer, "start_span", late)
+    traces = [ended(id=f"{number:032x}") for number in range(1, 21)]
+    for number, trace in enumerate(traces, start=1):
+        trace.say(number=number)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(sink, traces))
+    sink.close()
+    roots = [span for span in kept.spans if span.parent is None]
+    assert len(roots) == 20
+    assert all(span.context.trace_id == (span.attributes or {})["edge_glm.number"] for span in roots)
+
+
+def test_closing_does_not_wait_for_a_collector_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "*")
+    sink = OtelSink()
+    sink(ended())
+    before = time.monotonic()
+    sink.close()
+    assert time.monotonic() - before < CLOSE_S + 1
+
+
 def test_over_otlp(monkeypatch: pytest.MonkeyPatch) -> None:
     """To a collector over HTTP, as OpenTelemetry's own variables say."""
     bodies: list[bytes] = []
@@ -117,6 +162,10 @@ def test_without_opentelemetry_the_extra_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(otel, "NEEDED", ("no.such.module",))
     with pytest.raises(ConfigError, match=r"edge-glm\[otel\]"):
         OtelSink()
+    opened: list[object] = []
+    monkeypatch.setattr(serving, "open_served", lambda *given: opened.append(given))  # that may take long
+    assert main(["serve", "synthetic:tiny", "--otel"]) == 1
+    assert opened == []
 
 
 def test_about_is_plain() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from itertools import pairwise
@@ -15,7 +16,7 @@ from edge_runtime.tracing.chrome import chrome_trace
 from edge_runtime.tracing.context import trace_parent
 from edge_runtime.tracing.recorder import Recorder
 from edge_runtime.tracing.ring import Ring
-from edge_runtime.tracing.trace import Trace, current, enter, leave, span
+from edge_runtime.tracing.trace import Lane, Trace, current, enter, leave, span
 
 
 def test_a_lane_leaves_no_gaps_and_counts_nothing_twice() -> None:
@@ -106,19 +107,84 @@ def test_a_very_long_answer_keeps_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_ring_keeps_the_newest() -> None:
+    """And of the newest of them their spans."""
     ring = Ring(spans=25, traces=4)
-    made = []
+    made: list[Trace] = []
     for count in (10, 10, 10, 100, 1, 1, 1, 1, 1):
         trace = Trace()
         lane = trace.lane("engine", 0)
         for each in range(count):
             lane.mark("decode", each)
+        trace.ended = trace.started + 1000
+        told = trace.parts(), trace.covered
         ring.add(trace)
         made.append(trace)
-        assert trace in ring.newest(1)  # however large
-    assert ring.newest(9) == made[:-5:-1]
-    assert ring.get(made[-1].id) is made[-1]
-    assert ring.get(made[0].id) is None
+        assert ring.newest(9) == made[:-5:-1]
+        assert len(trace) == count  # however large
+        assert sum(map(len, ring.newest(9))) <= max(25, count)
+        assert (trace.parts(), trace.covered) == told
+    assert [len(each) for each in made] == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert made[3].parts() == {"decode": 99}
+
+
+def test_spans_that_come_late_do_not_widen_the_ring() -> None:
+    """Their threads notice the end of a request a little later."""
+    ring = Ring(spans=100, traces=1000)
+    for _ in range(100):
+        trace = Trace()
+        lane = trace.lane("engine", 0)
+        for each in range(10):
+            lane.mark("decode", each)
+        ring.add(trace)
+        for each in range(10):
+            lane.mark("decode", each)
+    assert [len(trace) for trace in ring.newest(1000)] == [20] * 10 + [0] * 90
+
+
+def test_nothing_is_told_of_what_comes_after_the_end() -> None:
+    trace = Trace()
+    lane = trace.lane("engine", trace.started)
+    lane.mark("prefill", trace.started + 10)
+    trace.ended = trace.started + 30
+    lane.mark("decode", trace.started + 50)  # the step that ran when the client left
+    lane.mark("sample", trace.started + 60)
+    assert trace.parts() == {"prefill": 10, "decode": 20}
+    assert (len(trace), trace.covered) == (2, 1.0)
+
+
+def test_a_paused_lane_counts_nothing_however_it_goes_on() -> None:
+    trace = Trace()
+    ways: list[Callable[[Lane], object]] = [
+        lambda lane: lane.mark("send"),
+        lambda lane: lane.begin("send"),
+        lambda lane: lane.pause(),
+        lambda lane: lane.delivered(),
+        lambda lane: lane.resume(),
+        lambda lane: lane.stepped("decode", time.perf_counter_ns(), time.perf_counter_ns() + 1),
+    ]
+    for goes_on in ways:
+        lane = trace.lane("server")
+        lane.pause()
+        time.sleep(0.02)
+        goes_on(lane)
+        lane.mark("send")
+    assert sum(trace.parts().values()) < 20e6
+    lane.mark("send")
+    time.sleep(0.02)
+    lane.mark("judge")  # it has gone on
+    assert trace.parts()["judge"] >= 20e6
+
+
+def test_threads_open_lanes_at_once() -> None:
+    trace = Trace()
+
+    def opens(number: int) -> None:
+        for _ in range(500):
+            trace.lane(f"{number}", 0).mark("decode", number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(opens, range(8)))
+    assert all(span.lane == f"{span.end}" for span in trace)
 
 
 def test_a_sink_that_fails_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -166,12 +232,14 @@ def test_chrome_trace() -> None:
     ],
 )
 def test_malformed_parents_are_passed_over(header: str | None) -> None:
-    assert trace_parent(header) == (None, None)
+    assert trace_parent(header) == (None, None, True)
 
 
 def test_parents() -> None:
-    assert trace_parent(f"00-{'a' * 32}-{'b' * 16}-01") == ("a" * 32, "b" * 16)
-    assert trace_parent(f"01-{'a' * 32}-{'b' * 16}-01-later") == ("a" * 32, "b" * 16)  # of a version to come
+    assert trace_parent(f"00-{'a' * 32}-{'b' * 16}-01") == ("a" * 32, "b" * 16, True)
+    assert trace_parent(f"00-{'a' * 32}-{'b' * 16}-00") == ("a" * 32, "b" * 16, False)
+    assert trace_parent(f"00-{'a' * 32}-{'b' * 16}-02") == ("a" * 32, "b" * 16, False)
+    assert trace_parent(f"01-{'a' * 32}-{'b' * 16}-01-later") == ("a" * 32, "b" * 16, True)  # of a version to come
 
 
 def test_lanes_belong_to_who_starts_them() -> None:
