@@ -57,7 +57,7 @@ class EdgeEmbedder:
     ``auto``, ``cpu`` or one of :data:`devices.encoder.DEVICES`. ``memory_budget``: what the process may take at most;
     a model that would take more is refused. ``weights``: ``fp32`` or ``fp16`` (half the disk, the same memory).
     ``step_timeout``: seconds after which a batch counts as hanging (more where batches have taken longer), which ends
-    all that wait; None or 0: never.
+    all that wait; None or 0: never. ``name``: what it is called, if not as its package calls itself.
 
     Raises as :class:`edge_runtime.EdgeLLM`.
     """
@@ -72,6 +72,7 @@ class EdgeEmbedder:
         threads: int | None = None,
         step_timeout: float | None = STEP_TIMEOUT_S,
         progress: Progress | None = None,
+        name: str | None = None,
     ) -> None:
         store = Store(home())
         names = [name for name in parse_device(device) if name in DEVICES]
@@ -100,12 +101,13 @@ class EdgeEmbedder:
             manifest.encoder.first_position,
         )
         encoder = open_encoder(spec, chosen.name, threads, store.home.compiled)
+        self._name = name or self.package.name
         self._encoder = EncoderThread(encoder, chosen.name, step_timeout or None)
         return_free_heap()
 
     @property
     def model_id(self) -> str:
-        return self.package.name
+        return self._name
 
     @property
     def ready(self) -> bool:

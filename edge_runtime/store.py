@@ -13,7 +13,6 @@ from pathlib import Path
 from devices.base import Engine
 from edge_runtime.errors import EdgeError, ModelNotFound, UnknownReference
 from edge_runtime.exporting import ENCODER_ENGINES, Outline, Progress, export_fetched, fetch, outline_fetched
-from edge_runtime.exporting import export_package as export_package  # some of the tests still look for it here
 from edge_runtime.leftovers import remove_leftovers
 from edge_runtime.locks import file_lock
 from edge_runtime.package import Package, Variant, Weights, is_package, storage_errors

@@ -75,7 +75,7 @@ def _is_encoder(ref: str, settings: Settings) -> bool:
     return package.manifest.encoder is not None
 
 
-def _open_encoder(ref: str, settings: Settings) -> EdgeEmbedder:
+def _open_encoder(ref: str, settings: Settings, name: str | None = None) -> EdgeEmbedder:
     device = settings.device if settings.device in DEVICES else "auto"
     weights = settings.format if settings.format in ("fp32", "fp16") else None
     with Bars() as bars:
@@ -87,6 +87,7 @@ def _open_encoder(ref: str, settings: Settings) -> EdgeEmbedder:
             threads=settings.threads,
             step_timeout=settings.step_timeout,
             progress=bars,
+            name=name,
         )
 
 
@@ -111,7 +112,7 @@ def offers(
         facts = facts_of(package, package.manifest.variants[0])
         created, ref = int(package.folder.stat().st_mtime), str(package.folder)
         if package.manifest.encoder is not None:
-            encoders[name] = Offer(partial(_open_encoder, ref, settings), facts, created)
+            encoders[name] = Offer(partial(_open_encoder, ref, settings, name), facts, created)
         else:
             texts[name] = Offer(partial(_open_text, ref, settings, name), facts, created)
     return texts, encoders

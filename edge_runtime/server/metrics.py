@@ -155,6 +155,10 @@ class Counting:
         self._meter.in_flight += 1
         try:
             await self._app(scope, receive, count)
+        except Exception:
+            if status == 499:  # what answers a bug with that stands outside
+                status = 500
+            raise
         finally:
             self._meter.in_flight -= 1
             # the route's pattern: paths that anybody makes up must not each be a series

@@ -269,6 +269,8 @@ def test_what_got_no_answer_has_a_status_too(tmp_path: Path, capsys: pytest.Capt
         assert main(["ps", "--requests", "--url", url]) == 0
         _, *rows = capsys.readouterr().out.splitlines()
         assert [row.split()[2] for row in rows] == ["500", "499"]
+        counted = httpx.get(f"{url}/metrics").text.splitlines()
+        assert any('status="500"' in line and line.endswith(" 1.0") for line in counted)
     model.close()
 
 

@@ -334,7 +334,7 @@ ACTIVITIES = {
 
 def make_fixture(folder: Path) -> Fixture:
     """The small models. ``folder`` gets ``wheels``, the package index, too."""
-    from edge_runtime.store import export_package
+    from edge_runtime.exporting import export_package
     from tests.runtime.sources import tiny_folder, tiny_wheel
 
     source = tiny_folder(folder / "source")

@@ -38,10 +38,10 @@ from edge_runtime import EdgeEmbedder, EdgeLLM
 from edge_runtime.bench.page import card, page, tile
 from edge_runtime.bench.plots import line
 from edge_runtime.engine import TRIM_S
+from edge_runtime.exporting import export_package
 from edge_runtime.heap import return_free_heap
 from edge_runtime.server.app import create_app
 from edge_runtime.server.shelf import Offer, Shelf
-from edge_runtime.store import export_package
 from tests.exporters.encoder_folder import write_folder
 from tests.server.served import running
 from tests.survive.soak_clients import AWAY

@@ -20,9 +20,9 @@ from edge_runtime import encoder_thread
 from edge_runtime.embedder import EdgeEmbedder
 from edge_runtime.encoder_thread import EncoderThread
 from edge_runtime.errors import EngineStopped, StepTimeout
+from edge_runtime.exporting import export_package
 from edge_runtime.server.app import create_app
 from edge_runtime.step_watch import UNMEASURED
-from edge_runtime.store import export_package
 from edge_runtime.stuck import any_stuck
 from tests.exporters.encoder_folder import write_folder
 from tests.server.served import FakeModel, error_of, running, wait_until

@@ -15,12 +15,12 @@ from devices.discovery import Device
 from edge_runtime.budgets import resolve
 from edge_runtime.engine import Engine
 from edge_runtime.errors import OutOfKVCache
+from edge_runtime.exporting import export_package
 from edge_runtime.heartbeat import Heartbeat
 from edge_runtime.llm import EdgeLLM
 from edge_runtime.memory import BudgetSize
 from edge_runtime.memory_watch import BEATS, USABLE, MemoryWatch
 from edge_runtime.sampling import SamplingParams
-from edge_runtime.store import export_package
 from tests.fake_decoder import FakeDecoder
 from tests.runtime.helpers import GREEDY, Gate, collect, greedy, prompt, serving, settle
 from tests.server.served import wait_until

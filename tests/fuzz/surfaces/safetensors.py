@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.store import export_package
+from edge_runtime.exporting import export_package
 from tests.exporters.encoder_folder import write_folder
 from tests.fuzz.mutation import EDGES, as_json, damage, disturb
 from tests.fuzz.surface import Case, Json, Surface, sometimes
