@@ -156,7 +156,7 @@ class EdgeLLM:
 
         first = place_on({}, progress)
         if first.package.manifest.encoder is not None:
-            raise ConfigError(f"{first.package.name} makes embeddings, no text: open it with EdgeEmbedder")
+            raise ConfigError(f"{first.package.name} makes embeddings, no text: open it with EdgeEmbedder, or serve it")
         self._created = int(time.time())
         self._name = name
         self.tokenizer = tokenizer = _tokenizer(first.package)
