@@ -89,14 +89,17 @@ class Trace:
         """Of lanes: several threads may want one at once."""
         self._spans = array("q")
         """(lane, part, start, end) each, extended whole: one call of C, so that threads need no lock."""
+        self._sums: dict[str, int] | None = None
+        """Of a thin one, :attr:`parts`."""
         self._covered = (0, 0.0)
         """By how many spans, and what it was then; once they are gone by :data:`_ALL`."""
 
     def lane(self, name: str, start: int | None = None) -> Lane:
         """A new one; ``start``: when what it marks first has begun, if not now."""
         with self._opening:
-            self._lanes.append(_Told(name, defaultdict(int)))
-            number = len(self._lanes) - 1
+            lanes = self._lanes
+            lanes.append(_Told(name, defaultdict(int)))
+            number = len(lanes) - 1
         return Lane(self, number, time.perf_counter_ns() if start is None else start)
 
     def add(self, lane: int, part: Part, start: int, end: int) -> None:
@@ -105,7 +108,10 @@ class Trace:
             if start >= self.ended:
                 return
             end = min(end, self.ended)
-        self._lanes[lane].sums[part] += end - start
+        lanes = self._lanes
+        if lane >= len(lanes):  # it is thin
+            return
+        lanes[lane].sums[part] += end - start
         if len(self._spans) < _FIELDS * MOST_SPANS:
             self._spans.extend((lane, _NUMBER[part], start, end))
 
@@ -119,9 +125,11 @@ class Trace:
             self.ended = time.perf_counter_ns()
 
     def thin(self) -> None:
-        """Of one that has ended: let the spans go, and keep their sums."""
+        """Of one that has ended: let the spans go, and keep their sums. Other threads may be adding or reading."""
         self._covered = _ALL, self.covered
+        self._sums = dict(self.parts())
         self._spans = array("q")
+        self._lanes = []
 
     # --- read ---------------------------------------------------------------------------------------------------------
 
@@ -130,9 +138,10 @@ class Trace:
         return len(self._spans) // _FIELDS
 
     def __iter__(self) -> Iterator[Span]:
-        fields = iter(self._spans[: _FIELDS * len(self)])
+        lanes, spans = self._lanes, self._spans  # in this order: what becomes thin now has its lanes, or no spans
+        fields = iter(spans[: len(spans) // _FIELDS * _FIELDS])
         for lane, part, start, end in zip(fields, fields, fields, fields, strict=True):
-            yield Span(PARTS[part], self._lanes[lane].name, start, end)
+            yield Span(PARTS[part], lanes[lane].name, start, end)
 
     @property
     def wall(self) -> int:
@@ -142,6 +151,8 @@ class Trace:
     def parts(self) -> Mapping[str, int]:
         """Nanoseconds of each, in the order of :data:`PARTS`; of tiers elsewhere one by one, as ``upstream NAME``.
         Lanes overlap, so that they may add up to more than :attr:`wall`."""
+        if self._sums is not None:
+            return self._sums
         sums: dict[tuple[Part, str], int] = {}
         for lane in list(self._lanes):
             for part, took in list(lane.sums.items()):

@@ -16,7 +16,7 @@ from edge_runtime.tracing.chrome import chrome_trace
 from edge_runtime.tracing.context import trace_parent
 from edge_runtime.tracing.recorder import Recorder
 from edge_runtime.tracing.ring import Ring
-from edge_runtime.tracing.trace import Lane, Trace, current, enter, leave, span
+from edge_runtime.tracing.trace import TIER, Lane, Trace, current, enter, leave, span
 
 
 def test_a_lane_leaves_no_gaps_and_counts_nothing_twice() -> None:
@@ -150,6 +150,24 @@ def test_nothing_is_told_of_what_comes_after_the_end() -> None:
     lane.mark("sample", trace.started + 60)
     assert trace.parts() == {"prefill": 10, "decode": 20}
     assert (len(trace), trace.covered) == (2, 1.0)
+
+
+def test_a_thin_trace_keeps_its_sums_whoever_is_still_adding_or_reading() -> None:
+    trace = Trace()
+    lane, other = trace.lane("engine"), trace.lane(f"{TIER}cloud")
+    lane.mark("prefill")
+    other.mark("upstream")
+    begun = time.perf_counter_ns()
+    reading = iter(trace)
+    first = next(reading)
+    trace.finish()
+    sums, covered, wall = dict(trace.parts()), trace.covered, trace.wall
+    trace.thin()
+    trace.add(0, "decode", begun, begun + 5)  # on its way when the request ended
+    assert [first.lane, *(span.lane for span in reading)] == ["engine", f"{TIER}cloud"]
+    assert list(trace) == []
+    assert (dict(trace.parts()), trace.covered, trace.wall) == (sums, covered, wall)
+    assert set(sums) == {"prefill", "upstream cloud"}
 
 
 def test_a_paused_lane_counts_nothing_however_it_goes_on() -> None:
