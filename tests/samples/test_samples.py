@@ -22,7 +22,9 @@ import httpx
 import paho.mqtt.client as mqtt
 import pytest
 
+from edge_runtime.llm import EdgeLLM
 from edge_runtime.package import Package
+from edge_runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "samples"
@@ -62,9 +64,15 @@ def test_embed(environment: dict[str, str], smollm2_package: Package) -> None:
 
 
 def test_stream_asyncio(environment: dict[str, str], smollm2_package: Package) -> None:
-    text = run(environment, "stream_asyncio.py", str(smollm2_package.folder))
-    assert "Paris" in text
-    assert text.endswith("cancelled: True\n")
+    """Each answer is that of its question alone. Which that is differs: two first words are near each other."""
+    *lines, cancelled = run(environment, "stream_asyncio.py", str(smollm2_package.folder)).splitlines()
+    with EdgeLLM(str(smollm2_package.folder)) as llm:
+        for question, shown in zip(lines[::2], lines[1::2], strict=True):
+            params = SamplingParams(temperature=0, max_tokens=40)
+            with llm.start_chat([{"role": "user", "content": question}], params) as generation:
+                assert shown.split() == "".join(chunk.text for chunk in generation).split()
+    assert len(lines) == 6
+    assert cancelled == "cancelled: True"
 
 
 def test_sensor_loop(environment: dict[str, str], smollm2_package: Package) -> None:
