@@ -108,12 +108,12 @@ class Trace:
             if start >= self.ended:
                 return
             end = min(end, self.ended)
-        lanes = self._lanes
-        if lane >= len(lanes):  # it is thin
+        spans, lanes = self._spans, self._lanes  # in this order: where the lanes are there, these spans are not new ones
+        if not lanes:  # it is thin
             return
         lanes[lane].sums[part] += end - start
-        if len(self._spans) < _FIELDS * MOST_SPANS:
-            self._spans.extend((lane, _NUMBER[part], start, end))
+        if len(spans) < _FIELDS * MOST_SPANS:
+            spans.extend((lane, _NUMBER[part], start, end))
 
     def say(self, **about: str | int | float) -> None:
         """See :attr:`about`."""
@@ -128,8 +128,8 @@ class Trace:
         """Of one that has ended: let the spans go, and keep their sums. Other threads may be adding or reading."""
         self._covered = _ALL, self.covered
         self._sums = dict(self.parts())
-        self._spans = array("q")
         self._lanes = []
+        self._spans = array("q")
 
     # --- read ---------------------------------------------------------------------------------------------------------
 
@@ -138,7 +138,9 @@ class Trace:
         return len(self._spans) // _FIELDS
 
     def __iter__(self) -> Iterator[Span]:
-        lanes, spans = self._lanes, self._spans  # in this order: what becomes thin now has its lanes, or no spans
+        spans, lanes = self._spans, self._lanes
+        if not lanes:  # it is thin, or about to be
+            return
         fields = iter(spans[: len(spans) // _FIELDS * _FIELDS])
         for lane, part, start, end in zip(fields, fields, fields, fields, strict=True):
             yield Span(PARTS[part], lanes[lane].name, start, end)
@@ -236,7 +238,8 @@ class Lane:
     def delivered(self) -> None:
         """The reader has got a chunk: from when it was passed on, or else was looked for, until now it was on its
         way."""
-        now, put_at = time.perf_counter_ns(), self.trace.put_at
+        put_at = self.trace.put_at
+        now = time.perf_counter_ns()  # later: the engine may be putting the next one
         if put_at is not None:
             self.trace.add(self._number, "deliver", max(put_at, self._last), now)
         self._paused = False

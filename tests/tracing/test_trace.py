@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -16,7 +17,7 @@ from edge_runtime.tracing.chrome import chrome_trace
 from edge_runtime.tracing.context import trace_parent
 from edge_runtime.tracing.recorder import Recorder
 from edge_runtime.tracing.ring import Ring
-from edge_runtime.tracing.trace import TIER, Lane, Trace, current, enter, leave, span
+from edge_runtime.tracing.trace import TIER, Lane, Part, Trace, current, enter, leave, span
 
 
 def test_a_lane_leaves_no_gaps_and_counts_nothing_twice() -> None:
@@ -168,6 +169,38 @@ def test_a_thin_trace_keeps_its_sums_whoever_is_still_adding_or_reading() -> Non
     assert list(trace) == []
     assert (dict(trace.parts()), trace.covered, trace.wall) == (sums, covered, wall)
     assert set(sums) == {"prefill", "upstream cloud"}
+
+
+def test_a_span_that_is_being_added_while_its_trace_becomes_thin_is_dropped() -> None:
+    trace = Trace()
+    lane = trace.lane("engine")
+    trace.finish()
+
+    class Meanwhile(defaultdict[Part, int]):
+        def __missing__(self, part: Part) -> int:
+            trace.thin()
+            return super().__missing__(part)
+
+    trace._lanes[0] = trace._lanes[0]._replace(sums=Meanwhile(int))
+    trace.add(lane._number, "decode", trace.started, trace.started + 5)
+    assert list(trace) == []
+    assert chrome_trace([trace])["traceEvents"]
+
+
+def test_a_chunk_that_is_put_while_one_is_read_takes_no_time_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = Trace()
+    lane = trace.lane("server")
+    clock = time.perf_counter_ns
+
+    def engine_puts_one() -> int:
+        now = clock()
+        trace.put_at = clock()
+        return now
+
+    trace.put_at = clock()
+    monkeypatch.setattr(time, "perf_counter_ns", engine_puts_one)
+    lane.delivered()
+    assert trace.parts()["deliver"] >= 0
 
 
 def test_a_paused_lane_counts_nothing_however_it_goes_on() -> None:
