@@ -18,6 +18,7 @@ from edge_runtime.errors import InvalidRequest
 from edge_runtime.request import Usage
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.server.door import Guard
+from edge_runtime.server.errors import CLIENT_LEFT
 from edge_runtime.server.metrics import Meter
 from edge_runtime.server.response_store import ResponseStore
 from edge_runtime.server.shelf import Shelf
@@ -117,5 +118,5 @@ def message_body(text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
     return {"role": "assistant", "content": text or None, "refusal": None, "tool_calls": whole(calls)}
 
 
-GONE = Response(status_code=499)
-"""Nobody reads it: the client has left. 499 is what nginx logs for that."""
+GONE = Response(status_code=CLIENT_LEFT)
+"""Nobody reads it."""

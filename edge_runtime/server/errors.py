@@ -30,6 +30,8 @@ from edge_runtime.errors import (
     TierUnavailable,
 )
 
+CLIENT_LEFT = 499
+"""The status, as nginx logs it, of a request whose client has left before anything was sent."""
 _log = logging.getLogger("edge_glm.server")
 
 

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_runtime.engine_stats import EngineStats
 from edge_runtime.request import Chunk, Usage
+from edge_runtime.server.errors import CLIENT_LEFT
 from edge_runtime.server.served import ServedModel
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # when each series began: twice as many lines, and nobody asks
@@ -102,10 +103,11 @@ class Watched:
     def chunk(self, number: int, chunk: Chunk) -> None:
         """Of the generation ``number``."""
         key, now, model = (number, chunk.index), time.perf_counter(), self.model
-        if key not in self._first and (chunk.token_ids or chunk.text):
+        said = len(chunk.token_ids) or bool(chunk.text or chunk.extra)  # a tier elsewhere tells no tokens
+        if key not in self._first and said:
             self._first[key] = now
             self._meter.first_token.labels(model).observe(now - self._started)
-        self._counts[key] = self._counts.get(key, 0) + (len(chunk.token_ids) or bool(chunk.text))
+        self._counts[key] = self._counts.get(key, 0) + said
         if chunk.finish_reason is None:
             return
         self._ended.add(key)
@@ -144,20 +146,20 @@ class Counting:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 499
+        sent: int | None = None
+        unsent = CLIENT_LEFT
 
         async def count(message: Message) -> None:
-            nonlocal status
+            nonlocal sent
             if message["type"] == "http.response.start":
-                status = message["status"]
+                sent = message["status"]
             await send(message)
 
         self._meter.in_flight += 1
         try:
             await self._app(scope, receive, count)
-        except Exception:
-            if status == 499:  # what answers a bug with that stands outside
-                status = 500
+        except BaseException:
+            unsent = 500  # by who stands outside
             raise
         finally:
             self._meter.in_flight -= 1
@@ -165,7 +167,7 @@ class Counting:
             route = scope.get("route")
             path = getattr(route, "path", None) or "other"
             method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "OPTIONS", "HEAD") else "other"
-            self._meter.requests.labels(path, method, str(status)).inc()
+            self._meter.requests.labels(path, method, str(unsent if sent is None else sent)).inc()
 
 
 class _Engines(Collector):

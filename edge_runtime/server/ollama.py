@@ -143,7 +143,7 @@ class _Answer:
         self._first: int | None = None
 
     async def add(self, number: int, chunk: Chunk) -> None:
-        if self._first is None and (chunk.token_ids or chunk.text):
+        if self._first is None and (chunk.token_ids or chunk.text or chunk.extra):
             self._first = time.perf_counter_ns()
         self._text.append(chunk.text)
         for piece in (chunk.extra or {}).get("tool_calls", ()):

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_runtime.server.context import ServerContext, json_response
+from edge_runtime.server.errors import CLIENT_LEFT
 from edge_runtime.tracing.chrome import chrome_trace
 from edge_runtime.tracing.context import trace_parent
 from edge_runtime.tracing.recorder import Recorder
@@ -54,11 +55,11 @@ class Tracing:
             with span("send"):
                 await send(message)
 
-        status = 499  # as nginx logs clients that have left before anything was sent
+        unsent = CLIENT_LEFT
         try:
             await self._app(scope, receive, timed)
         except BaseException:
-            status = 500  # which is sent by who stands before this
+            unsent = 500  # by who stands outside
             raise
         finally:
             lane = current()
@@ -67,7 +68,7 @@ class Tracing:
             leave(token)
             trace.finish()
             if "caller" in scope["state"]:
-                trace.about.setdefault("status", status)
+                trace.about.setdefault("status", unsent)
                 # the route's pattern: paths may hold what clients make up
                 trace.say(path=getattr(scope.get("route"), "path", None) or "other")
                 self._recorder.keep(trace)

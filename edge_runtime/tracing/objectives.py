@@ -78,7 +78,7 @@ class Objectives:
         if outcome not in ("whole", "failed") or (ttft is None and total is None):
             return
         first, all_of_it = _number(about, "ttft_ms"), trace.wall / 1e6
-        late = ttft is not None and (first is None or first > ttft)
+        late = ttft is not None and (all_of_it if first is None else first) > ttft  # an answer may be empty
         reason: Reason | None = None
         times: Mapping[Reason, float] = {}
         if outcome == "failed" or late or (total is not None and all_of_it > total):

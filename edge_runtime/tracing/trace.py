@@ -108,7 +108,7 @@ class Trace:
             if start >= self.ended:
                 return
             end = min(end, self.ended)
-        spans, lanes = self._spans, self._lanes  # in this order: where the lanes are there, these spans are not new ones
+        spans, lanes = self._spans, self._lanes  # in this order: with lanes, they are not a thin one's
         if not lanes:  # it is thin
             return
         lanes[lane].sums[part] += end - start

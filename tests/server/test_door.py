@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -19,12 +20,16 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from edge_runtime.errors import ConfigError, StorageError
 from edge_runtime.keys import KeyRing
 from edge_runtime.server import context, protocol
 from edge_runtime.server.app import create_app
+from edge_runtime.server.metrics import Counting, Meter
 from edge_runtime.server.rate import MOST, RateLimit
+from edge_runtime.server.tracing import Tracing
+from edge_runtime.tracing.recorder import Recorder
 from tests.runtime.machine import Failing
 from tests.server.served import CHAT, TEXT, FakeModel, error_of, running, wait_until
 
@@ -366,3 +371,42 @@ def test_the_command(tmp_path: Path) -> None:
     assert key("add", "anna").returncode == 1
     assert key("rm", "anna").stdout == "removed anna\n"
     assert "there is no key" in key("rm", "anna").stderr
+
+
+@pytest.mark.parametrize(
+    ("sent", "raised", "counted"),
+    [
+        (200, None, "200"),
+        (None, None, "499"),  # the client has left
+        (None, RuntimeError, "500"),
+        (None, asyncio.CancelledError, "500"),  # the server ends
+        (499, RuntimeError, "499"),
+        (200, asyncio.CancelledError, "200"),
+    ],
+)
+def test_a_request_counts_with_what_was_sent(
+    sent: int | None, raised: type[BaseException] | None, counted: str
+) -> None:
+    """Or else with what will be, by who stands outside."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if sent is not None:
+            await send({"type": "http.response.start", "status": sent, "headers": []})
+        if raised is not None:
+            raise raised
+
+    async def call() -> None:
+        async def receive() -> Message:
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            pass
+
+        with suppress(RuntimeError, asyncio.CancelledError):
+            await Tracing(Counting(app, meter), recorder)(scope, receive, send)
+
+    meter, recorder = Meter(), Recorder()
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "state": {"caller": ""}}
+    asyncio.run(call())
+    assert value(meter.page().decode(), "edge_glm_http_requests_total", status=counted) == 1
+    assert recorder.ring.newest(1)[0].about["status"] == int(counted)

@@ -17,10 +17,14 @@ from edge_runtime.server.app import create_app
 from edge_runtime.tracing.recorder import Recorder
 from tests.server.served import CHAT as PLAIN
 from tests.server.served import FakeModel, running, wait_until
+from tests.server.test_door import value
 from tests.server.test_tiers import CHAT
 from tests.tiers.house import LOCAL, TieredModel, cloud, house, task
-from tests.tiers.upstream import Connection, answers, status, upstream
+from tests.tiers.upstream import DONE, Connection, answers, delta, says, status, upstream
+from tests.tiers.upstream import stream as events
 
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+TOOL_CALL = delta(tool_calls=[{"index": 0, "id": "call_1", "function": {"name": "look", "arguments": "{}"}}])
 NEVER, ALWAYS = {"ttft": 0.001}, {"ttft": 60_000.0, "total": 60_000.0}
 
 
@@ -85,6 +89,26 @@ def test_a_tier_that_does_not_answer_and_one_that_is_slow(tmp_path: Path) -> Non
             ask(url, stream=True)
             (told,) = httpx.get(f"{url}/slo").json()["classes"]
             assert told["missed"] == {reason: 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("said", "tokens"), [([TOOL_CALL, delta(finish="tool_calls")], 1), ([delta(finish="stop")], 0)]
+)
+def test_an_answer_without_text_is_not_late_for_that(
+    said: list[bytes], tokens: int, stream: bool, tmp_path: Path
+) -> None:
+    """A call of a tool is something; of an answer that is empty its end counts."""
+    with (
+        upstream(says(events(*said, DONE))) as server,
+        house(tmp_path, cloud(server.url) + LOCAL + task(prefer="remote", latency={"ttft": 60_000.0})) as here,
+        running(create_app(TieredModel(here))) as url,
+    ):
+        ask(url, tools=TOOLS, stream=stream)
+        (told,) = httpx.get(f"{url}/slo").json()["classes"]
+        assert (told["requests"], told["missed"]) == (1, {})
+        counted = value(httpx.get(f"{url}/metrics").text, "edge_glm_time_to_first_token_seconds_count", model="fake")
+        assert counted == tokens
 
 
 def test_where_nobody_answers(tmp_path: Path) -> None:
