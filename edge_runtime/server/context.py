@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ from edge_runtime.tracing.recorder import Recorder
 from edge_runtime.tracing.trace import span
 
 MIB = 2**20
+EMBEDDING_AT_ONCE = 16
+"""Requests. Each keeps one of the 40 threads of anyio's until all its texts are embedded, a batch after the other; with
+all 40 of them no other request could even be begun."""
 BODY_SECONDS = 60.0
 """That a client has for sending a body."""
 
@@ -46,6 +50,8 @@ class ServerContext:
     max_new_tokens: int | None
     """What an answer may have at most; None: what the context has room for."""
     responses: ResponseStore = field(default_factory=ResponseStore)
+    embedding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(EMBEDDING_AT_ONCE))
+    """Held by requests whose texts are being embedded."""
 
     @classmethod
     def of(cls, request: Request) -> ServerContext:

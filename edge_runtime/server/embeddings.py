@@ -60,7 +60,8 @@ async def embedded(
     async def work() -> None:
         try:
             with span("embed"):
-                found.append(await anyio.to_thread.run_sync(run, abandon_on_cancel=True))
+                async with ServerContext.of(request).embedding:
+                    found.append(await anyio.to_thread.run_sync(run, abandon_on_cancel=True))
         finally:
             gone.set()
 

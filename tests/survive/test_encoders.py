@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -25,7 +25,9 @@ from edge_runtime.server.app import create_app
 from edge_runtime.step_watch import UNMEASURED
 from edge_runtime.stuck import any_stuck
 from tests.exporters.encoder_folder import write_folder
-from tests.server.served import FakeModel, error_of, running, wait_until
+from tests.server.served import CHAT, FakeModel, error_of, running, wait_until
+from tests.server.test_door import value
+from tests.server.test_leaving import sent
 from tests.survive.test_hanging_steps import Hands
 
 HANGS, THROWS, NONSENSE = 1, 2, 3
@@ -146,6 +148,24 @@ def embedder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EdgeEm
     export_package(str(tmp_path / "source"), tmp_path / "model", engines=["onnx"], weights="fp32")
     with EdgeEmbedder(str(tmp_path / "model")) as opened:
         yield opened
+
+
+def test_who_waits_for_an_encoder_keeps_no_chat_waiting(embedder: EdgeEmbedder) -> None:
+    """However many these are: threads are few, and a model is not closed without one either."""
+    encoder, hands, model = Fake(), Hands(), FakeModel()
+    embedder._encoder.close()
+    embedder._encoder = EncoderThread(encoder, DEVICE, 30, hands.heartbeat)
+    embedder.hidden_size = 2
+    body = {"model": embedder.model_id, "input": [[HANGS]]}
+    with running(create_app(model, embedders=[embedder])) as url, ExitStack() as clients:
+        for _ in range(60):
+            clients.enter_context(sent(url, "/v1/embeddings", body))
+        assert encoder.hangs.wait(60)
+        wait_until(lambda: value(httpx.get(f"{url}/metrics").text, "edge_glm_http_requests_in_flight") == 61)
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=20).status_code == 200
+        encoder.go_on.set()
+        assert httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).status_code == 200
+    model.close()
 
 
 @pytest.mark.parametrize(("fault", "alive"), [("nan", True), ("hang", False)])

@@ -285,7 +285,7 @@ def test_a_real_model_says_so_and_goes_on(group: Group, tmp_path: Path, monkeypa
         assert llm.condition.memory is None
         group.set(500 * MIB, 100 * MIB)
         llm._memory.look()
-        wait_until(lambda: llm._memory._relieved)
+        wait_until(lambda: llm._memory._relieved == 500 * MIB)
         assert "has shrunk from 1000.0 MiB to 500.0 MiB" in str(llm.condition.memory)
         assert llm.generate([5, 6, 7], GREEDY).text == expected
         group.set(1000 * MIB, 100 * MIB)
