@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.tracing.ring import MOST_TRACES
 from tests.survive import soak
 from tests.survive.soak import html
+from tests.survive.soak_clients import drawn, requests
 
 
 @pytest.mark.timeout(240)
@@ -25,6 +27,16 @@ def test_every_answer_is_accounted_for(tmp_path: Path, monkeypatch: pytest.Monke
     page = html(result)
     assert "300 requests in one process" in page
     assert "http" not in page
+
+
+@pytest.mark.parametrize("total", [8_000, 20_000])
+def test_what_is_kept_of_requests_has_filled_up_when_memory_begins_to_count(total: int) -> None:
+    before = int(soak.WARM_UP * total)
+    rounds = [drawn(soak.ROUND, asked) for asked in range(0, before, soak.ROUND)]
+    kinds = [kind for kind, _, _ in requests()]
+    responses = sum(kinds[number] == "response" and leaves is None for each in rounds for number, leaves in each)
+    assert 0 < soak.kept_responses(total) <= responses
+    assert before >= MOST_TRACES
 
 
 def test_a_run_in_which_all_is_refused_is_none() -> None:
