@@ -121,8 +121,9 @@ class Watched:
         """When the first token came, by :func:`time.perf_counter`."""
         return min(self._first.values(), default=None)
 
-    def end(self, usage: Usage, broken: bool) -> None:
-        """Once; ``broken``: not all of it came to an end of its own."""
+    def end(self, usage: Usage, generations: int) -> None:
+        """Once; ``generations``: so many were begun. Of those that have not come to an end of their own, one of which
+        nothing has come counts as one completion."""
         if not self._open:
             return
         self._open = False
@@ -130,9 +131,9 @@ class Watched:
         tokens.labels(self.model, "prompt").inc(usage.prompt_tokens - usage.cached_tokens)
         tokens.labels(self.model, "prompt_cached").inc(usage.cached_tokens)
         tokens.labels(self.model, "completion").inc(usage.completion_tokens)
-        cut = len(self._counts.keys() - self._ended)
-        if broken and (cut or not self._ended):
-            self._meter.generations.labels(self.model, "", "cancelled").inc(cut or 1)
+        cut = len(self._counts.keys() - self._ended) + generations - len({number for number, _ in self._counts})
+        if cut:
+            self._meter.generations.labels(self.model, "", "cancelled").inc(cut)
 
 
 class Counting:

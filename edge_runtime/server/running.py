@@ -54,7 +54,7 @@ class Running:
     async def __aexit__(self, *exception: object) -> None:
         self._close()
         if self._generations:
-            self._watched.end(self.usage(), broken=not self._whole)
+            self._watched.end(self.usage(), len(self._generations))
             self._tell()
         release, self._release = self._release, None
         if release is not None:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from contextlib import closing, suppress
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from edge_runtime.errors import ConfigError, StorageError
 from edge_runtime.keys import KeyRing
+from edge_runtime.request import Chunk, Usage
 from edge_runtime.server import context, protocol
 from edge_runtime.server.app import create_app
 from edge_runtime.server.metrics import Counting, Meter
@@ -410,3 +412,16 @@ def test_a_request_counts_with_what_was_sent(
     asyncio.run(call())
     assert value(meter.page().decode(), "edge_glm_http_requests_total", status=counted) == 1
     assert recorder.ring.newest(1)[0].about["status"] == int(counted)
+
+
+def test_of_several_generations_those_that_were_cut_off_count() -> None:
+    """Whether something of them had come or not; others count with their own end."""
+    meter = Meter()
+    watched = meter.watch("fake")
+    watched.chunk(0, Chunk("a", (1,), "stop"))
+    watched.chunk(1, Chunk("a", (1,), "length"))
+    watched.chunk(1, Chunk("a", (1,), index=1))
+    for _ in range(2):
+        watched.end(Usage(1, 3), generations=4)
+    counted = partial(value, meter.page().decode(), "edge_glm_generations_total")
+    assert [counted(outcome=each) for each in ("stop", "length", "cancelled")] == [1, 1, 3]
