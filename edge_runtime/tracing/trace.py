@@ -153,10 +153,11 @@ class Trace:
     def parts(self) -> Mapping[str, int]:
         """Nanoseconds of each, in the order of :data:`PARTS`; of tiers elsewhere one by one, as ``upstream NAME``.
         Lanes overlap, so that they may add up to more than :attr:`wall`."""
-        if self._sums is not None:
-            return self._sums
+        lanes, thin = list(self._lanes), self._sums  # in this order: without the ones there are the others
+        if thin is not None:
+            return thin
         sums: dict[tuple[Part, str], int] = {}
-        for lane in list(self._lanes):
+        for lane in lanes:
             for part, took in list(lane.sums.items()):
                 key = part, _name(part, lane.name)
                 sums[key] = sums.get(key, 0) + took

@@ -187,6 +187,32 @@ def test_a_span_that_is_being_added_while_its_trace_becomes_thin_is_dropped() ->
     assert chrome_trace([trace])["traceEvents"]
 
 
+def test_a_trace_that_becomes_thin_while_it_is_read_tells_the_same() -> None:
+    class Watched(Trace):
+        """Becomes thin once somebody has seen that it is not."""
+
+        kept: dict[str, int] | None = None
+        looked_at = False
+
+        @property  # type: ignore[override]
+        def _sums(self) -> dict[str, int] | None:
+            seen = self.kept
+            if self.looked_at:
+                self.looked_at = False
+                self.thin()
+            return seen
+
+        @_sums.setter
+        def _sums(self, sums: dict[str, int] | None) -> None:
+            self.kept = sums
+
+    trace = Watched()
+    trace.lane("engine", trace.started).mark("decode", trace.started + 5)
+    trace.finish()
+    trace.looked_at = True
+    assert trace.parts() == trace.parts() == {"decode": 5}
+
+
 def test_a_chunk_that_is_put_while_one_is_read_takes_no_time_back(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = Trace()
     lane = trace.lane("server")
