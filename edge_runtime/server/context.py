@@ -89,7 +89,7 @@ async def read_body(request: Request) -> bytes:
         text = f"the body took more than {BODY_SECONDS:g} s to come"
         raise HTTPException(408, text, {"connection": "close"}) from error
     except ClientDisconnect as error:
-        raise HTTPException(400, "the client left before it had sent the whole body") from error
+        raise HTTPException(CLIENT_LEFT, "the client left before it had sent the whole body") from error
     return bytes(body)
 
 

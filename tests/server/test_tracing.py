@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -272,6 +274,15 @@ def test_what_got_no_answer_has_a_status_too(tmp_path: Path, capsys: pytest.Capt
         counted = httpx.get(f"{url}/metrics").text.splitlines()
         assert any('status="500"' in line and line.endswith(" 1.0") for line in counted)
     model.close()
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_has_left(url: str, recorder: Recorder) -> None:
+    """It did nothing wrong, and is told nothing."""
+    before, parts = len(recorder.ring.newest(1000)), urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
+        wait_until(lambda: "in_flight 2.0" in httpx.get(f"{url}/metrics").text)
+    assert newest(recorder, before).about["status"] == 499
 
 
 def broken(*given: Any) -> Any:
