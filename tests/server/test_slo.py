@@ -17,7 +17,7 @@ from edge_runtime.server.app import create_app
 from edge_runtime.tracing.recorder import Recorder
 from tests.server.served import CHAT as PLAIN
 from tests.server.served import FakeModel, running, wait_until
-from tests.server.test_door import value
+from tests.server.test_metrics import value
 from tests.server.test_tiers import CHAT
 from tests.tiers.house import LOCAL, TieredModel, cloud, house, task
 from tests.tiers.upstream import DONE, Connection, answers, delta, says, status, upstream

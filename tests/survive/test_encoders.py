@@ -26,8 +26,8 @@ from edge_runtime.step_watch import UNMEASURED
 from edge_runtime.stuck import any_stuck
 from tests.exporters.encoder_folder import write_folder
 from tests.server.served import CHAT, FakeModel, error_of, running, wait_until
-from tests.server.test_door import value
 from tests.server.test_leaving import sent
+from tests.server.test_metrics import value
 from tests.survive.test_hanging_steps import Hands
 
 HANGS, THROWS, NONSENSE = 1, 2, 3
