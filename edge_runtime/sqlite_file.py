@@ -107,7 +107,7 @@ class SqliteFile:
         """How many of the changes."""
         had: int = connection.execute("PRAGMA user_version").fetchone()[0]
         if not 0 <= had <= len(self._changes):
-            raise sqlite3.DatabaseError("a later version of edge-glm has written it (update this one), or it is damaged")
+            raise sqlite3.DatabaseError("a later version of edge-glm has written it (update this one) or it is damaged")
         return had
 
 

@@ -93,7 +93,7 @@ def test_a_file_of_a_later_version_is_refused_and_left_alone(tmp_path: Path) -> 
     path = tmp_path / "notes.sqlite"
     use(path, "INSERT INTO notes (said) VALUES ('a')", changes=(SECOND,))
     before = path.read_bytes()
-    with pytest.raises(StorageError, match=r"cannot be used: a later version of edge-glm has written it \(update this one"):
+    with pytest.raises(StorageError, match=r"cannot be used: a later version of edge-glm has written it \(update"):
         opened(path)
     assert path.read_bytes() == before
     assert use(path, "SELECT said FROM notes", changes=(SECOND,)) == [("a",)]
