@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -216,20 +217,21 @@ class Ledger:
     def _found(self, newest: int | None = None) -> Iterator[Sequence[Any]]:
         """As they are, damaged or not; a few at a time, for all of them may be more than memory holds."""
         with self._file.reading() as connection:
-            (last,) = connection.execute(
+            (seq,) = connection.execute(
                 "SELECT MIN(seq) FROM (SELECT seq FROM entries ORDER BY seq DESC LIMIT ?)",
                 (-1 if newest is None else newest,),
             ).fetchone()
         where = "WHERE seq >= ?"
-        while last is not None:
+        while seq is not None:
             with self._file.reading() as connection:
-                found = connection.execute(_SELECT + where + " ORDER BY seq LIMIT ?", (last, _AT_ONCE)).fetchall()
+                found = connection.execute(_SELECT + where + " ORDER BY seq LIMIT ?", (seq, _AT_ONCE)).fetchall()
+            numbers = [row[0] for row in found]
+            if where == "WHERE seq > ?":
+                numbers.insert(0, seq)
+            if any(before >= after for before, after in pairwise(numbers)):  # they would never end
+                raise LedgerError(f"{self._path}: its rows are in no order: it is damaged")
             yield from found
-            if not found:
-                return
-            if found[-1][0] < last:
-                raise LedgerError(f"{self._path}: its rows are in no order; it is damaged")
-            where, last = "WHERE seq > ?", found[-1][0]
+            where, seq = "WHERE seq > ?", found[-1][0] if found else None
 
     def verify(self, head: str | None = None) -> list[str]:
         """Everything that is wrong with the chain. ``head``: a hash that was its last once, and must be in it."""
