@@ -30,6 +30,8 @@ MAX_TOKEN = 1024
 the square of it."""
 _LARGE_NUMBER = re.compile(r":\s*\d{7}")
 """What an id over :data:`MAX_ID` looks like: a look at the whole vocabulary is for those who may have one."""
+_ESCAPED_LETTER = re.compile(r"\\u00[4-7]")
+_TABLE = re.compile(r'"precompiled_charsmap"\s*:\s*')
 _LONG = re.compile(rf'"[^"]{{{MAX_TOKEN + 1}}}')
 _REST = re.compile(r'(?:[^"\\]++|\\.)*+')
 """Of a JSON string, from behind its first quote on."""
@@ -40,8 +42,9 @@ def open_tokenizer(text: str) -> Tokenizer:
     make texts endlessly long (:mod:`edge_runtime.tokenizer_bounds`)."""
     import tokenizers  # late: `import edge_runtime` stays light
 
-    if "Precompiled" in text or "\\u00" in text:  # letters may be spelled as escapes
-        text = _with_sound_tables(text)
+    if _ESCAPED_LETTER.search(text):
+        text = _spelled_out(text)
+    _check_tables(text)
     with library_errors(CorruptModel, "the tokenizer is not valid"):
         tokenizer = tokenizers.Tokenizer.from_str(text)
     check_bounds(tokenizer)
@@ -92,22 +95,22 @@ def _long_strings(text: str) -> Iterator[str]:
                 yield string
 
 
-def _with_sound_tables(text: str) -> str:
-    """The same JSON with each key once, so that what was looked at is what the library reads. CorruptModel."""
+def _spelled_out(text: str) -> str:
+    """The same JSON, without letters that are spelled as escapes. CorruptModel."""
     try:
-        content = json.loads(text)
+        return json.dumps(json.loads(text), ensure_ascii=False)
     except (ValueError, RecursionError) as error:
         raise CorruptModel(f"the tokenizer is not valid: {error}") from error
-    pending = [content]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            if "precompiled_charsmap" in value:
-                _check_table(value["precompiled_charsmap"])
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
-    return json.dumps(content, ensure_ascii=False)
+
+
+def _check_tables(text: str) -> None:
+    """Every one that there is, also of keys that stand twice: whichever the library reads is sound. CorruptModel."""
+    for key in _TABLE.finditer(text):
+        try:
+            table, _ = json.JSONDecoder().raw_decode(text, key.end())
+        except (ValueError, RecursionError) as error:
+            raise CorruptModel(f"the tokenizer is not valid: {error}") from error
+        _check_table(table)
 
 
 def _check_table(table: Any) -> None:
