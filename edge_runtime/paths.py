@@ -72,6 +72,14 @@ DURABLE = "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-
 """How a database of SQLite is opened that must outlive a power cut; a quarter of a MiB is cached."""
 
 
+def expanded(text: str) -> Path:
+    """With ``~`` or ``~user`` at its beginning replaced, where there is such a user."""
+    try:
+        return Path(text).expanduser()
+    except (RuntimeError, ValueError):  # no such user, or one whose name has a NUL in it
+        return Path(text)
+
+
 def private_file(path: Path) -> None:
     """Make it, if it is not there, and have it readable by its user only. OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +92,7 @@ def home() -> Home:
     """By EDGE_GLM_HOME if it is set, else the platform's folders. ConfigError if it is not an absolute path."""
     given = os.environ.get("EDGE_GLM_HOME")
     if given:
-        path = Path(given).expanduser()
+        path = expanded(given)
         if not path.is_absolute():
             raise ConfigError(f"EDGE_GLM_HOME must be an absolute path, not {given!r}")
         return Home(path, path / "cache")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edge_runtime.errors import UnknownReference
 from edge_runtime.package import is_package
+from edge_runtime.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,20 @@ _SYNTHETIC = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 def parse_reference(text: str) -> Reference:
     """Raises UnknownReference, which lists the forms, for anything else."""
+    named = _parse_name(text)
+    return _parse_path(text) if named is None else named
+
+
+def parse_foreign(text: str) -> Reference | None:
+    """Of what a package says of itself: no path, and nothing on this disk is looked at. None: it is no reference."""
+    try:
+        return _parse_name(text)
+    except UnknownReference:
+        return None
+
+
+def _parse_name(text: str) -> Reference | None:
+    """None: it can be a path only."""
     if text.lower() in CATALOGUE:
         return CatalogueReference(text.lower(), CATALOGUE[text.lower()])
     scheme, colon, rest = text.partition(":")
@@ -114,11 +129,11 @@ def parse_reference(text: str) -> Reference:
         if not _SYNTHETIC.fullmatch(rest):
             raise UnknownReference(f"{text!r}: a synthetic reference is synthetic:NAME, e.g. synthetic:tiny")
         return SyntheticReference(rest)
-    return _parse_path(text)
+    return None
 
 
 def _parse_path(text: str) -> Reference:
-    path = Path(text).expanduser()
+    path = expanded(text)
     try:
         found = bool(text) and path.exists()
     except (OSError, ValueError):  # longer than the system allows, or a NUL inside

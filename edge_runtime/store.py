@@ -26,6 +26,7 @@ from edge_runtime.references import (
     PypiReference,
     Reference,
     SyntheticReference,
+    parse_foreign,
     parse_reference,
     slug,
 )
@@ -207,12 +208,14 @@ def pick_variant(package: Package, engine: Engine, weights: Weights | None) -> V
 
 
 def _pinned(reference: Reference, present: Package | None) -> Reference:
-    """For a further variant: the very version that the package was made from."""
+    """For a further variant: the very version that the package was made from, if that can be had anywhere."""
     recorded = None if present is None else present.manifest.provenance.get("source")
     if not isinstance(recorded, str) or not isinstance(reference, CatalogueReference | PypiReference | HubReference):
         return reference
     target = reference.target if isinstance(reference, CatalogueReference) else reference
-    source = parse_reference(recorded)
+    source = parse_foreign(recorded)
+    if not isinstance(source, PypiReference | HubReference):
+        return reference
     if isinstance(source, HubReference) and isinstance(target, HubReference):
         return HubReference(source.repo, source.revision, target.file)
     return source
@@ -243,13 +246,8 @@ def _open_entry(folder: Path) -> StoredModel:
 def _is_its_own(entry: StoredModel, names: Counter[str]) -> bool:
     """Whether its name is its reference; of another name, whether it is no other's by all ``names`` of models and
     folders."""
-    try:
-        parsed = parse_reference(entry.name)
-    except UnknownReference:
-        parsed = None
-    if parsed is None or isinstance(parsed, PathReference | PackageReference):
-        return names[entry.name] == 1
-    return slug(parsed) == entry.folder.name
+    parsed = parse_foreign(entry.name)
+    return names[entry.name] == 1 if parsed is None else slug(parsed) == entry.folder.name
 
 
 def _key(folder: Path) -> str:

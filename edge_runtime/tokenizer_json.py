@@ -30,6 +30,11 @@ MAX_TOKEN = 1024
 the square of it."""
 _LARGE_NUMBER = re.compile(r":\s*\d{7}")
 """What an id over :data:`MAX_ID` looks like: a look at the whole vocabulary is for those who may have one."""
+_ESCAPED_LETTER = re.compile(r"\\u00[4-7]")
+_TABLE = re.compile(r'"precompiled_charsmap"\s*:\s*')
+_LONG = re.compile(rf'"[^"]{{{MAX_TOKEN + 1}}}')
+_REST = re.compile(r'(?:[^"\\]++|\\.)*+')
+"""Of a JSON string, from behind its first quote on."""
 
 
 def open_tokenizer(text: str) -> Tokenizer:
@@ -37,19 +42,21 @@ def open_tokenizer(text: str) -> Tokenizer:
     make texts endlessly long (:mod:`edge_runtime.tokenizer_bounds`)."""
     import tokenizers  # late: `import edge_runtime` stays light
 
-    if "Precompiled" in text or "\\u00" in text:  # letters may be spelled as escapes
-        text = _with_sound_tables(text)
+    if _ESCAPED_LETTER.search(text):
+        text = _spelled_out(text)
+    _check_tables(text)
     with library_errors(CorruptModel, "the tokenizer is not valid"):
         tokenizer = tokenizers.Tokenizer.from_str(text)
     check_bounds(tokenizer)
-    if _LARGE_NUMBER.search(text) or _longest_string(text) > MAX_TOKEN:
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        highest, longest = max(vocabulary.values(), default=0), max(map(len, vocabulary), default=0)
+    if _LARGE_NUMBER.search(text):
+        highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         if highest > MAX_ID:
             raise CorruptModel(f"the tokenizer is not valid: it has the token id {highest}; {MAX_ID} is possible")
-        if longest > MAX_TOKEN:
+    with library_errors(CorruptModel, "the tokenizer is not valid"):
+        tokens = (each for each in _long_strings(text) if tokenizer.token_to_id(each) is not None)
+        if (long := next(tokens, None)) is not None:
             raise CorruptModel(
-                f"the tokenizer is not valid: a token has {longest} characters; {MAX_TOKEN} are possible"
+                f"the tokenizer is not valid: a token has {len(long)} characters; {MAX_TOKEN} are possible"
             )
     return tokenizer
 
@@ -75,27 +82,35 @@ def library_errors(kind: type[EdgeError], what: str) -> Iterator[None]:
         raise kind(f"{what}: {error}") from error
 
 
-def _longest_string(text: str) -> int:
-    """Characters of the longest string in ``text``, which is JSON, as it is written there; or more, never fewer."""
-    return max(map(len, text.replace('\\"', "  ").split('"')))
+def _long_strings(text: str) -> Iterator[str]:
+    """All strings of more than :data:`MAX_TOKEN` characters in ``text``, which is valid JSON; what stands between
+    strings may be among them. Hardly a file has any but a table of characters: of these alone more than the next quote
+    is looked for."""
+    # Every string begins at a quote that no backslash precedes; one that ends in a backslash seems to be longer
+    for begin in _LONG.finditer(text.replace('\\"', "  ")):
+        written = _REST.match(text, begin.start() + 1)
+        if written is not None and len(written[0]) > MAX_TOKEN:
+            string: str = json.loads(f'"{written[0]}"', strict=False)  # not strictly: there are lines between strings
+            if len(string) > MAX_TOKEN:
+                yield string
 
 
-def _with_sound_tables(text: str) -> str:
-    """The same JSON with each key once, so that what was looked at is what the library reads. CorruptModel."""
+def _spelled_out(text: str) -> str:
+    """The same JSON, without letters that are spelled as escapes. CorruptModel."""
     try:
-        content = json.loads(text)
+        return json.dumps(json.loads(text), ensure_ascii=False)
     except (ValueError, RecursionError) as error:
         raise CorruptModel(f"the tokenizer is not valid: {error}") from error
-    pending = [content]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            if "precompiled_charsmap" in value:
-                _check_table(value["precompiled_charsmap"])
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
-    return json.dumps(content, ensure_ascii=False)
+
+
+def _check_tables(text: str) -> None:
+    """Every one that there is, also of keys that stand twice: whichever the library reads is sound. CorruptModel."""
+    for key in _TABLE.finditer(text):
+        try:
+            table, _ = json.JSONDecoder().raw_decode(text, key.end())
+        except (ValueError, RecursionError) as error:
+            raise CorruptModel(f"the tokenizer is not valid: {error}") from error
+        _check_table(table)
 
 
 def _check_table(table: Any) -> None:

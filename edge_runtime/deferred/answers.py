@@ -72,7 +72,10 @@ def pack(request: TierRequest) -> bytes:
     about = request.about
     messages = [dict(message) for message in request.prompt.messages]
     parts = (dict(each) for each in (about.headers, about.metadata, about.fields, about.extras))
-    return msgspec.json.encode(_Kept(messages, request.params, *parts))
+    try:
+        return msgspec.json.encode(_Kept(messages, request.params, *parts))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # half a surrogate pair, an object
+        raise InvalidRequest(f"what JSON cannot hold cannot be deferred: {error}") from error
 
 
 def unpack(body: bytes) -> TierRequest:

@@ -12,7 +12,6 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx2
 import msgspec
@@ -22,6 +21,7 @@ from edge_runtime.egress.ledger import BILLION, Cap, Ledger, OverCap, Period, Se
 from edge_runtime.egress.openai_body import answer_limit, body_of
 from edge_runtime.egress.redaction import Redaction
 from edge_runtime.errors import TierUnavailable
+from edge_runtime.paths import expanded
 from edge_runtime.policy.rules import CostCap, Policy, RemoteTierSpec, TaskClass
 from edge_runtime.prompts import TierRequest
 from edge_runtime.request import Usage
@@ -171,7 +171,7 @@ class Door:
             timeout = httpx2.Timeout(connect=times.connect, write=times.read, read=None, pool=times.connect)
             context: ssl.SSLContext | bool = True
             if spec.ca_file is not None:
-                context = ssl.create_default_context(cafile=str(Path(spec.ca_file).expanduser()))
+                context = ssl.create_default_context(cafile=str(expanded(spec.ca_file)))
             # a redirect is a failure of the tier: it would take the request, and could take the key, to who knows where
             client = httpx2.AsyncClient(timeout=timeout, verify=context, follow_redirects=False)
             self._clients[spec.name] = client

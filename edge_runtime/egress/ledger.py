@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -86,6 +87,8 @@ _Row = TypedDict(
 _COLUMNS = tuple(_Row.__annotations__)
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries "  # nosec B608  # names of columns
 _INSERT = f"INSERT INTO entries VALUES ({', '.join('?' * len(_COLUMNS))})"  # nosec B608  # only question marks
+_AT_ONCE = 16
+"""Rows that are read; each may hold what was sent."""
 _HASHED = tuple(name for name in _COLUMNS if name not in ("content", "hash"))
 
 
@@ -211,13 +214,24 @@ class Ledger:
         """In order, ``content`` as bytes or None; only the ``newest`` ones. LedgerError at one that is damaged."""
         yield from map(self._sound, self._found(newest))
 
-    def _found(self, newest: int | None = None) -> list[Sequence[Any]]:
-        """As they are, damaged or not."""
+    def _found(self, newest: int | None = None) -> Iterator[Sequence[Any]]:
+        """As they are, damaged or not; a few at a time, for all of them may be more than memory holds."""
         with self._file.reading() as connection:
-            found = connection.execute(
-                _SELECT + "ORDER BY seq DESC LIMIT ?", (-1 if newest is None else newest,)
-            ).fetchall()
-        return found[::-1]
+            (seq,) = connection.execute(
+                "SELECT MIN(seq) FROM (SELECT seq FROM entries ORDER BY seq DESC LIMIT ?)",
+                (-1 if newest is None else newest,),
+            ).fetchone()
+        where = "WHERE seq >= ?"
+        while seq is not None:
+            with self._file.reading() as connection:
+                found = connection.execute(_SELECT + where + " ORDER BY seq LIMIT ?", (seq, _AT_ONCE)).fetchall()
+            numbers = [row[0] for row in found]
+            if where == "WHERE seq > ?":
+                numbers.insert(0, seq)
+            if any(before >= after for before, after in pairwise(numbers)):  # they would never end
+                raise LedgerError(f"{self._path}: its rows are in no order: it is damaged")
+            yield from found
+            where, seq = "WHERE seq > ?", found[-1][0] if found else None
 
     def verify(self, head: str | None = None) -> list[str]:
         """Everything that is wrong with the chain. ``head``: a hash that was its last once, and must be in it."""
@@ -325,6 +339,8 @@ def _append(
     row = dict.fromkeys(_COLUMNS) | {"bytes_out": 0, "bytes_in": 0, "outcome": ""} | values
     row |= {"seq": last["seq"] + 1, "time": time, "class": task_class, "previous": last["hash"]}
     row["hash"] = _hash(row)
+    if damage := _damage(row):  # as the last row it would let nothing leave any more
+        raise LedgerError(f"what the ledger should keep is not possible: {damage}")
     connection.execute(_INSERT, [row[name] for name in _COLUMNS])
     return int(last["seq"]) + 1
 

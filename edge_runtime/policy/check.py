@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from edge_runtime.errors import PolicyError
+from edge_runtime.paths import expanded
 from edge_runtime.policy.language import known_languages
 from edge_runtime.policy.patterns import Pattern, words_pattern
 from edge_runtime.policy.rules import (
@@ -40,10 +40,11 @@ def key_of(tier: RemoteTierSpec, environ: Mapping[str, str] = os.environ) -> str
             raise PolicyError(f"tier {tier.name}: the variable {tier.api_key_env} with its key is not set")
     elif tier.api_key_file is not None:
         try:
-            with Path(tier.api_key_file).expanduser().open("rb") as file:
+            with expanded(tier.api_key_file).open("rb") as file:
                 key = file.read(MAX_KEY).decode("ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "not ASCII"
+        except (OSError, ValueError) as error:
+            decoding = isinstance(error, UnicodeDecodeError)  # which tells of what was read
+            why = error.strerror if isinstance(error, OSError) else "not ASCII" if decoding else str(error)
             raise PolicyError(f"tier {tier.name}: its key cannot be read from {tier.api_key_file}: {why}") from None
         if not key:
             raise PolicyError(f"tier {tier.name}: {tier.api_key_file} is empty")
@@ -92,7 +93,7 @@ def _remote_problems(tier: RemoteTierSpec, environ: Mapping[str, str]) -> Iterat
         key_of(tier, environ)
     except PolicyError as error:
         yield str(error)
-    if tier.ca_file is not None and not Path(tier.ca_file).expanduser().is_file():
+    if tier.ca_file is not None and not expanded(tier.ca_file).is_file():
         yield f"{where}: there is no file {tier.ca_file}"
     positive = {
         "context": tier.context,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tokenizers.models import BPE
 
 from edge_runtime.errors import CorruptModel, InvalidRequest
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.tokenizer_json import MAX_TOKEN, _long_strings
 
 LETTERS = {chr(32 + index): index for index in range(95)}
 
@@ -87,6 +89,15 @@ MADE_LONGER: dict[str, dict[str, Any]] = {
     },
     "a long token": {"model": {"type": "WordLevel", "vocab": {"a" * 1025: 0, "b": 1}, "unk_token": "b"}},
     "a long token of quotes": {"model": {"type": "WordLevel", "vocab": {'"' * 1025: 0, "b": 1}, "unk_token": "b"}},
+    "one behind a backslash": {
+        "model": {"type": "WordLevel", "vocab": {"\\": 0, "\\" * 1025: 1, "b": 2}, "unk_token": "b"}
+    },
+    "one that is added": {
+        "added_tokens": [
+            {"id": 95, "content": "é" * 1025, **dict.fromkeys(("single_word", "lstrip", "rstrip"), False)}
+            | dict.fromkeys(("normalized", "special"), True)
+        ]
+    },
 }
 
 
@@ -113,12 +124,42 @@ def test_texts_do_not_explode(what: str) -> None:
         {"pre_tokenizer": {**BYTES, "add_prefix_space": True}, "post_processor": template(A, A)},
         {"pre_tokenizer": sequence(*[metaspace(scheme="never")] * 9, key="pretokenizers"), "decoder": metaspace()},
         {"model": {"type": "WordLevel", "vocab": {"a" * 1024: 0, "aaa": 1}, "unk_token": "aaa"}},
+        {"model": {"type": "WordLevel", "vocab": {"é" * 1024: 0, "aaa": 1}, "unk_token": "aaa"}},  # spelled as escapes
+        {"normalizer": {**DOUBLE, "pattern": {"Regex": "x" * 5000}, "content": "y"}},  # long, and no token
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_what_is_usual_passes(parts: dict[str, Any]) -> None:
     tokenizer = Tokenizer(tokenizer_json(**parts))
     assert len(tokenizer.encode("aaa")) <= 4 * 3
+
+
+def test_every_long_string_is_found() -> None:
+    rng = random.Random(1)
+
+    def value(depth: int) -> Any:
+        if depth == 0 or rng.random() < 0.4:
+            pieces = ("a", "\\", '"', "\\" * 300, '"' * 300, "é" * 300, "\n" * 300, ":" * 300, "\u2028" * 300)
+            return "".join(rng.choices(pieces, k=rng.randrange(7)))
+        if rng.random() < 0.3:
+            return [value(depth - 1) for _ in range(3)]
+        return {value(0): value(depth - 1) for _ in range(3)}
+
+    many = 0
+    for _ in range(200):
+        text = json.dumps(value(4), ensure_ascii=rng.random() < 0.5, indent=rng.choice((None, 1, 2000)))
+        found = set(_long_strings(text))
+        long = {each for each in _strings(json.loads(text)) if len(each) > MAX_TOKEN}
+        assert long <= found
+        many += len(long)
+    assert many > 100
+
+
+def _strings(value: Any) -> Iterator[str]:
+    for each in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _strings(each)
+    if isinstance(value, str):
+        yield value
 
 
 def test_the_growth_that_is_counted_is_the_librarys() -> None:

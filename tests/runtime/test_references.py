@@ -45,7 +45,7 @@ def test_forms(text: str, expected: object) -> None:
     [
         *("", "llama", "smollm2:7b", "pypi:", "pypi:a b", "pypi:a==", "pypi:--index-url=x", "pypi:a>=1"),
         *("hf:", "hf:name", "hf:../x", "hf:a/b/c", "hf:a/b@", "hf:a/../b", "hf:-a/b"),
-        *("synthetic:", "synthetic:../x", "./absent.gguf", "/absent", "a\0b", "x" * 5000),
+        *("synthetic:", "synthetic:../x", "./absent.gguf", "/absent", "a\0b", "x" * 5000, "~no such user", "~\0"),
     ],
 )
 def test_unknown(text: str) -> None:

@@ -18,6 +18,7 @@ from edge_runtime.fetch import Fetched
 from edge_runtime.locks import file_lock
 from edge_runtime.package import MANIFEST
 from edge_runtime.paths import Home
+from edge_runtime.references import HubReference
 from edge_runtime.store import Store
 from tests.runtime.sources import tiny_folder, tiny_wheel
 
@@ -208,6 +209,35 @@ def test_a_name_does_not_stand_for_another_model(store: Store) -> None:
     _called(evil, "nice")
     assert [each.name for each in store.list()] == ["nice"]
     assert store.remove("nice") == evil
+
+
+@pytest.mark.parametrize("name", ["~no such user", "~\0", "pypi:==", "/dev/null", "x" * 5000])
+def test_whatever_a_model_calls_itself_the_others_are_listed(store: Store, name: str) -> None:
+    package, _ = store.ensure("synthetic:tiny", "onnxruntime")
+    shutil.copytree(package.folder, store.home.models / "hf-evil-x-123456")
+    _called(store.home.models / "hf-evil-x-123456", name)
+    assert [each.name for each in store.list()] == [name, "synthetic:tiny"]
+    assert store.remove("hf-evil-x-123456").name == "hf-evil-x-123456"
+
+
+@pytest.mark.parametrize("name", ["a path", "a package", "~no such user", "synthetic:tiny-llama3"])
+def test_a_model_does_not_say_which_files_here_it_was_made_from(store: Store, tmp_path: Path, name: str) -> None:
+    """Its provenance is its own word: a further variant comes from where the user has it from."""
+    package, _ = store.ensure("synthetic:tiny", "onnxruntime")
+    sources = {"a path": tiny_folder(tmp_path / "model"), "a package": package.folder}
+    manifest = json.loads((package.folder / MANIFEST).read_text())
+    manifest["provenance"]["source"] = str(sources.get(name, name))
+    (package.folder / MANIFEST).write_text(json.dumps(manifest))
+
+    def asked_for(reference: Any, *rest: Any) -> Fetched:
+        raise FetchError(f"{reference} was asked for")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edge_runtime.store.parse_reference", lambda text: HubReference("org/name"))
+        patch.setattr("edge_runtime.store.slug", lambda reference: package.folder.name)
+        patch.setattr("edge_runtime.store.fetch", asked_for)
+        with pytest.raises(FetchError, match="hf:org/name was asked for"):
+            store.ensure("hf:org/name", "onnxruntime", "fp32")
 
 
 def test_of_two_models_of_one_name_none_is_meant(store: Store, tmp_path: Path) -> None:

@@ -208,6 +208,10 @@ def table(encoded: object) -> bytes:
     [
         ("tokenizer.json", table("/////w==")),  # 4 GiB, it says: the library would abort the process
         ("tokenizer.json", table("/////w==").replace(b"Precompiled", b"Pre\\u0063ompiled")),
+        ("tokenizer.json", table("/////w==").replace(b"precompiled_", b"precompiled\\u005F")),
+        ("tokenizer.json", table("/////w==").replace(b'_charsmap": ', b'_charsmap" \n:\t')),
+        ("tokenizer.json", table("/////w==").replace(b'w=="', b'w==", "precompiled_charsmap": "BAAAAAAAAAA="')),
+        ("tokenizer.json", table("/////w==").replace(b'"pre', b'"precompiled_charsmap": "BAAAAAAAAAA=", "pre')),
         ("tokenizer.json", table("AAAA")),
         ("tokenizer.json", table("?")),
         ("tokenizer.json", table(3)),

@@ -219,6 +219,28 @@ def test_a_damaged_row_of_the_ledger_is_found_and_lets_nothing_leave(
         assert "internal error" not in said
 
 
+def test_rows_in_no_order_end(tmp_path: Path) -> None:
+    """The last row's number, in the leaf of the tree that holds it, is one that was before."""
+    path = tmp_path / "ledger.sqlite"
+    fill(path)
+    with closing(sqlite3.connect(path)) as vandal:
+        vandal.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (size,) = vandal.execute("PRAGMA page_size").fetchone()
+        (root,) = vandal.execute("SELECT rootpage FROM sqlite_master WHERE name = 'entries'").fetchone()
+    data = bytearray(path.read_bytes())
+    page = (root - 1) * size
+    assert (data[page], data[page + 4]) == (0x0D, 8)  # a leaf of eight cells, whose places follow
+    cell = page + int.from_bytes(data[page + 8 + 2 * 7 :][:2], "big")
+    assert data[cell] >= 0x80  # its length takes two bytes
+    assert data[cell + 2] == 8
+    data[cell + 2] = 3
+    path.write_bytes(data)
+    with closing(Ledger(path)) as ledger:
+        for read in (ledger.verify, lambda: list(ledger.rows())):
+            with pytest.raises(LedgerError, match="in no order"):
+                read()
+
+
 def test_with_a_damaged_ledger_it_is_answered_here(tmp_path: Path) -> None:
     fill(tmp_path / "ledger.sqlite")
     with (

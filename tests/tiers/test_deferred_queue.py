@@ -22,6 +22,9 @@ def test_what_was_asked_comes_back_as_it_was() -> None:
     assert unpack(pack(request)) == request
     with pytest.raises(InvalidRequest, match="only chats"):
         pack(TierRequest(Text("x"), params))
+    for content in ("\ud800", object()):
+        with pytest.raises(InvalidRequest, match="JSON"):
+            pack(TierRequest(Messages([{"role": "user", "content": content}]), params))
 
 
 def test_oldest_first_each_once(tmp_path: Path) -> None:

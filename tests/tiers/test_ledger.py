@@ -8,6 +8,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -72,6 +73,31 @@ def test_content_is_kept_only_if_asked(ledger: Ledger) -> None:
     ledger.send(Sending("r", 1, "cloud", "chat", b"content", 0, keep_content=True))
     (row,) = ledger.rows()
     assert row["content"] == b"content"
+
+
+def test_more_can_be_read_than_memory_holds(ledger: Ledger) -> None:
+    for number in range(80):
+        ledger.send(Sending(f"r{number}", 1, "cloud", "chat", bytes(250_000), 0, keep_content=True))
+    tracemalloc.start()
+    try:
+        assert ledger.verify() == []
+        assert [row["request"] for row in ledger.rows()] == [f"r{number}" for number in range(80)]
+        assert [row["request"] for row in ledger.rows(newest=18)] == [f"r{number}" for number in range(62, 80)]
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert list(ledger.rows(newest=0)) == []
+
+
+@pytest.mark.parametrize("cost", [2**62, 2**70, -1])
+def test_what_could_not_be_read_again_is_not_written(cost: int, ledger: Ledger) -> None:
+    """Such as by a tier that claims to have used any number of tokens."""
+    seq = ledger.send(sending())
+    with pytest.raises(LedgerError, match="not possible"):
+        ledger.settle(seq, settlement(cost))
+    assert ledger.spent(Cap("day", BILLION)) == 5
+    ledger.settle(ledger.send(sending()), settlement())
+    assert ledger.verify() == []
 
 
 @pytest.mark.parametrize(
@@ -205,7 +231,7 @@ from pathlib import Path
 from edge_runtime.egress.ledger import *
 ledger = Ledger(Path({str(path)!r}))
 got = 0
-for number in range(40):
+for number in range(80):
     try:
         ledger.send(Sending(sys.argv[1], number, "cloud", "chat", b"x", 1), [Cap("day", 50)])
         got += 1
