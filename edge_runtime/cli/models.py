@@ -86,8 +86,8 @@ def _recipe(arguments: argparse.Namespace, prune: Prune | None) -> Recipe | None
     recipe = Recipe(**given)
     if arguments.calibrate is not None and not recipe.calibrated:
         raise ConfigError(
-            "--calibrate is for a recipe that learns from a text: add --method gptq or awq, --bits, or --prune with more "
-            "than vocab="
+            "--calibrate is for a recipe that learns from a text: add --method gptq or awq, --bits, or --prune with "
+            "more than vocab="
         )
     return recipe
 
