@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,38 +15,29 @@ from numpy.typing import NDArray
 from devices.base import DecoderOptions
 from devices.kv_types import KVWish
 from edge_runtime.answer import ChunkStream, Completion, joined
-from edge_runtime.budgets import put_aside
 from edge_runtime.condition import Condition
-from edge_runtime.constraints import Grammars
 from edge_runtime.engine_stats import EngineStats
 from edge_runtime.errors import ConfigError, InvalidRequest
 from edge_runtime.exporting import Progress
-from edge_runtime.failover import Failover
 from edge_runtime.generation import Generation
 from edge_runtime.heap import return_free_heap
-from edge_runtime.loading import Loaded, Loading, load
-from edge_runtime.machine import fingerprint
-from edge_runtime.measurements import WORKLOADS, Measurements, Workload
+from edge_runtime.loading import Loaded, Loading
+from edge_runtime.measurements import WORKLOADS, Workload
 from edge_runtime.memory import parse_budget, parse_bytes
 from edge_runtime.memory_watch import MemoryWatch
 from edge_runtime.model_facts import ModelFacts, facts_of
+from edge_runtime.opening import open_model
 from edge_runtime.package import Package, Variant, WeightsWish
 from edge_runtime.paths import home
-from edge_runtime.placement import Placement, Wish, place
-from edge_runtime.planning import refuse_early
 from edge_runtime.policy.rules import LocalTierSpec
 from edge_runtime.prefix_store import DEFAULT_SIZE
 from edge_runtime.prompts import NOTHING, About, Messages, Text, TierRequest, TokenIds
 from edge_runtime.sampling import SamplingParams
 from edge_runtime.step_watch import STEP_TIMEOUT_S
 from edge_runtime.store import Store
-from edge_runtime.switching import Switching
-from edge_runtime.template import ChatTemplate
 from edge_runtime.tiers.model import LocalModel
-from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tracing import trace as tracing
 from edge_runtime.tuning.records import Options
-from edge_runtime.variants import Variants
 
 if TYPE_CHECKING:
     from edge_runtime.deferred.deferrals import Ticket
@@ -125,7 +115,6 @@ class EdgeLLM:
             raise ConfigError(f"step_timeout is a number of seconds, or 0 for none, not {step_timeout:g}")
         if max_prompt is not None and max_prompt < 1:
             raise ConfigError(f"max_prompt must be at least 1, not {max_prompt}")
-        store = Store(home())
         loading = Loading(
             budget=None if memory_budget is None else parse_budget(memory_budget),
             threads=threads,
@@ -142,37 +131,14 @@ class EdgeLLM:
             tuning=tuning,
             step_timeout=step_timeout or None,
         )
-        auto = weights == "auto"
-        fixed = None if weights == "auto" else weights
-        wish = Wish(ref, device, fixed, workload, fallback)
-        refuse_early(store, wish, loading.budget, kv_type)
-        unfit = partial(put_aside, weights=fixed, size=loading.budget, kv_type=kv_type)
-        kept = Measurements(store.home.measurements, fingerprint())
-        variants = Variants(kept.losses, loading.budget, kv_type, max_sequences)
-
-        def place_on(aside: Mapping[str, str], progress: Progress | None = None) -> Placement:
-            placed = place(store, wish, progress, aside=aside, unfit=unfit)
-            return variants.refine(placed) if auto else placed
-
-        first = place_on({}, progress)
-        if first.package.manifest.encoder is not None:
-            raise ConfigError(f"{first.package.name} makes embeddings, no text: open it with EdgeEmbedder, or serve it")
+        opened = open_model(Store(home()), ref, device, weights, fallback, loading, progress)
         self._created = int(time.time())
         self._name = name
-        self.tokenizer = tokenizer = _tokenizer(first.package)
-        template = ChatTemplate(first.package.chat_template, first.package.manifest.special_tokens)
-        grammars = Grammars(tokenizer)
-        self._chats = template.source is not None
-        self._failover = Failover(
-            place=place_on,
-            load=lambda placement, successor, sharing: load(
-                store, placement, loading, tokenizer, template, grammars, successor, sharing
-            ),
-            first=first,
-        )
-        switching = Switching(self._failover, variants, auto)
-        self.local = LocalModel(self._failover, switching)
-        self._memory = MemoryWatch(lambda: self._failover.in_host_memory, switching.relieve)
+        self.tokenizer = opened.tokenizer
+        self._chats = opened.chats
+        self._failover = opened.failover
+        self.local = LocalModel(opened.failover, opened.switching)
+        self._memory = MemoryWatch(lambda: self._failover.in_host_memory, opened.switching.relieve)
         self._tiers: Dispatcher | None = None
         if policy is not None:
             try:
@@ -410,13 +376,3 @@ def _dispatcher(policy: Path, model: LocalModel, offline: bool, progress: Progre
         return EdgeLLM(tier.model, tier.device, tier.memory_budget, weights=tier.weights, progress=progress)
 
     return Dispatcher(policy, model, open_beside, home(), offline)
-
-
-def _tokenizer(package: Package) -> Tokenizer:
-    manifest = package.manifest
-    tokenizer = Tokenizer.from_folder(package.folder)
-    tokenizer.eos_ids = manifest.eos_ids
-    bos = manifest.special_tokens.get("bos_token")
-    if bos is not None:
-        tokenizer.bos_id = tokenizer.token_to_id(bos)
-    return tokenizer

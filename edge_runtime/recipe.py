@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -52,7 +53,7 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         if self.target is not None:
             if self.heads or self.mlp:
                 raise ConfigError(f"{self.target} decides how many heads and neurons are cut: leave heads and mlp out")
-            if self.to <= 0 or (self.target != "loss" and self.to >= 1):
+            if not 0 < self.to < (math.inf if self.target == "loss" else 1):
                 what = "nats a token, above 0" if self.target == "loss" else "the share that is left, between 0 and 1"
                 raise ConfigError(f"{self.target} is {what}, not {self.to:g}")
         elif not (self.cuts or self.vocabulary):
@@ -87,7 +88,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     @property
     def calibrated(self) -> bool:
         """It takes a text."""
-        return self.method != "nearest" or self.bits is not None or self.prune is not None
+        return self.method != "nearest" or self.bits is not None or (self.prune is not None and self.prune.cuts)
 
     @property
     def rounds(self) -> bool:

@@ -49,6 +49,7 @@ def export(
     """
     if shrinking is not None:
         _check_possible(shrinking.recipe, weights, engines)
+        _check_heads(shrinking.recipe, source.architecture, engines)
     made_from = {**source.provenance, **(provenance or {})}
     with write_package(folder) as writer:
         if writer.existing is not None:
@@ -67,7 +68,6 @@ def export(
             for levels, variants in _by_levels(missing, shrinking).items():
                 if shrunk is not None:
                     made, compression = shrunk.rounded(levels)
-                    _check_heads(made.architecture, engines)
                     if writer.existing is not None:
                         _check_network(writer.existing, made.architecture, compression, folder)
                 for variant, engine in variants.items():
@@ -132,9 +132,16 @@ def _check_possible(recipe: Recipe, weights: Weights, engines: Sequence[Engine])
         )
 
 
-def _check_heads(arch: Architecture, engines: Sequence[Engine]) -> None:
-    if "onnx-cuda" in engines and len({arch.kv_heads(index) for index in range(arch.num_layers)}) > 1:
-        raise ConfigError("CUDA's KV cache has as many heads in every layer: prune neurons or layers, and no heads")
+def _check_heads(recipe: Recipe, arch: Architecture, engines: Sequence[Engine]) -> None:
+    """Before minutes are spent on what is to be cut."""
+    wish = recipe.prune
+    if "onnx-cuda" not in engines or wish is None or max(map(arch.kv_heads, range(arch.num_layers))) == 1:
+        return
+    if wish.heads or wish.target is not None:
+        cuts = "" if wish.target is None else f", which {wish.target}= would cut, too"
+        raise ConfigError(
+            f"CUDA's KV cache has as many heads in every layer{cuts}: prune mlp= or layers= for onnx-cuda, and no heads"
+        )
 
 
 def _check_recipe(existing: Manifest, weights: Weights, shrinking: Shrinking | None, folder: Path) -> None:

@@ -20,7 +20,7 @@ from edge_runtime.memory import format_bytes
 from edge_runtime.package import Package, storage_errors
 from edge_runtime.paths import home
 from edge_runtime.placement import Wish, place
-from edge_runtime.recipe import Recipe
+from edge_runtime.recipe import Prune, Recipe
 from edge_runtime.settings import load_settings
 from edge_runtime.store import Store, StoredModel
 from edge_runtime.terminal import harmless
@@ -53,9 +53,9 @@ def pull(arguments: argparse.Namespace) -> int:
 def export(arguments: argparse.Namespace) -> int:
     settings = load_settings({"weights": arguments.weights})
     engines = list(_ENGINES[arguments.engine])
-    recipe = _recipe(arguments)
+    prune, vocabulary = (None, None) if arguments.prune is None else parse_prune(arguments.prune)
+    recipe = _recipe(arguments, prune)
     calibration = None if arguments.calibrate is None else Path(arguments.calibrate)
-    vocabulary = None if arguments.prune is None else parse_prune(arguments.prune)[1]
     with Bars() as bars:
         package = export_package(
             arguments.source,
@@ -75,18 +75,19 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe | None:
+def _recipe(arguments: argparse.Namespace, prune: Prune | None) -> Recipe | None:
     """None: none was asked for. ConfigError."""
     names = ("method", "group", "symmetric", "embedding_bits", "bits")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if arguments.prune is not None:
-        given["prune"] = parse_prune(arguments.prune)[0]
+    if prune is not None:
+        given["prune"] = prune
     if not given and arguments.calibrate is None:
         return None
     recipe = Recipe(**given)
     if arguments.calibrate is not None and not recipe.calibrated:
         raise ConfigError(
-            "--calibrate is for a recipe that learns from a text: add --method gptq or awq, --bits or --prune"
+            "--calibrate is for a recipe that learns from a text: add --method gptq or awq, --bits, or --prune with "
+            "more than vocab="
         )
     return recipe
 

@@ -22,7 +22,7 @@ from edge_runtime.drafting.pace import DraftPace
 from edge_runtime.errors import EdgeError, OutOfKVCache
 
 _SHORT = 2
-"""Tokens of a step that tells the pace; longer ones catch up with a prompt."""
+"""Tokens of a step that drafts; longer ones catch up with the text."""
 _log = logging.getLogger("edge_glm.engine")
 
 
@@ -121,14 +121,21 @@ class DraftModel:
         drafts: dict[Request, list[int]] = {each: [] for each in rows}
         newest = {each: self._catch_up(each) for each in rows}
         while newest:
-            started = time.perf_counter()
-            logits = self._forward([Step(self._rows[each].sequence, step) for each, step in newest.items()])
-            if all(len(step) <= _SHORT for step in newest.values()):
-                self.pace.draft_took(len(newest), time.perf_counter() - started)
+            logits = self._run([Step(self._rows[each].sequence, step) for each, step in newest.items()])
             for request, row in zip(newest, logits, strict=True):
                 drafts[request].append(int(row[-1].argmax()))
             newest = {each: self._guess(each, drafts[each][-1]) for each in newest if len(drafts[each]) < rows[each]}
         return drafts
+
+    def _run(self, batch: Sequence[Step]) -> list[NDArray[np.float32]]:
+        started = time.perf_counter()
+        logits = self._forward(batch)
+        seconds = time.perf_counter() - started
+        if all(len(step.tokens) <= _SHORT for step in batch):
+            self.pace.draft_took(len(batch), seconds)
+        else:
+            self.pace.caught_up(seconds)
+        return logits
 
     def _guess(self, request: Request, token: int) -> NDArray[np.int64]:
         self._rows[request].guessed.append(token)
@@ -142,7 +149,7 @@ class DraftModel:
         tokens = np.array(request.tokens[row.settle(request.tokens) :], np.int64)
         chunk = self._decoder.limits.prefill_chunk
         while len(tokens) > chunk:
-            self._forward([Step(row.sequence, tokens[:chunk], rows=0)])
+            self._run([Step(row.sequence, tokens[:chunk], rows=0)])
             tokens = tokens[chunk:]
         row.agreed = len(request.tokens)
         return tokens

@@ -39,6 +39,8 @@ class DraftPace:
         self._held, self._drafted = _PRIOR
         self._wait = 0
         self._trials = FIRST_TRIALS
+        self._caught_up = 0.0
+        """Seconds, since drafts were last worth it or waited for."""
 
     @property
     def acceptance(self) -> float:
@@ -53,6 +55,10 @@ class DraftPace:
         """A step of the draft, a token for each of so many requests."""
         self._drafts.note(requests, seconds)
 
+    def caught_up(self, seconds: float) -> None:
+        """A step of the draft that read what it had not of the texts, as after steps without."""
+        self._caught_up += seconds
+
     def fared(self, drafted: int, accepted: int) -> None:
         """Of a draft so many tokens held; those after the first that did not were never looked at."""
         looked_at = min(accepted + 1, drafted)
@@ -65,6 +71,7 @@ class DraftPace:
             return 0
         longest = self._best(requests, min(most, LONGEST))
         if longest:
+            self._caught_up = 0.0
             return longest
         if self._wait:
             self._wait -= 1
@@ -76,6 +83,7 @@ class DraftPace:
             return min(most, _TRIED[self._trials % len(_TRIED)])
         self._trials = LATER_TRIALS
         self._wait = self._worthwhile_wait(requests, min(most, LONGEST))
+        self._caught_up = 0.0
         return 0
 
     def _best(self, requests: int, most: int) -> int:
@@ -88,9 +96,10 @@ class DraftPace:
         return longest
 
     def _worthwhile_wait(self, requests: int, most: int) -> int:
-        """Steps after which the trials to come, if worth no more than now, have lost their share of the time."""
+        """Steps after which the trials to come, if worth no more than now and begun by as much reading as the last,
+        have lost their share of the time."""
         plain = self._steps.at(requests)
-        lost = 0.0
+        lost = self._caught_up / plain
         for trial in range(LATER_TRIALS):
             count = min(most, _TRIED[trial % len(_TRIED)])
             lost += self._seconds(requests, count) / plain - self._expected(count)

@@ -71,7 +71,7 @@ class Tally:
             return
         theirs = log_softmax(reference)
         self.reference_nll.append(-theirs[places, following])
-        self.kl.append((np.exp(theirs) * (theirs - own)).sum(-1))
+        self.kl.append(np.maximum((np.exp(theirs) * (theirs - own)).sum(-1), 0.0))  # rounding may leave less
         ours5, theirs5 = _top(logits, 5), _top(reference, 5)
         self.top1.append((ours5[:, 0] == theirs5[:, 0]).astype(np.float32))
         self.top5.append((ours5[:, :, None] == theirs5[:, None, :]).any(-1).mean(-1).astype(np.float32))

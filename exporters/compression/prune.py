@@ -113,15 +113,18 @@ def _by_shares(arch: Architecture, wish: Prune, ranking: Ranking, left: Sequence
     heads = [group_options(ranking.group_loss[index], range(arch.kv_heads(index))) for index in left]
     total = sum(arch.kv_heads(index) for index in left)
     most = total - len(left)
-    if round(wish.heads * total) > most:
+    groups = round(wish.heads * total)
+    if wish.heads and not groups:
+        raise ConfigError(f"heads={wish.heads:g} cuts none of {total} KV groups: one is {1 / total:.3f}")
+    if groups > most:
         raise ConfigError(
-            f"heads={wish.heads:g} would cut {round(wish.heads * total)} of {total} KV groups, and each of {len(left)} "
+            f"heads={wish.heads:g} would cut {groups} of {total} KV groups, and each of {len(left)} "
             f"layers keeps one: at most {most / total:.3f}"
         )
     if wish.mlp > (EIGHTHS - 1) / EIGHTHS:
         raise ConfigError(f"mlp={wish.mlp:g} leaves too little: at most {(EIGHTHS - 1) / EIGHTHS:g}")
     neurons = [_neuron_options(ranking, index, range(EIGHTHS)) for index in left]
-    return solve(heads, round(wish.heads * total)), solve(neurons, wish.mlp * EIGHTHS * len(left))
+    return solve(heads, groups), solve(neurons, wish.mlp * EIGHTHS * len(left))
 
 
 def _by_target(

@@ -127,7 +127,6 @@ def _pruned(
 ) -> tuple[Checkpoint, Pruned, Calibration | None]:
     wish, text = shrinking.recipe.prune, shrinking.calibration
     assert wish is not None
-    assert text is not None
     made = source
     if wish.vocabulary is not None:
         texts = [] if shrinking.vocabulary is None else [shrinking.vocabulary.text]
@@ -136,6 +135,7 @@ def _pruned(
     vocabulary = made.architecture.vocab_size if made is not source else None
     if not wish.cuts:
         return made, Pruned(vocabulary=vocabulary), None
+    assert text is not None
     ids, calibration = windows(made, text)
     measure = shrinking.measure if wish.target == "latency" else None
     costs = WeightCosts(made.architecture) if measure is None else measure(made)

@@ -11,13 +11,14 @@ import pytest
 from numpy.typing import NDArray
 
 from devices.base import DecoderOptions, DecoderSpec, KVChoosing, Step
-from devices.errors import DeviceUnavailable, EngineError, OutOfKVCache, OutOfSequences
+from devices.errors import EngineError, OutOfKVCache, OutOfSequences
 from devices.kv_types import KVWish
 from devices.onnxruntime_edge import OnnxRuntimeEdgeDecoder
-from devices.registry import choose_device, open_decoder
+from devices.registry import open_decoder
 from exporters.graphs import write_graph
 from exporters.synthetic import SyntheticCheckpoint
 from tests.decoder_spec import decoder_spec
+from tests.devices.written import skip_without
 
 OPTIONS = DecoderOptions(max_sequences=4, prefill_chunk=64, kv_tokens=256, threads=1)
 Open = Callable[[KVWish], OnnxRuntimeEdgeDecoder]
@@ -25,10 +26,7 @@ Open = Callable[[KVWish], OnnxRuntimeEdgeDecoder]
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> DecoderSpec:
-    try:
-        choose_device("edge:cpu")
-    except DeviceUnavailable as error:
-        pytest.skip(str(error))
+    skip_without("edge:cpu")
     checkpoint, folder = SyntheticCheckpoint("tiny"), tmp_path_factory.mktemp("tiny")
     arch = checkpoint.architecture
     engine, file = write_graph(checkpoint, "onnx-edge", "fp32", folder / "model", folder)

@@ -11,15 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from devices import Decoder, DecoderOptions, DecoderSpec, Step, open_decoder
-from devices.errors import DeviceUnavailable, EngineError, OutOfKVCache
-from devices.registry import choose_device
-from exporters.checkpoint import Checkpoint
-from exporters.graphs import Engine, write_graph
+from devices.errors import EngineError, OutOfKVCache
 from exporters.onnx_operators import WeightFormat
-from exporters.quantize import QuantizedCheckpoint, quantize
+from exporters.quantize import quantize
 from exporters.safetensors_checkpoint import SafetensorsCheckpoint
 from exporters.weights import QuantizedTensor
-from tests.decoder_spec import decoder_spec
+from tests.devices.written import everything, skip_without, written
 from tests.exporters.random_checkpoint import ARCHITECTURE, RandomCheckpoint
 
 FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
@@ -27,35 +24,12 @@ FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
 
 @pytest.fixture(scope="module", autouse=True)
 def cuda() -> None:
-    try:
-        choose_device("cuda")
-    except DeviceUnavailable as error:
-        pytest.skip(str(error))
-
-
-def make_spec(
-    checkpoint: Checkpoint, folder: Path, weights: WeightFormat = "fp16", engine: Engine = "onnx-cuda"
-) -> DecoderSpec:
-    arch = checkpoint.architecture
-    runs_on, file = write_graph(QuantizedCheckpoint(checkpoint, weights), engine, weights, folder / "model", folder)
-    return decoder_spec(arch, runs_on, folder / "model" / file)
-
-
-def everything(decoder: Decoder, ids: NDArray[np.int64], sizes: tuple[int, ...] = ()) -> NDArray[np.float32]:
-    """Logits of all ``ids``, fed in steps of ``sizes`` and then the rest."""
-    sequence = decoder.new_sequence(len(ids))
-    rows = []
-    for size in (*sizes, len(ids)):
-        part = ids[sequence.length : sequence.length + size]
-        if len(part):
-            rows += decoder.forward([Step(sequence, part, len(part))])
-    sequence.close()
-    return np.concatenate(rows)
+    skip_without("cuda")
 
 
 @pytest.mark.parametrize("family", sorted(path.name for path in FAMILIES.iterdir()))
 def test_family_agrees_with_transformers(family: str, tmp_path: Path) -> None:
-    spec = make_spec(SafetensorsCheckpoint(FAMILIES / family), tmp_path)
+    spec = written(SafetensorsCheckpoint(FAMILIES / family), tmp_path, "onnx-cuda", "fp16")
     decoder = open_decoder(spec, "cuda", DecoderOptions(max_sequences=4, prefill_chunk=96, kv_tokens=512))
     # Transformers itself, computing in these types: 0.015 of the largest logit at most, 0.03 for Gemma in bfloat16
     tolerance = 0.06 if family.startswith("gemma") else 0.03
@@ -84,7 +58,7 @@ def close(a: NDArray[np.float32], b: NDArray[np.float32], tolerance: float = 0.0
 
 @pytest.fixture(scope="module")
 def long_spec(tmp_path_factory: pytest.TempPathFactory) -> DecoderSpec:
-    return make_spec(RandomCheckpoint(LONG), tmp_path_factory.mktemp("long"))
+    return written(RandomCheckpoint(LONG), tmp_path_factory.mktemp("long"), "onnx-cuda", "fp16")
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +152,7 @@ def test_packed_weights_are_the_very_ones(weights: WeightFormat, tmp_path: Path)
     forms: tuple[WeightFormat, ...] = ("fp16", weights)
     for form in forms:
         (tmp_path / form).mkdir()
-        spec = make_spec(RandomCheckpoint(arch, blocks), tmp_path / form, form)
+        spec = written(RandomCheckpoint(arch, blocks), tmp_path / form, "onnx-cuda", form)
         decoder = open_decoder(spec, "cuda", DecoderOptions(max_sequences=2, prefill_chunk=CHUNK, kv_tokens=512))
         results.append(everything(decoder, ids(1, 60), sizes=(20, 1, 1, 3)))
         decoder.close()
@@ -204,6 +178,6 @@ def test_the_arena_is_capped(long_spec: DecoderSpec) -> None:
 
 
 def test_a_graph_for_another_provider(tmp_path: Path) -> None:
-    spec = replace(make_spec(RandomCheckpoint(ARCHITECTURE), tmp_path, engine="onnx"), engine="onnxruntime-cuda")
+    spec = replace(written(RandomCheckpoint(ARCHITECTURE), tmp_path, "onnx", "fp16"), engine="onnxruntime-cuda")
     with pytest.raises(EngineError):
         open_decoder(spec, "cuda", DecoderOptions(kv_tokens=512))

@@ -13,19 +13,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from devices import Decoder, DecoderOptions, DecoderSpec, Step, open_decoder
+from devices import DecoderOptions, DecoderSpec, Step, open_decoder
 from devices.base import Snapshot
 from devices.errors import ContextOverflow, DeviceError, DeviceUnavailable, EngineError, OutOfKVCache
 from devices.onnxruntime_edge import _KEPT_BINDINGS, BLOCK, OnnxRuntimeEdgeDecoder
-from devices.registry import choose_device
-from exporters.checkpoint import Checkpoint
-from exporters.graphs import Engine, write_graph
 from exporters.onnx_operators import WeightFormat
-from exporters.quantize import QuantizedCheckpoint, quantize
+from exporters.quantize import quantize
 from exporters.safetensors_checkpoint import SafetensorsCheckpoint
 from exporters.weights import QuantizedTensor
-from tests.decoder_spec import decoder_spec
 from tests.devices.edge_session import SPEC, EdgeSession, standing_in
+from tests.devices.written import everything, skip_without, written
 from tests.exporters.random_checkpoint import ARCHITECTURE, RandomCheckpoint
 
 FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
@@ -34,18 +31,6 @@ Open = Callable[..., tuple[OnnxRuntimeEdgeDecoder, EdgeSession]]
 
 def ids(seed: int, length: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, 64, length)
-
-
-def everything(decoder: Decoder, tokens: NDArray[np.int64], sizes: tuple[int, ...] = ()) -> NDArray[np.float32]:
-    """Logits of all ``tokens``, fed in steps of ``sizes`` and then the rest."""
-    sequence = decoder.new_sequence(len(tokens))
-    rows = []
-    for size in (*sizes, len(tokens)):
-        part = tokens[sequence.length : sequence.length + size]
-        if len(part):
-            rows += decoder.forward([Step(sequence, part, len(part))])
-    sequence.close()
-    return np.concatenate(rows)
 
 
 # ---- over a stand-in for the session
@@ -260,25 +245,14 @@ def test_closing_gives_the_memory_back(opening: Open) -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> None:
-    try:
-        choose_device("edge:cpu")
-    except DeviceUnavailable as error:
-        pytest.skip(str(error))
-
-
-def make_spec(
-    checkpoint: Checkpoint, folder: Path, weights: WeightFormat = "fp32", engine: Engine = "onnx-edge"
-) -> DecoderSpec:
-    arch = checkpoint.architecture
-    runs_on, file = write_graph(QuantizedCheckpoint(checkpoint, weights), engine, weights, folder / "model", folder)
-    return decoder_spec(arch, runs_on, folder / "model" / file)
+    skip_without("edge:cpu")
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("family", sorted(path.name for path in FAMILIES.iterdir()))
 def test_family_agrees_with_transformers(family: str, tmp_path: Path) -> None:
     """Within what a float16 KV cache costs: OpenVINO's with one is up to 0.0032 of the largest logit away."""
-    spec = make_spec(SafetensorsCheckpoint(FAMILIES / family), tmp_path)
+    spec = written(SafetensorsCheckpoint(FAMILIES / family), tmp_path, "onnx-edge", "fp32")
     options = DecoderOptions(max_sequences=4, prefill_chunk=96, kv_tokens=512, threads=2)
     decoder = open_decoder(spec, "edge:cpu", options)
     with np.load(FAMILIES / family / "reference.npz") as arrays:
@@ -309,7 +283,8 @@ def specs(kernels: None, tmp_path_factory: pytest.TempPathFactory) -> dict[Weigh
     folder = tmp_path_factory.mktemp("long")
     for weights in WEIGHTS:
         (folder / weights).mkdir()
-    return {weights: make_spec(RandomCheckpoint(LONG, blocks), folder / weights, weights) for weights in WEIGHTS}
+    source = RandomCheckpoint(LONG, blocks)
+    return {weights: written(source, folder / weights, "onnx-edge", weights) for weights in WEIGHTS}
 
 
 def test_quantized_weights_are_the_very_ones(specs: dict[WeightFormat, DecoderSpec]) -> None:
@@ -377,7 +352,7 @@ def test_a_cache_of_codes(specs: dict[WeightFormat, DecoderSpec]) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_a_graph_for_another_engine(tmp_path: Path) -> None:
-    spec = replace(make_spec(RandomCheckpoint(ARCHITECTURE), tmp_path, engine="onnx"), engine="onnxruntime-edge")
+    spec = replace(written(RandomCheckpoint(ARCHITECTURE), tmp_path, "onnx", "fp32"), engine="onnxruntime-edge")
     with pytest.raises(EngineError, match="--engine onnx-edge"):
         open_decoder(spec, "edge:cpu", DecoderOptions(kv_tokens=512))
 

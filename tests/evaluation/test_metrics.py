@@ -104,3 +104,13 @@ def test_texts_count_by_their_tokens() -> None:
 def test_log_softmax_of_large_numbers() -> None:
     rows = log_softmax(np.array([[1e4, -1e4, 1e4]], np.float32))
     np.testing.assert_allclose(np.exp(rows[0]), [0.5, 0, 0.5])
+
+
+def test_no_divergence_is_not_less_than_none() -> None:
+    """Equal distributions, whose logarithms differ in the last bit."""
+    logits = np.random.default_rng(2).normal(size=(40, 64))
+    tally = Tally()
+    tally.add(logits, np.zeros(40, np.int64), logits + 7)
+    found = tally.figures()
+    assert found.kl is not None
+    assert f"{found.kl:.5f} {found.kl_p99:.5f}" == "0.00000 0.00000"

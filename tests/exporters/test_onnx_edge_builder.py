@@ -13,8 +13,6 @@ import pytest
 from numpy.typing import NDArray
 
 from devices.base import DecoderOptions, Step
-from devices.errors import DeviceUnavailable
-from devices.registry import choose_device
 from edge_runtime.errors import UnsupportedModel
 from exporters.architecture import Architecture, Layer, Rope
 from exporters.checkpoint import Checkpoint
@@ -28,6 +26,7 @@ from exporters.onnx_operators import WeightFormat
 from exporters.quantize import QuantizedCheckpoint
 from exporters.weights import QuantizedTensor, Tensor
 from tests.decoder_spec import decoder_spec
+from tests.devices.written import skip_without
 from tests.exporters.numpy_builder import run
 from tests.exporters.random_checkpoint import ARCHITECTURE, ROPE, RandomCheckpoint
 
@@ -294,10 +293,7 @@ class TestLogits:
 
     @pytest.fixture(autouse=True)
     def kernels(self) -> None:
-        try:
-            choose_device("edge:cpu")
-        except DeviceUnavailable as error:
-            pytest.skip(str(error))
+        skip_without("edge:cpu")
 
     @staticmethod
     def error(

@@ -87,6 +87,28 @@ def test_variants_of_a_package_are_cut_alike(tmp_path: Path) -> None:
     assert len(Package.open(folder).manifest.variants) == 2
 
 
+@pytest.mark.parametrize("wish", [Prune(heads=0.25), Prune(target="bytes", to=0.8)])
+def test_heads_are_not_cut_for_cuda_and_no_work_is_begun(tmp_path: Path, wish: Prune) -> None:
+    steps: list[str] = []
+    with pytest.raises(ConfigError, match=r"as many heads in every layer.*for onnx-cuda"):
+        export(
+            Spoken(replace(FOUR, vocab_size=512)),
+            tmp_path / "made",
+            ["onnx", "onnx-cuda"],
+            "fp16",
+            lambda what, done, total: steps.append(what),
+            shrinking=Shrinking(Recipe(prune=wish), TEXT),
+        )
+    assert steps == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_neurons_are_cut_for_cuda(tmp_path: Path) -> None:
+    shrinking = Shrinking(Recipe(prune=Prune(mlp=0.25)), TEXT)
+    export(Spoken(replace(FOUR, vocab_size=512)), tmp_path / "made", ["onnx-cuda"], "fp16", shrinking=shrinking)
+    assert [each.name for each in Package.open(tmp_path / "made").manifest.variants] == ["onnx-cuda-fp16"]
+
+
 class _Clock(latency._Timing):
     """Each shape is run, and takes what is said here."""
 

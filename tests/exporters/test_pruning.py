@@ -129,6 +129,7 @@ def test_all_that_there_is_can_be_wanted() -> None:
     [
         (Prune(layers=4), "leaves nothing"),
         (Prune(heads=0.9), "at most 0.500"),
+        (Prune(heads=0.05), "cuts none of 8 KV groups: one is 0.125"),
         (Prune(mlp=0.95), "leaves too little"),
         (Prune(target="bytes", to=0.05), "cannot be reached"),
         (Prune(target="loss", to=1e-9), "less than any cut"),
@@ -155,6 +156,9 @@ def test_cuts_that_cannot_be(tmp_path: Path, wish: Prune, message: str) -> None:
         ("bytes=0.5,mlp=0.1", "leave heads and mlp out"),
         ("bytes=1.5", "between 0 and 1"),
         ("loss=0", "nats a token"),
+        ("loss=inf", "nats a token"),
+        ("loss=nan", "nats a token"),
+        ("bytes=nan", "between 0 and 1"),
         ("heads=0", "nothing is to be pruned"),
         ("repair=maybe", "yes or no"),
     ],

@@ -127,6 +127,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     out = ["export", "synthetic:tiny", "-o", str(tmp_path / "made"), "--engine", "onnx"]
     assert main([*out, "--calibrate", str(text)]) == 1
     assert "add --method" in capsys.readouterr().err
+    assert main([*out, "--prune", "vocab=script:latin", "--calibrate", str(text)]) == 1
+    assert "with more than vocab=" in capsys.readouterr().err
     assert main([*out, "--method", "gptq", "--group", "48"]) == 1
     assert "not 48" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,22 @@ def test_a_draft_that_fails_is_left_alone() -> None:
 
 
 def paced(
-    step: float, each: float, draft: float, acceptance: float, steps: int = 400, pace: DraftPace | None = None
+    step: float,
+    each: float,
+    draft: float,
+    acceptance: float,
+    steps: int = 400,
+    pace: DraftPace | None = None,
+    reading: float = 0,
 ) -> tuple[DraftPace, list[int]]:
-    """A machine whose steps take ``step`` and ``each`` more for every token beyond the first; lengths it chose."""
+    """A machine whose steps take ``step`` and ``each`` more for every token beyond the first, and ``reading`` where a
+    draft follows on a step without; lengths it chose."""
     pace, lengths, random = pace or DraftPace(), [], np.random.default_rng(0)
     pace.step_took(1, step)
     for _ in range(steps):
         length = pace.length(1, LONGEST)
+        if length and (not lengths or not lengths[-1]):
+            pace.caught_up(reading)
         lengths.append(length)
         for _ in range(length):
             pace.draft_took(1, draft)
@@ -175,6 +185,32 @@ def test_what_costs_too_much_is_turned_off(each: float, draft: float) -> None:
     assert sum(length > 0 for length in lengths[:400]) < 12
     lost = [(each + draft) * length / 10 - 2 * (length > 0) for length in lengths[100:]]  # two tokens and more a draft
     assert 0 < sum(lost) <= 2 * TRIAL_SHARE * len(lost)
+
+
+def test_reading_the_text_again_is_part_of_what_looking_again_loses() -> None:
+    """A draft reads all that was said while it was off before it can say what may come next."""
+    step, each, draft, reading = 10, 8, 0.5, 400
+    _, lengths = paced(step, each, draft, acceptance=0.7, steps=8000, reading=reading)
+    later = lengths[100:]
+    tried = sum(after > 0 == before for before, after in pairwise(later))
+    lost = sum((each + draft) * length / step - 2 * (length > 0) for length in later) + tried * reading / step
+    assert tried > 0
+    assert lost <= 2 * TRIAL_SHARE * len(later)
+
+
+def test_what_a_draft_reads_is_told_apart_from_what_it_drafts() -> None:
+    class Heard(Fixed):
+        def caught_up(self, seconds: float) -> None:
+            heard.append("read")
+
+        def draft_took(self, requests: int, seconds: float) -> None:
+            heard.append("drafted")
+
+    heard: list[str] = []
+    helper = DraftModel(FakeDecoder(prefill_chunk=16), Heard(3))
+    run(FakeDecoder(), helper, [[5] * 40], SamplingParams(temperature=0, max_tokens=12))
+    assert heard[:5] == ["read"] * 3 + ["drafted"] * 2  # 16, 16 and what is left, which ends in the first of three
+    assert heard.count("read") == 3
 
 
 def test_a_draft_given_up_for_one_text_is_taken_up_with_the_next() -> None:
