@@ -75,6 +75,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     bits: float | None = None
     """A weight's bits on average, scales and zero points included: matrices whose rounding moves the output most have
     8, or 16 where the engine takes them, as many as fit. None: all have 4."""
+    activation_bits: int = 8
+    """8 or 16, to which our own kernels round what meets 4-bit matrices; before queries, keys, values and head it is
+    16 anyway."""
     prune: Prune | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +85,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
             raise ConfigError(f"a group has {', '.join(map(str, GROUPS))} columns, not {self.group}")
         if self.embedding_bits not in (4, 8):
             raise ConfigError(f"embedding and head have 4 or 8 bits, not {self.embedding_bits}")
+        if self.activation_bits not in (8, 16):
+            raise ConfigError(f"activations are rounded to 8 or 16 bits, not {self.activation_bits}")
         if self.bits is not None and not 4 < self.bits <= 16:
             raise ConfigError(f"bits must be above 4 and at most 16, scales included, not {self.bits:g}")
 
@@ -92,8 +97,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
     @property
     def rounds(self) -> bool:
-        """It says more of rounding than that it is done."""
-        return msgspec.structs.replace(self, prune=None) != PLAIN
+        """It says more of rounding weights than that it is done."""
+        return msgspec.structs.replace(self, prune=None, activation_bits=PLAIN.activation_bits) != PLAIN
 
 
 PLAIN = Recipe()

@@ -13,7 +13,7 @@ from typing import Any
 from edge_runtime.errors import ConfigError, CorruptModel, StorageError
 from edge_runtime.package import ArchitectureSummary, Manifest, Weights, storage_errors
 from edge_runtime.package_writer import PackageContents, PackageWriter, write_package
-from edge_runtime.recipe import Compression, Recipe
+from edge_runtime.recipe import PLAIN, Compression, Recipe
 from edge_runtime.tokenizer_json import open_tokenizer
 from exporters.architecture import Architecture
 from exporters.builder import Levels
@@ -96,11 +96,14 @@ def _write_variant(
     view = NpuCheckpoint if engine == "openvino-npu" else QuantizedCheckpoint
     report = None if progress is None else partial(progress, variant)
     target = writer.variant_folder(variant)
+    activation_bits = PLAIN.activation_bits if compression is None else compression.recipe.activation_bits
     # Weight files grow on the package's disk, which needs the room anyway; a temporary folder may be in memory.
     scratch = writer.folder / "scratch"
     scratch.mkdir()
     try:
-        runs_on, file = write_graph(view(checkpoint, weights), engine, weights, target, scratch, report)
+        runs_on, file = write_graph(
+            view(checkpoint, weights), engine, weights, target, scratch, report, activation_bits
+        )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     writer.add_variant(variant, runs_on, weights, file, compression)
@@ -118,6 +121,11 @@ def _shrunk(
 def _check_possible(recipe: Recipe, weights: Weights, engines: Sequence[Engine]) -> None:
     if recipe.rounds and weights != "int4":
         raise ConfigError(f"how matrices are rounded is for int4 weights, not {weights}")
+    if recipe.activation_bits != PLAIN.activation_bits and (weights != "int4" or set(engines) != {"onnx-edge"}):
+        raise ConfigError(
+            f"--activation-bits {recipe.activation_bits} is for int4 weights and our own kernels alone: "
+            "add --engine onnx-edge, and leave --weights out"
+        )
     for engine in engines:
         if recipe.rounds and NARROW not in matrix_levels(engine):
             raise ConfigError(f"how matrices are rounded is for int4 weights, which {engine} does not take")

@@ -30,10 +30,11 @@ def write_graph(
     folder: Path,
     scratch: Path,
     progress: Callable[[int, int], None] | None = None,
+    activation_bits: int = 8,
 ) -> tuple[devices.base.Engine, str]:
-    """Write ``checkpoint`` into ``folder``; weight files grow in ``scratch``. Returns the runtime's engine and the
-    name of the graph's file."""
-    runs_on, file, builder = _builder(engine)
+    """Write ``checkpoint`` into ``folder``; weight files grow in ``scratch``. ``activation_bits``: of onnx-edge.
+    Returns the runtime's engine and the name of the graph's file."""
+    runs_on, file, builder = _builder(engine, activation_bits)
     graph = builder(checkpoint.architecture, weights, scratch)
     build(checkpoint, graph, progress)
     graph.save(folder)
@@ -58,7 +59,7 @@ def write_baseline(
     return MODEL_FILE
 
 
-def _builder(engine: Engine) -> tuple[devices.base.Engine, str, _NewBuilder]:
+def _builder(engine: Engine, activation_bits: int = 8) -> tuple[devices.base.Engine, str, _NewBuilder]:
     if engine == "onnx":
         from exporters.onnx_builder import OnnxBuilder
 
@@ -72,9 +73,9 @@ def _builder(engine: Engine) -> tuple[devices.base.Engine, str, _NewBuilder]:
 
         return "onnxruntime-cuda", "model.onnx", OnnxCudaBuilder
     if engine == "onnx-edge":
-        from exporters.onnx_edge_builder import OnnxEdgeBuilder
+        from exporters.onnx_edge_builder import OnnxEdgeBuilder, PreciseOnnxEdgeBuilder
 
-        return "onnxruntime-edge", "model.onnx", OnnxEdgeBuilder
+        return "onnxruntime-edge", "model.onnx", PreciseOnnxEdgeBuilder if activation_bits == 16 else OnnxEdgeBuilder
     if engine == "openvino":
         from exporters.openvino_builder import OpenVinoBuilder
 

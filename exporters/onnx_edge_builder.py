@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,7 @@ from exporters.weights import QuantizedTensor
 KV_BLOCK = 32
 """Tokens of a block of the cache."""
 _WIDE_INPUT = ("head", ".qkv.")
-"""In the names of products of 4-bit matrices that meet activations of 16 bits; those of 8-bit matrices all do."""
+"""In the names of products of 4-bit matrices that always meet activations of 16 bits, as those of 8-bit matrices do."""
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
@@ -61,6 +62,8 @@ class OnnxEdgeBuilder(OnnxOperators[_Matrix]):
     """Emits QuantizedMatMul, QuantizedGather, PagedAttention and GatedUnit (edge_glm) and com.microsoft's norms."""
 
     levels = (4, 8, 16)
+    activation_bits: ClassVar[int] = 8
+    """Of what other 4-bit matrices meet."""
 
     def __init__(self, architecture: Architecture, weights: WeightFormat, scratch: Path | None = None) -> None:
         """``weights``: how matrices are stored. fp32 and fp16 also dequantize what comes quantized; with int8 and
@@ -95,7 +98,7 @@ class OnnxEdgeBuilder(OnnxOperators[_Matrix]):
 
     def _packed_product(self, x: str, matrix: _Matrix, bias: str, name: str) -> str:
         wide = matrix.bits == 8 or any(part in name for part in _WIDE_INPUT)
-        bits = 32 if matrix.bits == 16 else 16 if wide else 8
+        bits = 32 if matrix.bits == 16 else 16 if wide else self.activation_bits
         return self._graph.one("QuantizedMatMul", [x, matrix.data, bias], EDGE, **matrix.form, activation_bits=bits)
 
     def attention(self, qkv: str, spec: AttentionSpec) -> str:
@@ -123,6 +126,12 @@ class OnnxEdgeBuilder(OnnxOperators[_Matrix]):
     def save(self, folder: Path) -> None:
         self._graph.rewrite(fuse)
         super().save(folder)
+
+
+class PreciseOnnxEdgeBuilder(OnnxEdgeBuilder):
+    """With activations of 16 bits before every matrix."""
+
+    activation_bits = 16
 
 
 def _form(packed: PackedMatrix) -> dict[str, int]:

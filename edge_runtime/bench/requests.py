@@ -19,19 +19,19 @@ from edge_runtime.errors import EdgeError
 from edge_runtime.generation import Generation
 from edge_runtime.timing.observations import EachToken, FirstToken, Observation, merged
 
-PREFILL_S = 6.0
+PREFILL_S = 9.0
 """About so long the prompts of one round may take to be run."""
 LONGEST, SHORTEST = 2048, 256
 """Bounds of the longest prompt."""
 NEW_TOKENS = 12
 """Of each answer, as far as it is timed."""
-_LENGTHS = (1.0, 0.04, 0.6, 0.1, 0.35, 0.2)
+_LENGTHS = (1.0, 0.04, 0.5, 0.1, 0.3, 0.18)
 """Prompts, as shares of the longest."""
-_CACHED = ((0.6, 0.5), (0.35, 0.2))
-"""Prompts and how much of each is known already."""
-_BATCHES = ((2, 0.35, 0.2), (4, 0.15, 0.04), (8, 0.06, 0.1), (16, 0.03, 0.0))
+_CACHED = ((0.5, 0.4), (0.3, 0.15))
+"""Prompts and what is known of them already, as shares of the longest."""
+_BATCHES = ((2, 0.3, 0.15), (4, 0.12, 0.04), (8, 0.05, 0.1), (16, 0.03, 0.0))
 """Sequences that decode together, the prompt of each, and one that comes while they do, if any."""
-_ROUND = 7.5
+_ROUND = 6.5
 """Prompt tokens of one round, in longest prompts: what the shares above make together, and a margin."""
 _ROUNDS = 3
 _LOOK_S = 0.002

@@ -28,7 +28,7 @@ from edge_runtime.tuning.records import Options
 _LOADING = ("device", "weights", "memory_budget", "threads", "kv_type", "batch_invariant")
 _LOCAL = ("repeats", "shared_prefix", "copy", "nll", "timing")
 _SERVER = ("model", "chat", "rate", "requests", "goodput", "api_key")
-_LADDER = ("draft", "draft_device")
+_LADDER = ("int4", "draft", "draft_device")
 _ONE_RESULT = ("output", "html", "compare", "shared_prefix", "copy")
 _SHAPE = ("prompt_tokens", "new_tokens", "concurrency", "seed")
 

@@ -77,7 +77,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def _recipe(arguments: argparse.Namespace, prune: Prune | None) -> Recipe | None:
     """None: none was asked for. ConfigError."""
-    names = ("method", "group", "symmetric", "embedding_bits", "bits")
+    names = ("method", "group", "symmetric", "embedding_bits", "bits", "activation_bits")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if prune is not None:
         given["prune"] = prune

@@ -261,6 +261,12 @@ def _add_recipe(export: argparse.ArgumentParser) -> None:
         "onnx-edge and onnx-cuda), as many as fit",
     )
     recipe.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(8, 16),
+        help="to which onnx-edge rounds what meets 4-bit matrices (default: 8; 16 loses nothing, and takes longer)",
+    )
+    recipe.add_argument(
         "--prune",
         metavar="WHAT",
         help="cut out, and refit what is left: heads=SHARE, mlp=SHARE, layers=N, vocab=FILE (keep the tokens of a "
@@ -368,6 +374,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         default=None,
         help="from an unfused fp32 graph over int8 and int4 to prefix reuse: latency, memory, agreement of each step",
     )
+    here.add_argument("--int4", metavar="REF", help="of a ladder, a package made by a recipe for the steps in int4")
     here.add_argument("--draft", metavar="REF", help="of a ladder, the last step: a smaller model that drafts")
     here.add_argument("--draft-device", metavar="DEVICE", help="where it runs (default: as the model)")
     here.add_argument(

@@ -10,7 +10,7 @@ from typing import Any
 from edge_runtime.errors import ConfigError
 from edge_runtime.evaluation.texts import read_text
 from edge_runtime.package import Variant
-from edge_runtime.recipe import SCRIPT, Prune, Pruned, Recipe
+from edge_runtime.recipe import PLAIN, SCRIPT, Prune, Pruned, Recipe
 
 _TARGETS = ("bytes", "latency", "loss")
 _KNOWN = ("heads", "mlp", "layers", "vocab", *_TARGETS, "repair")
@@ -61,7 +61,7 @@ def compression_lines(variant: Variant) -> Iterator[str]:
             yield _line(
                 "repair", f"{_figures(made.pruned.before_repair)} before, {_figures(made.pruned.quality)} after"
             )
-    parts = [*_rounding_parts(recipe), f"{made.bits:.2f} bits a weight"]
+    parts = [*_rounding_parts(recipe), *_activation_parts(recipe), f"{made.bits:.2f} bits a weight"]
     levels = {8: made.wide, 16: made.half}
     parts += [f"{len(names)} matrices of {bits}" for bits, names in levels.items() if names]
     if made.calibration is not None:
@@ -93,6 +93,11 @@ def _rounding_parts(recipe: Recipe) -> Iterator[str]:
     if recipe.symmetric:
         yield "symmetric"
     yield f"embedding {recipe.embedding_bits}"
+
+
+def _activation_parts(recipe: Recipe) -> Iterator[str]:
+    if recipe.activation_bits != PLAIN.activation_bits:
+        yield f"activations of {recipe.activation_bits} bits"
 
 
 def _pruned_parts(wish: Prune, pruned: Pruned) -> Iterator[str]:

@@ -110,12 +110,14 @@ def test_prompts_share_their_beginning_within_a_round_only(tmp_path: Path) -> No
     assert len({tuple(each[0][:56]) for each in rounds}) == 3
 
 
-def fake(measured: dict[str, Measured], fails: str = "") -> object:
-    """In place of the processes."""
+def fake(measured: dict[str, Measured], fails: str = "", heard: list[Order] | None = None) -> object:
+    """In place of the processes; ``heard``: gets what they were to do."""
     architecture = ArchitectureSummary("llama", 1, 1, 1, 1, 1, 1, 1, 1)
 
     def ask(module: str, line: bytes) -> bytes:
         order = msgspec.json.decode(line, type=Order)
+        if heard is not None:
+            heard.append(order)
         if order.rung.device == fails:
             return msgspec.json.encode(Answer(error="no such luck"))
         if order.what == "prepare":
@@ -151,6 +153,18 @@ def test_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "-75%" in text
     assert "-71%" in page
     assert json.loads(msgspec.json.encode(ladder))["steps"]["edge:cpu"][0]["rung"]["unfused"] is True
+
+
+def test_a_package_in_place_of_int4(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGE_GLM_HOME", str(tmp_path))
+    heard: list[Order] = []
+    monkeypatch.setattr(climbing, "ask", fake({}, heard=heard))
+    climb(Climb(ref="m", device="edge:cpu", int4="mine", draft="small"))
+    refs = {(each.what, each.rung.name): each.rung.ref for each in heard}
+    assert {key for key, ref in refs.items() if ref == "mine"} == {
+        key for key in refs if key[1] in (*STEPS[3:], "draft")
+    }
+    assert {ref for ref in refs.values() if ref != "mine"} == {None}
 
 
 def test_one_engine_that_fails_does_not_cost_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -262,7 +262,10 @@ def test_what_cannot_be_done_is_said(recipe: Recipe, text: Text, words: str, tmp
         compress(Spoken(replace(SHORT, vocab_size=512)), recipe, text, tmp_path)
 
 
-@pytest.mark.parametrize("given", [{"group": 48}, {"group": 256}, {"embedding_bits": 3}, {"bits": 4.0}, {"bits": 17.0}])
+@pytest.mark.parametrize(
+    "given",
+    [{"group": 48}, {"group": 256}, {"embedding_bits": 3}, {"activation_bits": 4}, {"bits": 4.0}, {"bits": 17.0}],
+)
 def test_recipes_that_cannot_be(given: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         Recipe(**given)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from exporters.edge_weights import pack
 from exporters.graphs import write_graph
 from exporters.network import build
 from exporters.onnx_builder import OnnxBuilder
-from exporters.onnx_edge_builder import OnnxEdgeBuilder
+from exporters.onnx_edge_builder import OnnxEdgeBuilder, PreciseOnnxEdgeBuilder
 from exporters.onnx_graph import DATA_FILE, EDGE, MICROSOFT, MODEL_FILE
 from exporters.onnx_operators import WeightFormat
 from exporters.quantize import QuantizedCheckpoint
@@ -85,9 +85,11 @@ def blocks(
     return quantize
 
 
-def export(checkpoint: Checkpoint, weights: WeightFormat, folder: Path) -> onnx.ModelProto:
+def export(
+    checkpoint: Checkpoint, weights: WeightFormat, folder: Path, new_builder: type[OnnxEdgeBuilder] = OnnxEdgeBuilder
+) -> onnx.ModelProto:
     folder.mkdir(exist_ok=True)
-    builder = OnnxEdgeBuilder(checkpoint.architecture, weights, folder)
+    builder = new_builder(checkpoint.architecture, weights, folder)
     build(checkpoint, builder)
     builder.save(folder)
     return onnx.load(folder / MODEL_FILE)
@@ -165,6 +167,11 @@ class TestForm:
         assert attributes(head) == {**form, **norm}
         given = [[place for place, name in enumerate(node.input) if name] for node in layers]
         assert given == [[0, 1, 2, 3], [0, 1, 4], [0, 1, 3], [0, 1, 4]] * 2  # bias, norm, addend
+
+    def test_precise_products(self, tmp_path: Path) -> None:
+        model = export(RandomCheckpoint(ARCH, blocks("fractional")), "int4", tmp_path, PreciseOnnxEdgeBuilder)
+        found = [attributes(node) for node in nodes(model, "QuantizedMatMul")]
+        assert [(each["bits"], each["activation_bits"]) for each in found] == [(4, 16)] * 8 + [(8, 16)]
 
     def test_matrices_are_packed_and_their_bias_is_joined(self, tmp_path: Path) -> None:
         checkpoint = RandomCheckpoint(ARCH, blocks("fractional"))
@@ -297,12 +304,16 @@ class TestLogits:
 
     @staticmethod
     def error(
-        checkpoint: Checkpoint, weights: WeightFormat, folder: Path, sizes: tuple[int, ...] = (30, 1, 33, 1)
+        checkpoint: Checkpoint,
+        weights: WeightFormat,
+        folder: Path,
+        sizes: tuple[int, ...] = (30, 1, 33, 1),
+        new_builder: type[OnnxEdgeBuilder] = OnnxEdgeBuilder,
     ) -> float:
         from devices.onnxruntime_edge import OnnxRuntimeEdgeDecoder
 
         arch: Architecture = checkpoint.architecture
-        export(checkpoint, weights, folder)
+        export(checkpoint, weights, folder, new_builder)
         spec = decoder_spec(arch, "onnxruntime-edge", folder / MODEL_FILE)
         decoder = OnnxRuntimeEdgeDecoder(spec, DecoderOptions(max_sequences=1, threads=1))
         sequence = decoder.new_sequence(len(IDS))
@@ -326,6 +337,11 @@ class TestLogits:
     def test_groups(self, group: int, bits: int, tmp_path: Path) -> None:
         checkpoint = RandomCheckpoint(ARCH, blocks("fractional", bits, group=group))
         assert self.error(checkpoint, "int4", tmp_path) < (NARROW if bits == 4 else WIDE)
+
+    @pytest.mark.parametrize("zero", ["fractional", "integer", "middle"])
+    def test_four_bits_with_wide_activations(self, zero: str, tmp_path: Path) -> None:
+        checkpoint = RandomCheckpoint(ARCH, blocks(zero))
+        assert self.error(checkpoint, "int4", tmp_path, new_builder=PreciseOnnxEdgeBuilder) < WIDE
 
     @pytest.mark.parametrize("weights", ["fp32", "fp16", "int8"])
     @pytest.mark.parametrize("tied", [True, False])

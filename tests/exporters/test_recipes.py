@@ -90,6 +90,26 @@ def test_each_engine_has_the_levels_that_it_takes(tmp_path: Path, capsys: pytest
         export(source, tmp_path / "other", engines=["onnx-coreml"], weights="int4", shrinking=shrinking)
 
 
+def test_activations_of_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The weights are those of any int4 export."""
+    plain, precise = tmp_path / "plain", tmp_path / "precise"
+    source = ["export", "synthetic:tiny", "--engine"]
+    assert main([*source, "onnx-edge", "-o", str(plain)]) == 0
+    assert main([*source, "onnx-edge", "--activation-bits", "16", "-o", str(precise)]) == 0
+    assert "activations of 16 bits" in capsys.readouterr().out
+    assert main(["show", str(precise)]) == 0
+    assert "activations of 16 bits" in capsys.readouterr().out
+    weights = [(each / "onnx-edge-int4" / "model.onnx.data").read_bytes() for each in (plain, precise)]
+    assert weights[0] == weights[1]
+    rest = ["--activation-bits", "16", "-o", str(tmp_path / "none")]
+    for engine in ("onnx", "all"):
+        assert main([*source, engine, *rest]) == 1
+        assert "add --engine onnx-edge" in capsys.readouterr().err
+    assert main([*source, "onnx-edge", "--weights", "int8", *rest]) == 1
+    assert "is for int4 weights" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_npus_have_a_form_of_their_own(tmp_path: Path) -> None:
     wide = Spoken(replace(SHORT, vocab_size=512, hidden_size=128))
     made, _ = compress(wide, Recipe(method="gptq", group=128, symmetric=True), TEXT, tmp_path)

@@ -24,6 +24,8 @@ class Rung(msgspec.Struct, frozen=True):
     device: str
     """Of the first rung the engine's CPU, by the same name."""
     weights: Weights = "fp32"
+    ref: str | None = None
+    """None: the model that is climbed."""
     unfused: bool = False
     """The plain graph."""
     whole: bool = False
@@ -41,6 +43,8 @@ class Climb(msgspec.Struct, frozen=True, kw_only=True):
     ref: str
     device: str | None = None
     """None: :data:`ENGINES`."""
+    int4: str | None = None
+    """A package in place of the model's own int4, made of the same model by a recipe."""
     draft: str | None = None
     """A model that drafts on the last rung; None: there is no such rung."""
     draft_device: str | None = None
@@ -89,8 +93,8 @@ class Climb(msgspec.Struct, frozen=True, kw_only=True):
             Rung("fp32 unfused", device, unfused=True, whole=True),
             Rung("fp32 fused", device, whole=True),
             Rung("int8", device, "int8", whole=True),
-            Rung("int4", device, "int4", whole=True),
-            Rung("chunks, prefix reuse", device, "int4", reuse=True, memory_budget=self.memory_budget),
+            Rung("int4", device, "int4", self.int4, whole=True),
+            Rung("chunks, prefix reuse", device, "int4", self.int4, reuse=True, memory_budget=self.memory_budget),
         ]
         if self.draft is not None:
             drafting = {"name": "draft", "draft": self.draft, "draft_device": self.draft_device, "memory_budget": None}

@@ -95,7 +95,7 @@ def _asked(tokenizer: Tokenizer, climb: Climb, ask: Callable[[list[int]], Answer
 def _agree(order: Order) -> Answer:
     rung = order.rung
     store = Store(home())
-    wish = Wish(order.climb.ref, rung.device, rung.weights)
+    wish = Wish(rung.ref or order.climb.ref, rung.device, rung.weights)
     with (
         closing(_baseline(order)) as reference,
         Subject(store, place(store, wish), order.climb.threads) as model,
@@ -108,7 +108,7 @@ def _agree(order: Order) -> Answer:
 
 def _open(climb: Climb, rung: Rung, progress: Bars | None = None) -> EdgeLLM:
     return EdgeLLM(
-        climb.ref,
+        rung.ref or climb.ref,
         rung.device,
         rung.memory_budget,
         weights=rung.weights,
