@@ -28,6 +28,8 @@ def parse_prune(words: str) -> tuple[Prune, Path | None]:
             raise ConfigError(f"--prune: {name} is one too many")
         if name == "vocab" and value.startswith(SCRIPT):
             given["vocabulary"] = value
+        elif name == "vocab" and not value:
+            raise ConfigError(f"--prune: vocab is a file whose tokens are kept, or {SCRIPT}NAME, not nothing")
         elif name == "vocab":
             vocabulary = Path(value)
             given["vocabulary"] = hashlib.sha256(read_text(vocabulary).encode()).hexdigest()
@@ -55,8 +57,10 @@ def compression_lines(variant: Variant) -> Iterator[str]:
     if made is None:
         return
     recipe = made.recipe
+    learned = [f"by {text.tokens:,} tokens of {text.name}"] if (text := made.calibration) is not None else []
     if recipe.prune is not None and made.pruned is not None:
-        yield _line("pruned", ", ".join(_pruned_parts(recipe.prune, made.pruned)))
+        parts = [*_pruned_parts(recipe.prune, made.pruned), *(learned if recipe.prune.cuts else ())]
+        yield _line("pruned", ", ".join(parts))
         if made.pruned.before_repair:
             yield _line(
                 "repair", f"{_figures(made.pruned.before_repair)} before, {_figures(made.pruned.quality)} after"
@@ -64,8 +68,7 @@ def compression_lines(variant: Variant) -> Iterator[str]:
     parts = [*_rounding_parts(recipe), *_activation_parts(recipe), f"{made.bits:.2f} bits a weight"]
     levels = {8: made.wide, 16: made.half}
     parts += [f"{len(names)} matrices of {bits}" for bits, names in levels.items() if names]
-    if made.calibration is not None:
-        parts.append(f"by {made.calibration.tokens:,} tokens of {made.calibration.name}")
+    parts += learned if recipe.method != "nearest" or recipe.bits is not None else ()
     yield _line("recipe", ", ".join(parts))
     if made.quality:
         quality = made.quality

@@ -178,6 +178,12 @@ def test_one_engine_that_fails_does_not_cost_the_other(monkeypatch: pytest.Monke
         climb(Climb(ref="m", device="edge:cpu"))
 
 
+def test_what_fails_on_both_is_told_once(tmp_path: Path) -> None:
+    done = bench(tmp_path, "nowhere.gguf", "--ladder")
+    assert done.stderr.startswith("edge-glm: edge:cpu, openvino:cpu: fp32 unfused: ")
+    assert done.stderr.count("nowhere.gguf") == 1
+
+
 def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGE_GLM_HOME", str(tmp_path))
 

@@ -69,6 +69,8 @@ def test_engines_compute_what_is_left(tmp_path: Path, weights: str, capsys: pyte
     shown = capsys.readouterr().out
     for words in ("without layers", "KV groups", "tokens", "before", "after", "top-1"):
         assert words in shown
+    learned = {line.split()[0] for line in shown.splitlines() if " tokens of " in line}
+    assert learned == {"pruned"}  # nothing is learned for rounding to nearest
     page = tmp_path / "report.html"
     assert main(["show", str(folder), "--html", str(page)]) == 0
     assert page.read_text().count("<svg") == 6

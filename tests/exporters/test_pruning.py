@@ -161,6 +161,7 @@ def test_cuts_that_cannot_be(tmp_path: Path, wish: Prune, message: str) -> None:
         ("bytes=nan", "between 0 and 1"),
         ("heads=0", "nothing is to be pruned"),
         ("repair=maybe", "yes or no"),
+        ("vocab=", "or script:NAME, not nothing"),
     ],
 )
 def test_what_the_command_line_refuses(words: str, message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -39,8 +39,13 @@ def climb(job: Climb, say: Say = lambda words: None) -> Ladder:
                 except EdgeError as error:
                     problems[device] = str(error)
     if not steps:
-        raise ConfigError("; ".join(f"{device}: {why}" for device, why in problems.items()))
+        reasons = dict.fromkeys(problems.values())  # of a wrong reference it is the same for all
+        raise ConfigError("; ".join(f"{_devices(problems, why)}: {why}" for why in reasons))
     return Ladder(created=now(), climb=job, steps=steps, problems=problems, machine=machine)
+
+
+def _devices(problems: Mapping[str, str], why: str) -> str:
+    return ", ".join(device for device, each in problems.items() if each == why)
 
 
 class _Climber:
