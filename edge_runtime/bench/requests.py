@@ -68,7 +68,7 @@ def shapes(limits: DecoderLimits, prefill_tps: float) -> Shapes:
 
 
 def observe(llm: MeasuredLLM, prefill_tps: float, limit_s: float, seed: int = 0) -> list[Observation]:
-    """The lowest of as many rounds, up to :data:`_ROUNDS`, as fit ``limit_s``; one at least. The prefix cache must be
+    """The median of as many rounds, up to :data:`_ROUNDS`, as fit ``limit_s``; one at least. The prefix cache must be
     on."""
     rng = np.random.default_rng((seed, 3))
     planned = shapes(llm.limits, prefill_tps)

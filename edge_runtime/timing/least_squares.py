@@ -62,7 +62,7 @@ def robust_nonnegative(matrix: Vector, values: Vector) -> tuple[Vector, Vector]:
 
 
 def left_out(matrix: Vector, values: Vector, weights: Vector) -> Vector:
-    """What :func:`nonnegative` on all other rows, by their weights, foretells of each: (n, k), (n,), (n,) to (n,)."""
+    """What :func:`nonnegative` on all other rows, by their weights, predicts of each: (n, k), (n,), (n,) to (n,)."""
     root = np.sqrt(weights)
     weighted, wanted = matrix * root[:, None], values * root
     found = np.empty(len(values))

@@ -14,9 +14,10 @@ A prompt comes in the middle of a step of those that decode, waits for its end, 
 beside what decodes meanwhile; time per token is that of a step with decoding
 sequences alone. The form is that of roofline models of transformers (Yuan et al., LLM Inference Unveiled, 2024, arXiv
 2402.16363) with measured constants. The error bars come from how far each measurement is
-from what all the others foretell of it (the jackknife; Barber et al., Predictive inference with the jackknife+, 2021,
-arXiv 1905.02928): times of one round and the slowest of several, apart for longer and for shorter; and from how far a
-request is from what was measured (Draper and Smith, Applied Regression Analysis, 3rd ed., 1998, section 1.4).
+from what all the others predict of it (the jackknife; Barber et al., Predictive inference with the jackknife+, 2021,
+arXiv 1905.02928): the median, the fastest and the slowest time of several rounds, apart for longer and for shorter;
+and from how far a request is from what was measured (Draper and Smith, Applied Regression Analysis, 3rd ed., 1998,
+section 1.4).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ median of 24 times was off (0 to 25 %; tests/bench/timing_model.py)."""
 _RIDGE = 1e-4
 """Of the squared length of a column, scaled to 1: what was never varied is known to within a hundred times itself."""
 _LEAST = 1e-3
-"""Share of its time that at least is foretold of a measurement."""
+"""Share of its time that at least is predicted of a measurement."""
 _OUTSIDE = 0.05
 """Share of the requests beyond each bar: nine in ten lie between them."""
 _NORMAL = 1.6449
@@ -103,12 +104,13 @@ class TimingModel:
         found, weights = robust_nonnegative(scaled, np.ones(len(rows)))
         self._found = found / self._scale
         self._unknown = np.linalg.inv(scaled.T @ (scaled * weights[:, None]) + _RIDGE * np.eye(_PARTS))
-        slowest = np.array([(each.slowest or each.seconds) / each.seconds for each in observations])
-        foretold = np.maximum(left_out(scaled, np.ones(len(rows)), weights), _LEAST)
+        spread = [(each.fastest or each.seconds, each.seconds, each.slowest or each.seconds) for each in observations]
+        relative = np.array(spread).T / seconds
+        predicted = np.maximum(left_out(scaled, np.ones(len(rows)), weights), _LEAST)
         further = np.sqrt(1 + np.einsum("ij,jk,ik->i", scaled, self._unknown, scaled))
-        self.above = _bar(np.concatenate([1 / foretold - 1, slowest / foretold - 1]) / np.tile(further, 2))
-        self.below = _bar(np.concatenate([foretold - 1, foretold / slowest - 1]) / np.tile(further, 2))
-        """By what share a request like those that were measured may take more, or what is foretold be more than it."""
+        self.above = _bar(((relative / predicted - 1) / further).ravel())
+        self.below = _bar(((predicted / relative - 1) / further).ravel())
+        """By what share a request like those that were measured may take more, or what is predicted be more than it."""
 
     def ttft(self, prompt: int, cached: int = 0, beside: Beside = ALONE) -> Estimate:
         """To the first token of a prompt of so many tokens, the first ``cached`` of which are known already.

@@ -7,6 +7,7 @@ processor and the versions of the engines are those it was made with.
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,9 +36,10 @@ class FirstToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     held: int = 0
     """Tokens of their KV cache, all together."""
     seconds: float
-    """The least of several times: others' work on the machine only adds to it."""
+    """The median of several times: what a request will meet, too, of others' work and of the processor's clock."""
+    fastest: float | None = None
     slowest: float | None = None
-    """The most of them, if there were several."""
+    """The least and the most of them, if there were several."""
 
 
 class EachToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="each"):
@@ -48,8 +50,9 @@ class EachToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     held: int
     """Tokens of their KV cache, all together."""
     seconds: float
+    fastest: float | None = None
     slowest: float | None = None
-    """Both as above."""
+    """All as above."""
 
 
 Observation = FirstToken | EachToken
@@ -59,9 +62,9 @@ def merged(rounds: Sequence[Sequence[Observation]]) -> list[Observation]:
     """One of each place in ``rounds``, which timed the same in the same order. ValueError if they did not."""
     found = []
     for same in zip(*rounds, strict=True):
-        best = min(same, key=lambda each: each.seconds)
-        slowest = max(each.seconds for each in same) if len(same) > 1 else None
-        found.append(msgspec.structs.replace(best, slowest=slowest))
+        seconds = sorted(each.seconds for each in same)
+        ends = {"fastest": seconds[0], "slowest": seconds[-1]} if len(same) > 1 else {}
+        found.append(msgspec.structs.replace(same[0], seconds=statistics.median(seconds), **ends))
     return found
 
 

@@ -1,11 +1,11 @@
-"""How well the timing model foretells requests of lengths that it was not fitted to:
+"""How well the timing model predicts requests of lengths that it was not fitted to:
 ``python -m tests.bench.timing_model PACKAGE [--device D …] [--cases N] [--json]``.
 
 Of each device the model is fitted to what ``edge-glm bench`` times, in a process of its own. Then a model is opened as
 ``run`` and ``serve`` open it, and prompts of other lengths (50 to 1,800 tokens), with known prefixes, beside others and
 in batches are timed and compared. The goal is a median relative error of 15 % at most, of first tokens and of tokens.
-What is foretold is the time on a machine that does nothing else: a request beside which other programs took more than a
-quarter of a core is timed again, the times that the model is fitted to likewise; how often that was is told.
+What is predicted is the time on a machine that does nothing else: a request beside which other programs took more than
+a quarter of a core is timed again, the times that the model is fitted to likewise; how often that was is told.
 """
 
 from __future__ import annotations

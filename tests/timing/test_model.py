@@ -74,6 +74,9 @@ def test_what_varied_between_rounds_widens_the_bars() -> None:
     wide, narrow = (TimingModel(each, CHUNK).ttft(500) for each in (noisy, calm))
     assert width(wide) > 3 * width(narrow)
     assert wide.seconds / wide.low == pytest.approx(narrow.seconds / narrow.low, rel=0.1)  # it is never faster
+    quick = [msgspec.structs.replace(one, fastest=one.seconds / 1.5) for one in calm]
+    told = TimingModel(quick, CHUNK).ttft(500)
+    assert told.seconds / told.low > 1.3 > told.high / told.seconds
 
 
 def test_far_from_what_was_measured_the_bars_are_wider() -> None:

@@ -94,10 +94,12 @@ def test_lists_within_lists_are_a_broken_file(kept: Observations, tmp_path: Path
 def test_rounds_become_one() -> None:
     one = [FirstToken(prompt=9, seconds=2.0), EachToken(held=9, seconds=0.5)]
     two = [FirstToken(prompt=9, seconds=1.0), EachToken(held=10, seconds=0.7)]
-    assert merged([one, two]) == [
-        FirstToken(prompt=9, seconds=1.0, slowest=2.0),
-        EachToken(held=9, seconds=0.5, slowest=0.7),
+    three = [FirstToken(prompt=9, seconds=1.25), EachToken(held=9, seconds=0.8)]
+    assert merged([one, two, three]) == [
+        FirstToken(prompt=9, seconds=1.25, fastest=1.0, slowest=2.0),
+        EachToken(held=9, seconds=0.7, fastest=0.5, slowest=0.8),
     ]
+    assert merged([one, two])[0].seconds == 1.5
     assert merged([one]) == one
     with pytest.raises(ValueError, match="zip"):
         merged([one, two[:1]])

@@ -99,4 +99,5 @@ def test_a_model_can_be_fitted_to_a_round(llm: local.MeasuredLLM) -> None:
     model = TimingModel(found, llm.limits.prefill_chunk)
     assert 0 < model.ttft(64).seconds < model.ttft(900).seconds
     several = observe(llm, 1e6, 600.0)
+    assert all(each.fastest is not None and each.fastest <= each.seconds for each in several)
     assert all(each.slowest is not None and each.slowest >= each.seconds for each in several)
