@@ -75,7 +75,7 @@ def compression_lines(variant: Variant) -> Iterator[str]:
         yield _line(
             "quality",
             f"{_figures(quality)}, perplexity {quality['perplexity']:.3f} for {quality['reference_perplexity']:.3f} of "
-            f"the source, on {made.evaluated:,} tokens",
+            f"the source, on {made.evaluated:,} tokens, activations not rounded",
         )
 
 

@@ -18,9 +18,11 @@ from edge_runtime.bench.ladder.job import Agreement, Answered, Climb, Ladder, Me
 from edge_runtime.bench.ladder.prompts import prompts
 from edge_runtime.bench.ladder.report import ladder_page, ladder_table
 from edge_runtime.bench.ladder.worker import Answer, Order
+from edge_runtime.cli.recipes import parse_prune
 from edge_runtime.errors import ConfigError, EdgeError
 from edge_runtime.exporting import export_package
 from edge_runtime.package import ArchitectureSummary
+from edge_runtime.recipe import Recipe
 from edge_runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +178,16 @@ def test_one_engine_that_fails_does_not_cost_the_other(monkeypatch: pytest.Monke
     assert "edge:cpu: fp32 unfused: no such luck" in ladder_table(ladder)
     with pytest.raises(ConfigError, match="no such luck"):
         climb(Climb(ref="m", device="edge:cpu"))
+
+
+def test_a_package_of_another_vocabulary_is_refused_when_it_is_prepared(tmp_path: Path) -> None:
+    (tmp_path / "kept.txt").write_text("see the sea")
+    prune, kept = parse_prune(f"vocab={tmp_path / 'kept.txt'}")
+    recipe = Recipe(prune=prune)
+    export_package("synthetic:tiny", tmp_path / "p", ["onnxruntime-edge"], "int4", recipe=recipe, vocabulary=kept)
+    done = bench(tmp_path, *SMALL, "--device", "edge:cpu", "--int4", "p")
+    assert "and synthetic:tiny 512: what they choose cannot be compared" in done.stderr
+    assert done.stdout == ""
 
 
 def test_what_fails_on_both_is_told_once(tmp_path: Path) -> None:

@@ -74,6 +74,12 @@ def _prepare(order: Order) -> Answer:
                     f"--prompt-tokens {climb.prompt_tokens} and --new-tokens {climb.new_tokens} make {needed} tokens; "
                     f"the context of this model on {rung.device} has {llm.max_context}"
                 )
+            first, here = order.graph, llm.package.manifest.architecture
+            if first is not None and here.vocab_size != first.architecture.vocab_size:
+                raise ConfigError(
+                    f"{llm.package.name} has {here.vocab_size} tokens and {climb.ref} {first.architecture.vocab_size}: "
+                    "what they choose cannot be compared"
+                )
     return Answer()
 
 
