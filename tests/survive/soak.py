@@ -27,11 +27,11 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import httpx
 import psutil
@@ -42,20 +42,20 @@ from edge_runtime.bench.plots import line
 from edge_runtime.engine import TRIM_S
 from edge_runtime.exporting import export_package
 from edge_runtime.heap import return_free_heap
-from edge_runtime.server import response_store
 from edge_runtime.server.app import create_app
+from edge_runtime.server.response_store import MOST
 from edge_runtime.server.shelf import Offer, Shelf
 from tests.exporters.encoder_folder import write_folder
 from tests.server.served import running
-from tests.survive.soak_clients import AWAY
+from tests.survive.soak_clients import AWAY, requests
 
 ROUND = 1000
 WARM_UP = 0.25
 """The share of the requests after which memory counts: until then what is kept of them, a bounded number of responses,
 traces and prefixes, fills up."""
-RESPONSES = 0.05
-"""Of the warm-up's requests: so many responses are kept, fewer than it brings. The 1,024 that a server keeps would have
-filled up with the 13,000th request only, and looked like a leak of 1 %."""
+FILL = MOST
+"""Responses that are asked for before all else: so many a server keeps, and the requests themselves would bring the
+last of them with the 13,000th only, which looked like a leak of 1 %."""
 LEVEL = 3
 """Rounds whose median is a level: heaps come and go by a MiB."""
 GROWTH = 0.02
@@ -217,15 +217,11 @@ def soak(requests: int, seed: int, report: Callable[[str], None]) -> dict[str, A
     counts: Counter[str] = Counter()
     problems: list[str] = []
     levels: list[tuple[int, float]] = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch.object(response_store, "MOST", kept_responses(requests)),
-        Elsewhere(seed) as elsewhere,
-        Memory() as memory,
-    ):
+    with tempfile.TemporaryDirectory() as folder, Elsewhere(seed) as elsewhere, Memory() as memory:
         answers = Path(folder) / "answers.json"
         with served(Path(folder), elsewhere.port) as (url, llm):
             _clients(url, answers)
+            _fill(url)
             asked = 0
             while asked < requests:
                 count = min(ROUND, requests - asked)
@@ -250,8 +246,15 @@ def soak(requests: int, seed: int, report: Callable[[str], None]) -> dict[str, A
             "course": memory.course}  # fmt: skip
 
 
-def kept_responses(requests: int) -> int:
-    return max(int(WARM_UP * requests * RESPONSES), 1)
+def _fill(url: str) -> None:
+    """The store of responses."""
+    bodies = [body for kind, _, body in requests() if kind == "response"]
+    with httpx.Client(timeout=60) as client, ThreadPoolExecutor(8) as threads:
+
+        def ask(number: int) -> None:
+            client.post(f"{url}/v1/responses", json=bodies[number % len(bodies)]).raise_for_status()
+
+        list(threads.map(ask, range(FILL)))
 
 
 def uneven(counts: Mapping[str, int], requests: int) -> list[str]:

@@ -103,13 +103,6 @@ def said(kind: str, body: dict[str, Any], text: str) -> Any:
     return [message["content"], [call["function"] for call in message.get("tool_calls") or ()]]
 
 
-def drawn(count: int, seed: int) -> list[tuple[int, float | None]]:
-    """So many: which of :func:`requests`, and when its client leaves, 0..1; None: it stays to the end."""
-    chosen, kinds = random.Random(seed), len(requests())
-    draws = [(chosen.randrange(kinds), chosen.random(), chosen.random()) for _ in range(count)]
-    return [(number, when if leaves < LEAVE else None) for number, leaves, when in draws]
-
-
 class Clients:
     def __init__(self, url: str, expected: list[Any]) -> None:
         self._url = url
@@ -119,12 +112,15 @@ class Clients:
         self.problems: list[str] = []
 
     async def run(self, count: int, seed: int) -> None:
-        draws = iter(drawn(count, seed))
+        chosen = random.Random(seed)
+        numbers = iter(
+            [(chosen.randrange(len(self._requests)), chosen.random(), chosen.random()) for _ in range(count)]
+        )
 
         async def client() -> None:
             async with httpx.AsyncClient(base_url=self._url, timeout=120) as http:
-                for number, leaves_at in draws:
-                    await self._one(http, number, leaves_at)
+                for number, leaves, when in numbers:
+                    await self._one(http, number, when if leaves < LEAVE else None)
 
         await asyncio.gather(*(client() for _ in range(CLIENTS)))
 
