@@ -122,10 +122,12 @@ def test_a_prompt_may_be_as_long_as_the_smallest_type_holds() -> None:
 
 def test_a_request_keeps_its_type_when_it_is_computed_again() -> None:
     """Preempted by the older one, when there is room again for float16 at first sight."""
-    decoder = Choosing(kv_tokens=200)
+    decoder, gate = Choosing(kv_tokens=200), Gate()
+    decoder.before_forward = gate  # one that came when the others had grown would be int8
     with start(decoder) as engine:
         params = SamplingParams(temperature=0, max_tokens=90)
         waiting = [engine.submit(prompt(seed, 60), params) for seed in range(3)]
+        gate.open.set()
         for seed, generation in enumerate(waiting):
             assert collect(generation)[0].tokens == greedy(decoder, prompt(seed, 60), 90)
         assert engine.stats.preemptions > 0
